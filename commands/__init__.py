@@ -1,0 +1,1 @@
+"""The command line `ndlora`, above the core and the integrations."""

@@ -1,0 +1,269 @@
+"""`NdLoraConfig`: the options, as PEFT's `LoraConfig` has them where they mean the same."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import PeftType
+
+from ndlora_plugins.adapter import AdapterOptions, resolve_anchor
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.registration import NAME, extend_enum
+from ndlora_plugins.registry import method_and_initializer
+
+__all__ = ["NdLoraConfig", "SCHEMA_VERSION"]
+
+# of adapter_config.json; raised when the meaning of a field or of a tensor changes
+SCHEMA_VERSION = 1
+
+# keywords of LoraConfig that have no meaning here -> what to do instead
+_REFUSED = {
+    "use_dora": "the magnitude vector is defined for LoRA's product only; leave it out",
+    "use_qalora": "it is defined for LoRA's product only; leave it out",
+    "use_bdlora": "it is defined for LoRA's product only; leave it out",
+    "loftq_config": "LoftQ computes LoRA's two matrices; use init_lora_weights='n_lora' or True instead",
+    "eva_config": "EVA computes LoRA's two matrices; use init_lora_weights=True instead",
+    "corda_config": "CorDA computes LoRA's two matrices; use init_lora_weights=True instead",
+    "lora_ga_config": "LoRA-GA computes LoRA's two matrices; use init_lora_weights=True instead",
+    "alora_invocation_tokens": "activated LoRA is defined for LoRA's product only; leave it out",
+    "megatron_config": "Megatron layers are not supported; leave it out",
+    "layer_replication": "it writes new layers into the model; replicate them before the adapter is added",
+    "lora_bias": "a biased update cannot be merged and has no place in these methods; use bias='all' instead",
+    "arrow_config": "Arrow routes between LoRA adapters; leave it out",
+}
+
+
+@dataclass
+class NdLoraConfig(PeftConfig):
+    """Configuration of an NDLORA adapter: `get_peft_model(model, NdLoraConfig())`.
+
+    The fields are documented where they stand (`metadata["help"]`); docs/options.md lists them all.
+
+    Raises:
+        NdLoraValueError: from `__init__`, for a value that cannot work, before any model is touched.
+    """
+
+    method: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "'ndlinear', 'slora', 'nlora', 'inttune' or one of an installed plugin. Left out, it follows "
+            "from `init_lora_weights` ('n_lora' means nlora, 's_lora' means slora), else it is 'ndlinear'."
+        },
+    )
+    r: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "The rank in the method's own sense: Kronecker terms for ndlinear (default 1), the rank for "
+            "the others (default 8)."
+        },
+    )
+    lora_alpha: Optional[float] = field(
+        default=None,
+        metadata={"help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default r: scaling is 1."},
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    init_lora_weights: Union[bool, str] = field(
+        default=True,
+        metadata={
+            "help": "True: the method's own start, which leaves the model's function as it is. False: random and "
+            "not zero (for tests). 'ndlinear': the reference's. 's_lora', 'n_lora', or one of a plugin."
+        },
+    )
+    anchor: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "'snapshot': a start that is not zero is subtracted, so the model begins as it is. 'none': as "
+            "the reference code. Default 'snapshot' where the start would move the model."
+        },
+    )
+    num_modes: int = field(
+        default=2, metadata={"help": "Into how many modes each dimension is split, as evenly as it comes."}
+    )
+    modes: Optional[dict] = field(
+        default=None,
+        metadata={
+            "help": "Modes by hand: {'in_modes': [32, 64], 'out_modes': [32, 64]} for all layers, or one such "
+            "dict for each target: {'q_proj': {'in_modes': [32, 64]}}. The names match as in rank_pattern."
+        },
+    )
+    random_seed: Optional[int] = field(
+        default=None,
+        metadata={"help": "Makes the start reproducible; the global random generator is then not touched."},
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Names (the end of the path is enough), a regex, or 'all-linear' (default): every linear "
+            "layer but the output layer."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names or a regex of modules that get no adapter."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "The layer indices that get an adapter, if not all of them."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "The name of the layer list, where `layers_to_transform` cannot tell it by itself."},
+    )
+    rank_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Layer name or regex to a rank other than `r`, as in LoraConfig."},
+    )
+    alpha_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Layer name or regex to an alpha other than `lora_alpha`, as in LoraConfig."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
+    )
+    bias: str = field(
+        default="none", metadata={"help": "Which biases of the base model train: 'none', 'all' or 'ndlora_only'."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={"help": "Accepted for compatibility: the way a layer stores its weight is seen from its type."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scaling = lora_alpha / sqrt(r)."})
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None, metadata={"help": "Rows of the embedding that are trained and saved, as in LoraConfig."}
+    )
+    target_parameters: Optional[list[str]] = field(
+        default=None, metadata={"help": "Not supported yet: 3-D expert parameters are refused with their names."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Keep tied embeddings tied in `modules_to_save` and `trainable_token_indices`."},
+    )
+    base_fingerprint: Optional[dict] = field(
+        default=None,
+        metadata={"help": "Written when an adapter is saved: what its base model looked like. Not set by hand."},
+    )
+    schema_version: int = field(
+        default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."}
+    )
+    use_dora: InitVar[Any] = None
+    use_qalora: InitVar[Any] = None
+    use_bdlora: InitVar[Any] = None
+    loftq_config: InitVar[Any] = None
+    eva_config: InitVar[Any] = None
+    corda_config: InitVar[Any] = None
+    lora_ga_config: InitVar[Any] = None
+    alora_invocation_tokens: InitVar[Any] = None
+    megatron_config: InitVar[Any] = None
+    layer_replication: InitVar[Any] = None
+    lora_bias: InitVar[Any] = None
+    arrow_config: InitVar[Any] = None
+
+    def __post_init__(self, *refused):
+        super().__post_init__()
+        for keyword, value in zip(_REFUSED, refused, strict=True):
+            if value:
+                raise NdLoraValueError(
+                    f"{keyword}={value!r} is an option of LoraConfig that NdLoraConfig does not have: "
+                    f"{_REFUSED[keyword]}."
+                )
+        if self.schema_version > SCHEMA_VERSION:
+            raise NdLoraValueError(
+                f"This adapter_config.json has schema_version={self.schema_version}; the installed ndlora-plugins "
+                f"reads up to {SCHEMA_VERSION}. Upgrade it: pip install -U ndlora-plugins."
+            )
+        self.peft_type = extend_enum(PeftType, NAME, NAME)
+        method, initializer = method_and_initializer(self.method, self.init_lora_weights)
+        self.method = method.name
+        self.r = method.default_rank if self.r is None else self.r
+        self._check_numbers()
+        self.lora_alpha = self.r if self.lora_alpha is None else self.lora_alpha
+        self.anchor = resolve_anchor(self.anchor, initializer)
+        self._check_modes()
+        self._check_targets()
+        # what this session's base model looked like; becomes `base_fingerprint` when saved
+        self._session_fingerprint = None
+
+    def _check_numbers(self) -> None:
+        for name, rank in (("r", self.r), *self.rank_pattern.items()):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise NdLoraValueError(f"{name}={rank!r}: a rank must be an integer of at least 1.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise NdLoraValueError(f"lora_dropout={self.lora_dropout!r}: choose a value from 0 up to below 1.")
+        if not isinstance(self.num_modes, int) or self.num_modes < 2:
+            raise NdLoraValueError(f"num_modes={self.num_modes!r}: choose an integer of at least 2.")
+
+    def _check_modes(self) -> None:
+        if self.modes is None:
+            return
+        sides = {"in_modes", "out_modes"}
+        blocks = [self.modes] if sides & set(self.modes) else list(self.modes.values())
+        for block in blocks:
+            if not isinstance(block, dict) or not block or set(block) - sides:
+                raise NdLoraValueError(
+                    f"modes={self.modes!r}: give {{'in_modes': [...], 'out_modes': [...]}} (either may be left "
+                    f"out), or a dict of target names to such dicts."
+                )
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise NdLoraValueError(
+                        f"`{name}` cannot be used when `target_modules` is a str ({self.target_modules!r}): put "
+                        f"the layer indices into the regex, or give target_modules as a list of names."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise NdLoraValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+        if self.bias not in ("none", "all", "ndlora_only"):
+            raise NdLoraValueError(f"bias={self.bias!r}: choose 'none', 'all' or 'ndlora_only'.")
+
+    def options_for(self, layer: str) -> AdapterOptions:
+        """The core's options for one layer, patterns applied.
+
+        Args:
+            layer: the module's full name in the model, without the name of the adapter.
+        """
+        modes = self.modes or {}
+        if modes and not {"in_modes", "out_modes"} & set(modes):
+            modes = modes.get(get_pattern_key(modes.keys(), layer), {})
+        return AdapterOptions(
+            method=self.method,
+            init_lora_weights=self.init_lora_weights,
+            rank=self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r),
+            alpha=self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), layer), self.lora_alpha),
+            use_rslora=self.use_rslora,
+            anchor=self.anchor,
+            num_modes=self.num_modes,
+            in_modes=modes.get("in_modes"),
+            out_modes=modes.get("out_modes"),
+        )
+
+    def to_dict(self) -> dict:
+        """The fields, with this session's fingerprint of the base model unless one was loaded."""
+        fields = super().to_dict()
+        if self.base_fingerprint is None:
+            fields["base_fingerprint"] = self._session_fingerprint
+        return fields
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        """Load adapter_config.json. A local directory is checked whole, so that a broken one changes nothing.
+
+        Raises:
+            NdLoraValueError: the tensor file is missing, truncated, empty, or no safetensors file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        directory = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(directory):
+            from ndlora_plugins.integrations.peft.files import check_adapter_file
+
+            check_adapter_file(directory)
+        return config

@@ -1,0 +1,121 @@
+"""What the base model looked like when an adapter was made: some weights of some layers, kept in its config.
+
+A start that was read from the weights is recomputed at load, so another base would silently give another update.
+Layers' shapes are compared for every method.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
+
+__all__ = ["FingerprintedLayer", "compare_fingerprint", "make_fingerprint"]
+
+MAX_LAYERS = 16
+MAX_VALUES = 8
+
+# relative difference that a change of storage alone may cause, by the coarser of the two kinds
+_TOLERANCE = {"float64": 0.0, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "8bit": 0.1, "4bit": 0.3}
+
+
+class FingerprintedLayer(NamedTuple):
+    """Name, shape (out, in) and weight (out, in) of an adapted layer; no weight where it cannot be read."""
+
+    name: str
+    shape: tuple[int, int]
+    weight: Tensor | None
+    storage: str
+
+
+def make_fingerprint(layers: Sequence[FingerprintedLayer]) -> dict | None:
+    """Sample at most 16 layers, 8 values each, evenly spread. JSON-serialisable; None without layers."""
+    if not layers:
+        return None
+    step = max(1, math.ceil(len(layers) / MAX_LAYERS))
+    return {layer.name: _sample(layer) for layer in layers[::step]}
+
+
+def _sample(layer: FingerprintedLayer) -> dict:
+    values = None
+    if layer.weight is not None:
+        rows, columns = layer.weight.shape
+        # evenly over the diagonal of the rectangle: every value from another row and another column
+        steps = torch.arange(min(MAX_VALUES, rows, columns), dtype=torch.float64)
+        picks = (steps + 0.5) / len(steps)
+        row, column = (picks * rows).long(), (picks * columns).long()
+        weight = layer.weight.detach()
+        sampled = weight[row.to(weight.device), column.to(weight.device)]
+        values = sampled.to("cpu", torch.float32).tolist()
+    return {"shape": list(layer.shape), "storage": layer.storage, "values": values}
+
+
+def compare_fingerprint(
+    saved: dict, layers: Sequence[FingerprintedLayer], *, reads_weight: bool, base_name: str | None
+) -> None:
+    """Hold the base model against an adapter's fingerprint.
+
+    Args:
+        saved: as `make_fingerprint` made it.
+        layers: the adapted layers of the model at hand.
+        reads_weight: whether a start is recomputed from the weights: a difference is then an error, else a warning.
+        base_name: of the model that the adapter was trained on, for the message.
+
+    Raises:
+        NdLoraValueError: a layer is missing, has another shape or, with `reads_weight`, other weights.
+    """
+    remedy = f"Load the adapter on the model it was trained on{f' ({base_name})' if base_name else ''}."
+    present = {layer.name: layer for layer in layers}
+    for name, expected in saved.items():
+        layer = present.get(name)
+        if layer is None:
+            raise NdLoraValueError(
+                f"The adapter was trained on a base model with an adapted layer {name!r}; this model has none. {remedy}"
+            )
+        if list(layer.shape) != list(expected["shape"]):
+            raise NdLoraValueError(
+                f"Layer {name!r} is {layer.shape[0]} x {layer.shape[1]} (out x in) in this base model; the adapter "
+                f"was trained on {expected['shape'][0]} x {expected['shape'][1]}. {remedy}"
+            )
+        found = _sample(layer)
+        if not found["values"] or not expected["values"]:
+            continue
+        difference = _relative_difference(found["values"], expected["values"])
+        kinds = (found["storage"], expected["storage"])
+        allowed = 1e-6 if kinds[0] == kinds[1] else max(_TOLERANCE.get(kind, 0.3) for kind in kinds)
+        if difference > allowed and reads_weight:
+            raise NdLoraValueError(
+                f"The weights of layer {name!r} differ from those that the adapter was trained on by "
+                f"{difference:.2g} of their norm (stored as {kinds[0]}, then {kinds[1]}), and its start is "
+                f"recomputed from them: the result would be wrong. {remedy}"
+            )
+        if difference > allowed:
+            warnings.warn(
+                f"The weights of layer {name!r} differ from those that the adapter was trained on by "
+                f"{difference:.2g} of their norm: another or a changed base model? {remedy}",
+                BaseModelWarning,
+                stacklevel=2,
+            )
+            return
+        if reads_weight and difference > 0.02:
+            warnings.warn(
+                f"The base model is stored as {kinds[0]}, the adapter was trained on {kinds[1]}; its start is "
+                f"recomputed from weights that differ by {difference:.2g} of their norm.",
+                BaseModelWarning,
+                stacklevel=2,
+            )
+            reads_weight = False  # say it once
+
+
+def _relative_difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    if len(found) != len(expected):
+        return math.inf
+    norm = math.sqrt(sum(value * value for value in expected))
+    difference = math.sqrt(sum((a - b) ** 2 for a, b in zip(found, expected, strict=True)))
+    return difference / norm if norm else (math.inf if difference else 0.0)

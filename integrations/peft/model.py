@@ -1,0 +1,238 @@
+"""The tuner: finds the layers, plans and checks everything, then puts the adapters in."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from ndlora_plugins.adapter import LayerAdapter, plan_layer
+from ndlora_plugins.errors import (
+    LopsidedModesWarning,
+    NdLoraTypeError,
+    UnmatchedTargetWarning,
+)
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.fingerprint import (
+    FingerprintedLayer,
+    compare_fingerprint,
+    make_fingerprint,
+)
+from ndlora_plugins.integrations.peft.layer import (
+    NdLoraLayer,
+    NdLoraLinear,
+    linear_features,
+    weight_out_in,
+)
+from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.modes import LOPSIDED_RATIO
+
+__all__ = ["NdLoraModel", "plan_model"]
+
+
+def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerAdapter]]:
+    """Plan every layer that `config` adapts: (name, plan), in the model's order. Changes neither.
+
+    The weights are not read: a model on the "meta" device will do.
+
+    Raises:
+        NdLoraValueError, NdLoraTypeError: as adding the adapter would.
+    """
+    import copy
+
+    config = copy.deepcopy(config)
+    _fill_in_targets(config, model)
+    return [(name, _plan(config, name, base)) for name, base in _matched(config, model)]
+
+
+def _fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
+    """None and "all-linear" become the set of names."""
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+
+
+def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, base layer) of every module that the configuration targets."""
+    inside = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        if BaseTuner._check_target_module_exists(config, name):
+            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _plan(config: NdLoraConfig, name: str, base: nn.Module) -> LayerAdapter:
+    features = linear_features(base)
+    if features is None:
+        raise NdLoraTypeError(
+            f"method={config.method!r} cannot adapt layer {name!r} of type {type(base).__name__}: nn.Linear "
+            f"(quantised too) and transformers' Conv1D can be. Take it out of target_modules, or name it in "
+            f"exclude_modules."
+        )
+    return plan_layer(config.options_for(name), *features, layer=name)
+
+
+class NdLoraModel(BaseTuner):
+    """Adds NDLORA adapters to a model; made by `get_peft_model` and `PeftModel.from_pretrained`.
+
+    Args:
+        model: any `nn.Module`.
+        config: an `NdLoraConfig`, or a dict of adapter name to one.
+        adapter_name: of the adapter to add.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = NdLoraLayer
+    target_module_mapping: dict = {}
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        return peft_config  # `_prepare_model` fills in the targets, as it has the model
+
+    def _prepare_model(self, peft_config: NdLoraConfig, model: nn.Module) -> None:
+        """Everything that can be wrong is found here, before a layer is replaced."""
+        if peft_config.target_parameters:
+            raise NdLoraTypeError(
+                f"target_parameters={list(peft_config.target_parameters)}: NDLORA does not adapt bare parameters yet. "
+                f"Take them out, and adapt the model's linear layers with target_modules."
+            )
+        _fill_in_targets(peft_config, model)
+        matched = list(_matched(peft_config, model))
+        plans = [(name, _plan(peft_config, name, base)) for name, base in matched]
+        if not plans:
+            return  # PEFT raises, and says why nothing matched
+        _check_bases(matched, plans, peft_config)
+        _warn_of_unmatched(peft_config, [name for name, _ in matched])
+        _warn_of_lopsided(plans)
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+    ):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        generator = None
+        if peft_config.random_seed is not None:
+            # of its own for each layer, so that the order of layers does not matter
+            seed = peft_config.random_seed * 2**32 + zlib.crc32(current_key.encode())
+            generator = torch.Generator().manual_seed(seed % 2**63)
+        plan = _plan(peft_config, current_key, base)
+        arguments = {
+            "lora_alpha": peft_config.options_for(current_key).alpha,
+            "lora_dropout": peft_config.lora_dropout,
+            "generator": generator,
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, NdLoraLayer):
+            target.update_layer(adapter_name, plan, **arguments)
+            return
+        layer = NdLoraLinear(target, adapter_name, plan, **arguments, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter does not train before it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for module in self.model.modules():
+            if isinstance(module, NdLoraLayer):
+                module.cast_frozen(adapter_name)
+
+
+def _check_bases(
+    matched: list[tuple[str, nn.Module]], plans: list[tuple[str, LayerAdapter]], config: NdLoraConfig
+) -> None:
+    """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
+    reads_weight = any(plan.recomputed for _, plan in plans)
+    layers = [
+        FingerprintedLayer(
+            name, (plan.layout.out_features, plan.layout.in_features), _readable_weight(base), _storage(base)
+        )
+        for (name, base), (_, plan) in zip(matched, plans, strict=True)
+    ]
+    if config.base_fingerprint is not None:
+        compare_fingerprint(
+            config.base_fingerprint,
+            layers,
+            reads_weight=reads_weight,
+            base_name=config.base_model_name_or_path,
+        )
+    else:
+        config._session_fingerprint = make_fingerprint(layers)
+
+
+def _readable_weight(base: nn.Module) -> torch.Tensor | None:
+    """The weight (out, in) if it is there to be read in passing: not on "meta", sharded, or quantised."""
+    weight = getattr(base, "weight", None)
+    if resolve_quantization_backend_or_none(base) is not None or weight is None:
+        return None
+    if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point() or hasattr(weight, "ds_id"):
+        return None
+    return weight_out_in(base, weight)
+
+
+def resolve_quantization_backend_or_none(base: nn.Module):
+    """PEFT's backend; a torchao weight counts without the function that requantises it."""
+    return resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
+
+
+def _storage(base: nn.Module) -> str:
+    backend = resolve_quantization_backend_or_none(base)
+    if backend is not None:
+        return "8bit" if "8bit" in backend.backend_name else "4bit"
+    return str(getattr(getattr(base, "weight", None), "dtype", "unknown")).removeprefix("torch.")
+
+
+def _warn_of_unmatched(config: NdLoraConfig, names: list[str]) -> None:
+    """One warning for each entry that matches no adapted layer."""
+    targets = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            _warn_unmatched("target_modules", target, names)
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            _warn_unless_matched(option, key, names)
+    if config.modes and not {"in_modes", "out_modes"} & set(config.modes):
+        for key in config.modes:
+            _warn_unless_matched("modes", key, names)
+
+
+def _warn_unless_matched(option: str, key: str, names: list[str]) -> None:
+    if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+        _warn_unmatched(option, key, names)
+
+
+def _warn_unmatched(option: str, entry: str, names: list[str]) -> None:
+    known = sorted({name.rpartition(".")[2] for name in names})
+    warnings.warn(
+        f"{option}: the entry {entry!r} matches no adapted layer, so it does nothing. Layers that are adapted end "
+        f"in {known}.",
+        UnmatchedTargetWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_of_lopsided(plans: Iterable[tuple[str, LayerAdapter]]) -> None:
+    """One warning that names the layers, worst first."""
+    lopsided = sorted(
+        ((plan.lopsidedness, name, plan) for name, plan in plans if plan.lopsidedness > LOPSIDED_RATIO),
+        key=lambda found: (-found[0], found[1]),
+    )
+    if not lopsided:
+        return
+    ratio, name, plan = lopsided[0]
+    more = f" (and {len(lopsided) - 1} more layers)" if len(lopsided) > 1 else ""
+    warnings.warn(
+        f"Layer {name!r}{more}: in_features={plan.layout.in_features} split into {list(plan.layout.in_modes)} and "
+        f"out_features={plan.layout.out_features} into {list(plan.layout.out_modes)} take {plan.num_parameters:,} "
+        f"parameters, {ratio:.1f} times those of even modes. Set `modes`, exclude the layer, or use method='slora'.",
+        LopsidedModesWarning,
+        stacklevel=2,
+    )
+
+

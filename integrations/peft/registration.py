@@ -1,0 +1,93 @@
+"""Makes NDLORA one of PEFT's tuner types. Runs when `peft.tuners` has been imported; see ndlora_autoload.py.
+
+`PeftType` is a closed enum and `register_peft_method` takes only its members, so a member is added to it first.
+"""
+
+import warnings
+
+NAME = "NDLORA"
+METHOD_NAME = "ndlora"
+# transformers derives `peft_type.value.lower() + "_"`, so it cannot be anything else
+PREFIX = "ndlora_"
+
+
+def activate() -> None:
+    """Register. Idempotent; never raises: a PEFT that we do not fit gets a stub that says so when it is used."""
+    try:
+        _register()
+    except Exception as error:
+        warnings.warn(
+            f"ndlora-plugins does not fit this version of PEFT ({type(error).__name__}: {error}). PEFT works as "
+            f"ever; NDLORA adapters cannot be used until ndlora-plugins is upgraded.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        _register_stub(error)
+
+
+def _register() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.peft_types import PeftType, register_peft_method
+
+    existing = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
+    if existing is not None:
+        module = getattr(existing, "__module__", "")
+        if not module.startswith("ndlora_plugins."):
+            warnings.warn(
+                f"PEFT has its own {NAME} ({module}.{existing.__name__}): it is left as it is. Uninstall "
+                f"ndlora-plugins, or use its classes by hand under another name.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return
+    from ndlora_plugins.integrations.peft.config import NdLoraConfig
+    from ndlora_plugins.integrations.peft.model import NdLoraModel
+
+    extend_enum(PeftType, NAME, NAME)
+    register_peft_method(name=METHOD_NAME, config_cls=NdLoraConfig, model_cls=NdLoraModel, prefix=PREFIX)
+
+
+def extend_enum(enum_class, name: str, value: str):
+    """Add a member to a `(str, Enum)` class and return it; a member of that name and value is returned as it is.
+
+    Raises:
+        ValueError: the name or the value is taken by something else.
+    """
+    existing = enum_class.__members__.get(name)
+    if existing is not None and existing.value == value:
+        return existing
+    if existing is not None or value in enum_class._value2member_map_ or hasattr(enum_class, name):
+        raise ValueError(f"{enum_class.__name__} already has a member {name!r} or a value {value!r}.")
+    member = str.__new__(enum_class, value)
+    member._name_ = name
+    member._value_ = value
+    member.__objclass__ = enum_class
+    member._sort_order_ = len(enum_class._member_names_)
+    type.__setattr__(enum_class, name, member)
+    enum_class._member_names_.append(name)
+    enum_class._member_map_[name] = member
+    enum_class._value2member_map_[value] = member
+    return member
+
+
+def _register_stub(error: Exception) -> None:
+    """Put something into PEFT's table whose use explains itself, instead of a bare KeyError: 'NDLORA'."""
+    reason = f"{type(error).__name__}: {error}"
+
+    class UnavailableConfig:
+        def __init__(self, *args, **kwargs):
+            raise ImportError(
+                f"This adapter is of type {NAME}, of the package ndlora-plugins, whose installed version does not "
+                f"fit the installed PEFT ({reason}). Upgrade ndlora-plugins."
+            )
+
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            return cls()
+
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(NAME, UnavailableConfig)
+    except Exception:  # not even the table is where it was: the warning above has to do
+        pass

@@ -1,0 +1,200 @@
+"""One adapter on one layer: method, layout, start and anchor put together. What hosts call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.initializers import Initializer
+from ndlora_plugins.methods.base import Factor, Layout, Method
+from ndlora_plugins.modes import balanced_modes, check_modes, lopsidedness
+from ndlora_plugins.registry import method_and_initializer
+
+__all__ = ["ANCHORS", "AdapterOptions", "LayerAdapter", "plan_layer"]
+
+ANCHORS = ("snapshot", "none")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What a host's configuration says of one layer.
+
+    Attributes:
+        method, init_lora_weights: as `registry.method_and_initializer` takes them.
+        rank: None for the method's default.
+        alpha: scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`; None for alpha = rank.
+        anchor: "snapshot", "none", or None for "snapshot" exactly where the start would move the model.
+        num_modes: into how many modes each dimension is split where `in_modes`, `out_modes` do not say it.
+    """
+
+    method: str | None = None
+    init_lora_weights: bool | str | None = True
+    rank: int | None = None
+    alpha: float | None = None
+    use_rslora: bool = False
+    anchor: str | None = None
+    num_modes: int = 2
+    in_modes: Sequence[int] | None = None
+    out_modes: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """A planned adapter. Holds no tensors: `trained` and `frozen` are mappings that the host keeps.
+
+    With the snapshot anchor `trained` holds the changes since the start (zeros at the start) and `frozen` the
+    start; without, `trained` holds the trainable factors and `frozen` the others.
+
+    Attributes:
+        recomputed: whether `frozen` comes from the base weight, so that it need not be saved.
+    """
+
+    method: Method
+    initializer: Initializer
+    layout: Layout
+    scaling: float
+    anchor: str
+    trained: tuple[Factor, ...] = field(init=False)
+    frozen: tuple[Factor, ...] = field(init=False)
+    recomputed: bool = field(init=False)
+
+    def __post_init__(self):
+        factors = self.method.factors(self.layout)
+        if self.anchor == "snapshot":
+            names = self.method.start_factors(self.layout)
+            frozen = tuple(f for f in factors if f.name in names)
+        else:
+            frozen = tuple(f for f in factors if not f.trainable)
+        object.__setattr__(self, "trained", tuple(f for f in factors if f.trainable))
+        object.__setattr__(self, "frozen", frozen)
+        object.__setattr__(self, "recomputed", bool(frozen) and self.initializer.reads_weight)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(math.prod(factor.shape) for factor in self.trained)
+
+    @property
+    def num_saved(self) -> int:
+        """Numbers in the adapter file."""
+        return self.num_parameters + (0 if self.recomputed else self.num_frozen)
+
+    @property
+    def num_frozen(self) -> int:
+        """Numbers held beside the trainable ones."""
+        return sum(math.prod(factor.shape) for factor in self.frozen)
+
+    @property
+    def lopsidedness(self) -> float:
+        """1.0 for even modes; see `modes.lopsidedness`. Always 1.0 for methods without modes."""
+        if not self.method.uses_modes:
+            return 1.0
+        return lopsidedness(self.layout.in_modes, self.layout.out_modes)
+
+    def initialize(
+        self, weight: Tensor | None, generator: Generator | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Make `(trained, frozen)`, by name, on the weight's device (CPU without one).
+
+        Args:
+            weight: (out_features, in_features) of the base layer, dequantised; needed if the initialiser reads it.
+            generator: a CPU generator; without it the global one is used, as `nn.Linear` does.
+        """
+        if self.initializer.reads_weight and weight is None:
+            raise NdLoraValueError(f"initialiser {self.initializer.name!r} needs the base weight.")
+        with torch.no_grad():
+            values = self.initializer.function(self.method, self.layout, weight, generator)
+        frozen = {factor.name: values[factor.name] for factor in self.frozen}
+        if self.anchor == "snapshot":
+            trained = {factor.name: torch.zeros_like(values[factor.name]) for factor in self.trained}
+        else:
+            trained = {factor.name: values[factor.name] for factor in self.trained}
+        return trained, frozen
+
+    # The three below leave the scaling to the host, which may have changed it since (PEFT's `set_scale`).
+
+    def apply(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """dW x for x (..., in_features) -> (..., out_features), without scaling."""
+        return self.method.apply(self.layout, self._effective(trained, frozen), x)
+
+    def delta(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
+        """dW as a matrix (out_features, in_features), without scaling."""
+        return self.method.delta(self.layout, self._effective(trained, frozen))
+
+    def low_rank(
+        self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """(down, up) with dW = up @ down exactly, or None where the method has no such form; without scaling."""
+        return self.method.low_rank(self.layout, self._effective(trained, frozen))
+
+    def _effective(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.anchor == "snapshot":
+            return self.method.anchored(self.layout, frozen, trained)
+        return {**frozen, **trained}
+
+
+def plan_layer(options: AdapterOptions, in_features: int, out_features: int, layer: str) -> LayerAdapter:
+    """Plan one layer; nothing is allocated.
+
+    Args:
+        layer: its name, for messages.
+
+    Raises:
+        NdLoraValueError: an option that cannot work on this layer.
+    """
+    method, initializer = method_and_initializer(options.method, options.init_lora_weights)
+    rank = method.default_rank if options.rank is None else options.rank
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise NdLoraValueError(f"r={rank!r} for layer {layer!r}: the rank must be an integer of at least 1.")
+    in_modes, out_modes = _modes(options, in_features, out_features, layer)
+    layout = Layout(in_features, out_features, rank, in_modes, out_modes)
+    if initializer.max_rank is not None and rank > initializer.max_rank(layout):
+        raise NdLoraValueError(
+            f"init_lora_weights={initializer.name!r} allows at most r={initializer.max_rank(layout)} on layer "
+            f"{layer!r} with its weight of {out_features} x {in_features} (out x in), but r={rank}. Lower r, or "
+            f"give this layer a smaller one in rank_pattern."
+        )
+    alpha = rank if options.alpha is None else options.alpha
+    scaling = alpha / (math.sqrt(rank) if options.use_rslora else rank)
+    return LayerAdapter(method, initializer, layout, scaling, resolve_anchor(options.anchor, initializer))
+
+
+def resolve_anchor(anchor: str | None, initializer: Initializer) -> str:
+    """None becomes "snapshot" exactly where the start would move the model.
+
+    `random` is the exception: it is meant to move it (for tests), so None stays "none" there.
+    """
+    if anchor is None:
+        return "none" if initializer.starts_at_zero or initializer.name == "random" else "snapshot"
+    if anchor not in ANCHORS:
+        raise NdLoraValueError(f"anchor={anchor!r}: choose one of {list(ANCHORS)}, or leave it out.")
+    return anchor
+
+
+def _modes(
+    options: AdapterOptions, in_features: int, out_features: int, layer: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    given = {"in_modes": options.in_modes, "out_modes": options.out_modes}
+    lengths = {len(modes) for modes in given.values() if modes is not None}
+    if len(lengths) > 1:
+        raise NdLoraValueError(
+            f"in_modes={list(options.in_modes)} and out_modes={list(options.out_modes)} of layer {layer!r} must "
+            f"be equally many: each pair of modes is one factor."
+        )
+    num_modes = lengths.pop() if lengths else options.num_modes
+    if not isinstance(num_modes, int) or num_modes < 2:
+        raise NdLoraValueError(f"{num_modes} modes for layer {layer!r}: at least 2 are needed.")
+    found = []
+    for side, features in (("in_modes", in_features), ("out_modes", out_features)):
+        modes = given[side]
+        found.append(
+            balanced_modes(features, num_modes)
+            if modes is None
+            else check_modes(tuple(modes), features, side, layer)
+        )
+    return found[0], found[1]

@@ -1,0 +1,153 @@
+"""The budget: what an adapter costs, layer by layer, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ndlora_plugins.adapter import LayerAdapter
+from ndlora_plugins.modes import LOPSIDED_RATIO
+
+__all__ = ["Budget", "BudgetRow", "make_budget"]
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """Layers that cost the same: the same last name, shape and plan.
+
+    Attributes:
+        layer: their common last name, such as "q_proj".
+        count: how many there are.
+        multiply_adds: of one layer's adapter, for one token, forward.
+        lora_parameters, lora_multiply_adds: of plain LoRA at the budget's `lora_rank`, one layer.
+    """
+
+    layer: str
+    count: int
+    adapter: LayerAdapter
+    multiply_adds: int
+    lora_parameters: int
+    lora_multiply_adds: int
+
+    @property
+    def shape(self) -> str:
+        """out x in."""
+        return f"{self.adapter.layout.out_features} x {self.adapter.layout.in_features}"
+
+    @property
+    def modes(self) -> str:
+        """One pair (out x in) for each factor, or "-" for methods without modes."""
+        if not self.adapter.method.uses_modes:
+            return "-"
+        layout = self.adapter.layout
+        return ", ".join(f"{o}x{i}" for o, i in zip(layout.out_modes, layout.in_modes, strict=True))
+
+    @property
+    def note(self) -> str:
+        """Says so where the modes are lopsided."""
+        ratio = self.adapter.lopsidedness
+        return f"lopsided: {ratio:.1f}x the parameters of even modes" if ratio > LOPSIDED_RATIO else ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """All rows; the totals count every layer."""
+
+    rows: tuple[BudgetRow, ...]
+    lora_rank: int
+
+    @property
+    def layers(self) -> int:
+        return sum(row.count for row in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.count * row.adapter.num_parameters for row in self.rows)
+
+    @property
+    def saved(self) -> int:
+        return sum(row.count * row.adapter.num_saved for row in self.rows)
+
+    @property
+    def frozen(self) -> int:
+        return sum(row.count * row.adapter.num_frozen for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(row.count * row.multiply_adds for row in self.rows)
+
+    @property
+    def lora_parameters(self) -> int:
+        return sum(row.count * row.lora_parameters for row in self.rows)
+
+    @property
+    def lora_multiply_adds(self) -> int:
+        return sum(row.count * row.lora_multiply_adds for row in self.rows)
+
+    def table(self) -> tuple[Sequence[str], list[Sequence[str]]]:
+        """Header and rows as text, the totals last: for any printer of tables."""
+        header = (
+            "layer",
+            "count",
+            "out x in",
+            "modes (out x in)",
+            "parameters",
+            f"LoRA r={self.lora_rank}",
+            "multiply-adds a token",
+            f"LoRA r={self.lora_rank}'s",
+            "note",
+        )
+        rows = [
+            (
+                row.layer,
+                str(row.count),
+                row.shape,
+                row.modes,
+                f"{row.count * row.adapter.num_parameters:,}",
+                f"{row.count * row.lora_parameters:,}",
+                f"{row.count * row.multiply_adds:,}",
+                f"{row.count * row.lora_multiply_adds:,}",
+                row.note,
+            )
+            for row in self.rows
+        ]
+        rows.append(
+            (
+                "total",
+                str(self.layers),
+                "",
+                "",
+                f"{self.parameters:,}",
+                f"{self.lora_parameters:,}",
+                f"{self.multiply_adds:,}",
+                f"{self.lora_multiply_adds:,}",
+                "",
+            )
+        )
+        return header, rows
+
+
+def make_budget(layers: Iterable[tuple[str, LayerAdapter]], lora_rank: int = 8) -> Budget:
+    """Collect planned layers, given as (full name, plan), into a budget. Equal layers share a row."""
+    groups: dict[tuple, int] = {}
+    for name, adapter in layers:
+        key = (name.rpartition(".")[2], adapter)
+        groups[key] = groups.get(key, 0) + 1
+    rows = []
+    for (name, adapter), count in groups.items():
+        features = adapter.layout.in_features + adapter.layout.out_features
+        multiply_adds = adapter.method.multiply_adds(adapter.layout)
+        if adapter.anchor == "snapshot" and all(f.trainable for f in adapter.method.factors(adapter.layout)):
+            multiply_adds = _anchored_multiply_adds(adapter)
+        rows.append(
+            BudgetRow(name, count, adapter, multiply_adds, lora_rank * features, lora_rank * features)
+        )
+    return Budget(tuple(rows), lora_rank)
+
+
+def _anchored_multiply_adds(adapter: LayerAdapter) -> int:
+    """The telescoped form has the method's structure at a larger rank: N times the terms, or twice the rank."""
+    from dataclasses import replace
+
+    factor = len(adapter.layout.in_modes) if adapter.method.uses_modes else 2
+    return adapter.method.multiply_adds(replace(adapter.layout, rank=factor * adapter.layout.rank))

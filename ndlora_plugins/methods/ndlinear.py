@@ -1,0 +1,55 @@
+"""NdLinear-LoRA: dW = sum_t kron(W_1[t], ..., W_N[t]), applied mode by mode.
+
+Source: arXiv 2503.17353; https://github.com/ensemble-core/NdLinear-LoRA (`NdLinearLoRA`), there with two modes
+and one term and without a bias. https://github.com/ensemble-core/NdLinear (`ndlinear.py`) has N modes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ndlora_plugins.contraction import apply_modes, kronecker, plan_contraction
+from ndlora_plugins.methods.base import Factor, Method
+
+__all__ = ["NdLinear"]
+
+
+class NdLinear(Method):
+    """Factors `mode_1` ... `mode_N`, each (terms, out_mode, in_mode); `rank` is the number of terms."""
+
+    name = "ndlinear"
+    summary = "structured N-dimensional update: a small matrix for each mode of the layer"
+    source = "arXiv 2503.17353"
+    default_rank = 1
+    default_initializer = "zero_mode"
+    uses_modes = True
+
+    def factors(self, layout):
+        return tuple(
+            Factor(f"mode_{k}", (layout.rank, out_mode, in_mode), fan_in=in_mode)
+            for k, (out_mode, in_mode) in enumerate(zip(layout.out_modes, layout.in_modes, strict=True), start=1)
+        )
+
+    def apply(self, layout, factors, x):
+        return apply_modes(x, self._modes(layout, factors))
+
+    def delta(self, layout, factors):
+        return kronecker(self._modes(layout, factors))
+
+    def anchored(self, layout, start, change):
+        # kron(S+C) - kron(S) = sum_k kron(S_1, .., S_{k-1}, C_k, S_{k+1}+C_{k+1}, .., S_N+C_N): N times the terms
+        names = [factor.name for factor in self.factors(layout)]
+        now = {name: start[name] + change[name] for name in names}
+        return {
+            name: torch.cat(
+                [(now if k < m else change if k == m else start)[name] for k in range(len(names))]
+            )
+            for m, name in enumerate(names)
+        }
+
+    def multiply_adds(self, layout):
+        return plan_contraction(layout.in_modes, layout.out_modes, layout.rank).multiply_adds
+
+    @staticmethod
+    def _modes(layout, factors):
+        return [factors[f"mode_{k}"] for k in range(1, len(layout.in_modes) + 1)]

@@ -1,0 +1,16 @@
+"""NLoRA: SLoRA started from slices of the base weight, in the style of Nystrom's approximation, without an SVD.
+
+Source: arXiv 2502.14482; https://github.com/TracyGuo2001/NLoRA (`nlora_init`).
+"""
+
+from ndlora_plugins.methods.slora import SLora
+
+__all__ = ["NLora"]
+
+
+class NLora(SLora):
+    """SLoRA's factors; the start is `initializers.n_lora`."""
+
+    name = "nlora"
+    summary = "SLoRA started from rows and columns of the base weight, no SVD"
+    default_initializer = "n_lora"

@@ -1,0 +1,94 @@
+"""Features to modes: how a dimension is split into the axes of a tensor."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from ndlora_plugins.errors import NdLoraValueError
+
+__all__ = ["LOPSIDED_RATIO", "balanced_modes", "check_modes", "lopsidedness"]
+
+# Above this ratio of parameters to those of an ideal (real-valued) split, a layer is called lopsided.
+LOPSIDED_RATIO = 4.0
+
+
+@lru_cache(maxsize=None)
+def balanced_modes(features: int, num_modes: int = 2) -> tuple[int, ...]:
+    """Split `features` into `num_modes` integer factors, as even as they come, the smaller first.
+
+    Two modes are the pair of divisors closest to the square root, as in the reference
+    (https://github.com/ensemble-core/NdLinear-LoRA, `find_factors`); more minimise their sum.
+
+    Args:
+        features: the dimension, at least 1.
+        num_modes: the number of modes, at least 1.
+
+    Raises:
+        NdLoraValueError: if either is below 1.
+
+    >>> balanced_modes(576), balanced_modes(4096, 3), balanced_modes(7)
+    ((24, 24), (16, 16, 16), (1, 7))
+    """
+    if features < 1 or num_modes < 1:
+        raise NdLoraValueError(
+            f"features={features} cannot be split into num_modes={num_modes}: both must be at least 1."
+        )
+    return _smallest_sum(features, num_modes, 1)
+
+
+def _smallest_sum(features: int, num_modes: int, at_least: int) -> tuple[int, ...] | None:
+    """The ascending factorisation of `features` whose sum is smallest; none if no factor >= `at_least` is left."""
+    if num_modes == 1:
+        return (features,) if features >= at_least else None
+    best = None
+    # the first factor of an ascending factorisation is at most the num_modes-th root
+    for first in range(_integer_root(features, num_modes), at_least - 1, -1):
+        if features % first:
+            continue
+        rest = _smallest_sum(features // first, num_modes - 1, first)
+        if rest is not None and (best is None or first + sum(rest) < sum(best)):
+            best = (first, *rest)
+        if num_modes == 2 and best is not None:
+            break  # the divisor nearest below the root has the smallest sum
+    return best
+
+
+def _integer_root(value: int, degree: int) -> int:
+    if degree == 2:
+        return math.isqrt(value)
+    root = round(value ** (1 / degree))
+    while root**degree > value:
+        root -= 1
+    return root
+
+
+def check_modes(modes: tuple[int, ...], features: int, side: str, layer: str) -> tuple[int, ...]:
+    """Return `modes` if they multiply to `features`, else raise.
+
+    Args:
+        modes: the modes set by hand.
+        features: the dimension that they split.
+        side: "in_modes" or "out_modes", for the message.
+        layer: the layer's name, for the message.
+    """
+    if not modes or any(not isinstance(mode, int) or mode < 1 for mode in modes):
+        raise NdLoraValueError(f"{side}={list(modes)} of layer {layer!r} must be integers of at least 1.")
+    if math.prod(modes) != features:
+        raise NdLoraValueError(
+            f"{side}={list(modes)} of layer {layer!r} multiply to {math.prod(modes)}, but the layer has "
+            f"{side.removesuffix('_modes')}_features={features}. Give modes whose product is {features}, for "
+            f"example {list(balanced_modes(features, len(modes)))}, or leave them out."
+        )
+    return tuple(modes)
+
+
+def lopsidedness(in_modes: tuple[int, ...], out_modes: tuple[int, ...]) -> float:
+    """Parameters of one Kronecker term over those of an ideal split into equal real-valued modes.
+
+    1.0 is perfectly even; a prime dimension of 4099 with two modes has about 45.
+    """
+    num_modes = len(in_modes)
+    parameters = sum(i * o for i, o in zip(in_modes, out_modes, strict=True))
+    ideal = num_modes * (math.prod(in_modes) * math.prod(out_modes)) ** (1 / num_modes)
+    return parameters / ideal
