@@ -132,6 +132,21 @@ class LayerAdapter:
         """(down, up) with dW = up @ down exactly, or None where the method has no such form; without scaling."""
         return self.method.low_rank(self.layout, self._effective(trained, frozen))
 
+    def delta_norm(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> float:
+        """||dW||_F without scaling, in float64 (float32 on devices that have none) and without gradients.
+
+        dW is not formed where the method has a cheaper exact way. Waits for the device.
+        """
+        with torch.no_grad():
+            wide = [
+                {
+                    name: value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+                    for name, value in tensors.items()
+                }
+                for tensors in (trained, frozen)
+            ]
+            return float(self.method.delta_norm(self.layout, self._effective(*wide)))
+
     def _effective(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.anchor == "snapshot":
             return self.method.anchored(self.layout, frozen, trained)

@@ -40,7 +40,7 @@ class Initializer:
     reads_weight: bool
     starts_at_zero: bool
     function: Callable[[Method, Layout, Tensor | None, Generator | None], Values]
-    refuses: Mapping[str, str] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict, hash=False)
     max_rank: Callable[[Layout], int] | None = None
 
 

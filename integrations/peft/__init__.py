@@ -2,19 +2,21 @@
 
 from importlib import import_module
 
+# Completes PEFT, and with it our registration, before a module of ours is entered: it would otherwise be
+# registration that imports that module, half-way through.
+import peft as _peft  # noqa: F401
+
 _PUBLIC = {
     "NdLoraConfig": "config",
     "NdLoraLayer": "layer",
     "NdLoraLinear": "layer",
     "NdLoraModel": "model",
+    "plan_model": "model",
 }
-__all__ = ["NdLoraConfig", "NdLoraLayer", "NdLoraLinear", "NdLoraModel"]
+__all__ = ["NdLoraConfig", "NdLoraLayer", "NdLoraLinear", "NdLoraModel", "plan_model"]
 
 
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ndlora_plugins.integrations.peft import registration
-
-    registration.activate()
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

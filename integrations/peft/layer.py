@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -12,8 +12,10 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError, NdLoraWarning
+
+if TYPE_CHECKING:
+    from ndlora_plugins.adapter import LayerAdapter
 
 __all__ = ["FrozenFactors", "NdLoraLayer", "NdLoraLinear", "linear_features", "weight_out_in"]
 

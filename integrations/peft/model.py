@@ -1,29 +1,28 @@
-"""The tuner: finds the layers, plans and checks everything, then puts the adapters in."""
+"""The tuner: finds the layers, plans and checks everything, then puts the adapters in.
+
+The core is imported when it is first used: registration, which runs at `import peft`, is to cost under 5 ms.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from ndlora_plugins.adapter import LayerAdapter, plan_layer
 from ndlora_plugins.errors import (
     LopsidedModesWarning,
     NdLoraTypeError,
     UnmatchedTargetWarning,
 )
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.fingerprint import (
-    FingerprintedLayer,
-    compare_fingerprint,
-    make_fingerprint,
-)
 from ndlora_plugins.integrations.peft.layer import (
     NdLoraLayer,
     NdLoraLinear,
@@ -31,7 +30,9 @@ from ndlora_plugins.integrations.peft.layer import (
     weight_out_in,
 )
 from ndlora_plugins.integrations.peft.registration import PREFIX
-from ndlora_plugins.modes import LOPSIDED_RATIO
+
+if TYPE_CHECKING:
+    from ndlora_plugins.adapter import LayerAdapter
 
 __all__ = ["NdLoraModel", "plan_model"]
 
@@ -44,8 +45,6 @@ def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerA
     Raises:
         NdLoraValueError, NdLoraTypeError: as adding the adapter would.
     """
-    import copy
-
     config = copy.deepcopy(config)
     _fill_in_targets(config, model)
     return [(name, _plan(config, name, base)) for name, base in _matched(config, model)]
@@ -71,6 +70,8 @@ def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[tuple[str, nn.M
 
 
 def _plan(config: NdLoraConfig, name: str, base: nn.Module) -> LayerAdapter:
+    from ndlora_plugins.adapter import plan_layer
+
     features = linear_features(base)
     if features is None:
         raise NdLoraTypeError(
@@ -148,6 +149,12 @@ def _check_bases(
     matched: list[tuple[str, nn.Module]], plans: list[tuple[str, LayerAdapter]], config: NdLoraConfig
 ) -> None:
     """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
+    from ndlora_plugins.integrations.peft.fingerprint import (
+        FingerprintedLayer,
+        compare_fingerprint,
+        make_fingerprint,
+    )
+
     reads_weight = any(plan.recomputed for _, plan in plans)
     layers = [
         FingerprintedLayer(
@@ -219,6 +226,8 @@ def _warn_unmatched(option: str, entry: str, names: list[str]) -> None:
 
 def _warn_of_lopsided(plans: Iterable[tuple[str, LayerAdapter]]) -> None:
     """One warning that names the layers, worst first."""
+    from ndlora_plugins.modes import LOPSIDED_RATIO
+
     lopsided = sorted(
         ((plan.lopsidedness, name, plan) for name, plan in plans if plan.lopsidedness > LOPSIDED_RATIO),
         key=lambda found: (-found[0], found[1]),

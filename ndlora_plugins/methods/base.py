@@ -75,6 +75,17 @@ class Method:
         """dW = up @ down exactly, as (down (k, in_features), up (out_features, k)); None if no small k exists."""
         return None
 
+    def delta_norm(self, layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
+        """||dW||_F, a scalar, without scaling: for watching a training. From the Gram matrices of the low-rank
+        form where there is one, ||up @ down||^2 = <up^T up, down down^T>, so that dW is formed only without one.
+        """
+        low_rank = self.low_rank(layout, factors)
+        if low_rank is None:
+            return self.delta(layout, factors).norm()
+        down, up = low_rank
+        # (k, out) (out, k) and (k, in) (in, k); rounding may leave the square of a zero a little below zero
+        return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
     def start_factors(self, layout: Layout) -> tuple[str, ...]:
         """The factors whose start the telescoped form below needs."""
         return tuple(factor.name for factor in self.factors(layout))

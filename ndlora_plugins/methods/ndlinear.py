@@ -36,6 +36,14 @@ class NdLinear(Method):
     def delta(self, layout, factors):
         return kronecker(self._modes(layout, factors))
 
+    def delta_norm(self, layout, factors):
+        # <kron(A_1, .., A_N), kron(B_1, .., B_N)> = prod_k <A_k, B_k>, for every pair of terms
+        products = 1
+        for mode in self._modes(layout, factors):
+            flat = mode.flatten(1)  # (terms, out_mode, in_mode) -> (terms, out_mode in_mode)
+            products = products * (flat @ flat.T)
+        return products.sum().clamp(min=0).sqrt()
+
     def anchored(self, layout, start, change):
         # kron(S+C) - kron(S) = sum_k kron(S_1, .., S_{k-1}, C_k, S_{k+1}+C_{k+1}, .., S_N+C_N): N times the terms
         names = [factor.name for factor in self.factors(layout)]

@@ -1,0 +1,123 @@
+"""`ndlora`: the command line. Each command is a thin layer over a function of the package."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ndlora_plugins.errors import NdLoraError
+
+app = typer.Typer(
+    help="Adapters with fewer parameters than LoRA, for PEFT, TRL and Axolotl.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# a table that is piped into a file is not folded at 80 columns
+console = Console(width=None if Console().is_terminal else 160)
+
+
+def run() -> None:
+    """The console script: our own errors are shown as one line, without a traceback."""
+    try:
+        app()
+    except NdLoraError as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+        raise SystemExit(2) from error
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A model's directory, its config.json, or its name on the hub.")
+    ],
+    method: Annotated[Optional[str], typer.Option(help="ndlinear, slora, nlora, inttune, or a plugin's.")] = None,
+    r: Annotated[Optional[int], typer.Option(help="The rank, or the number of Kronecker terms.")] = None,
+    init: Annotated[Optional[str], typer.Option(help="An initialiser's name.")] = None,
+    anchor: Annotated[Optional[str], typer.Option(help="snapshot or none.")] = None,
+    num_modes: Annotated[int, typer.Option(help="Into how many modes a dimension is split.")] = 2,
+    target: Annotated[Optional[list[str]], typer.Option(help="A target module; may be repeated.")] = None,
+    lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what an adapter would cost, layer by layer, against LoRA. No weights are loaded."""
+    from ndlora_plugins.commands.plan import plan_from_model_config
+
+    budget = plan_from_model_config(
+        model,
+        lora_rank=lora_rank,
+        method=method,
+        r=r,
+        init_lora_weights=True if init is None else init,
+        anchor=anchor,
+        num_modes=num_modes,
+        target_modules=target or None,
+    )
+    header, rows = budget.table()
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "layers": [dict(zip(header, row, strict=True)) for row in rows[:-1]],
+                    "parameters": budget.parameters,
+                    "saved": budget.saved,
+                    "frozen": budget.frozen,
+                    "multiply_adds": budget.multiply_adds,
+                    "lora_rank": lora_rank,
+                    "lora_parameters": budget.lora_parameters,
+                },
+                indent=2,
+            )
+        )
+        return
+    name = budget.rows[0].adapter.method.name
+    table = Table(title=f"{name} on {model}", title_justify="left")
+    for column in header:
+        table.add_column(column, justify="left" if column in ("layer", "modes (out x in)", "note") else "right")
+    for row in rows:
+        if row is rows[-1]:
+            table.add_section()
+        table.add_row(*row)
+    console.print(table)
+    ratio = budget.lora_parameters / budget.parameters
+    comparison = f"{ratio:.2f}x fewer" if ratio >= 1 else f"{1 / ratio:.2f}x more"
+    console.print(
+        f"{budget.parameters:,} trainable parameters, {comparison} than LoRA r={lora_rank}; {budget.saved:,} "
+        f"numbers in the adapter file; {budget.frozen:,} frozen numbers held beside them."
+    )
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and the initialisers, where each came from, and the versions in use."""
+    from ndlora_plugins.commands.plan import versions
+    from ndlora_plugins.registry import initializers
+    from ndlora_plugins.registry import methods as known_methods
+
+    table = Table("method", "default r", "start", "what it is", "source", "plugin", title="Methods", title_justify="left")
+    for name, found in known_methods().items():
+        value = found.value
+        table.add_row(
+            name, str(value.default_rank), value.default_initializer, value.summary, value.source, found.plugin
+        )
+    console.print(table)
+    table = Table(
+        "init_lora_weights", "methods", "default anchor", "what it is", "source", "plugin",
+        title="Initialisers", title_justify="left",
+    )  # fmt: skip
+    from ndlora_plugins.adapter import resolve_anchor
+
+    for name, found in initializers().items():
+        value = found.value
+        fits = ", ".join(value.methods) or "all"
+        table.add_row(name, fits, resolve_anchor(None, value), value.summary, value.source, found.plugin)
+    console.print(table)
+    console.print(", ".join(f"{name} {version}" for name, version in versions().items()))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,65 @@
+"""The budget of a model that is only known by its configuration."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ndlora_plugins.budget import Budget, make_budget
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.model import plan_model
+
+__all__ = ["plan_from_model_config", "versions"]
+
+
+def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) -> Budget:
+    """Build the model on the "meta" device and plan it.
+
+    Args:
+        model: a directory with a config.json, that file itself, or a name on the hub.
+        lora_rank: of the plain LoRA to compare with.
+        **options: fields of `NdLoraConfig`.
+
+    Raises:
+        NdLoraValueError: no model can be made of `model`, an option cannot work, or nothing matches.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = NdLoraConfig(**options)
+    path = os.path.dirname(model) or "." if model.endswith(".json") else model
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise NdLoraValueError(
+            f"{model!r} is neither a directory with a transformers config.json nor a model on the hub that can be "
+            f"reached: {str(error).splitlines()[0]}"
+        ) from error
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            network = AutoModelForCausalLM.from_config(model_config)
+        except ValueError:  # not a causal language model
+            network = AutoModel.from_config(model_config)
+    layers = plan_model(network, config)
+    if not layers:
+        raise NdLoraValueError(
+            f"target_modules={config.target_modules!r} match no layer of {model!r}. Leave them out to adapt every "
+            f"linear layer."
+        )
+    return make_budget(layers, lora_rank)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the hosts that are installed."""
+    found = {}
+    for name in ("ndlora-plugins", "torch", "peft", "transformers", "trl", "axolotl"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

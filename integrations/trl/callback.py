@@ -1,0 +1,162 @@
+"""`NdLoraCallback`: for transformers' Trainer, every trainer of TRL's, and Axolotl's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.trl.checks import adapted_layers, check_gradients, check_start
+from ndlora_plugins.integrations.trl.norms import base_norm, update_norms
+from ndlora_plugins.integrations.trl.plot import check_matplotlib, draw_history
+from ndlora_plugins.integrations.trl.schedule import CoreOnly
+
+__all__ = ["NdLoraCallback"]
+
+logger = logging.getLogger("ndlora_plugins")
+
+
+class NdLoraCallback(TrainerCallback):
+    """Watches the training of NDLORA adapters: `SFTTrainer(..., callbacks=[NdLoraCallback()])`.
+
+    Before the first step it checks which layers are adapted, the number of trainable parameters against the plan,
+    that nothing else trains, and that the optimizer has every factor; in the first step that brings a gradient,
+    that one reaches every factor. At each of the trainer's own logging steps it adds to the logs, and so to
+    `state.log_history` and to whatever `report_to` names, `ndlora/<adapter>/update_norm` and `..._max`: the
+    median and the largest of ||scaling dW||_F / ||W||_F over the layers.
+
+    Args:
+        strict: raise what a check finds; False warns instead.
+        log_norms: whether the update norms are logged.
+        core_only_at: from here on only `core` trains, as IntTune does (slora and nlora): a step (int) or a fraction
+            of all steps (float between 0 and 1). The optimizer's state of `core` stays as it is.
+        export: called as export(model, args) at the end of training, in the main process only.
+        plot: where to write a PNG of loss and update norms at the end (needs matplotlib).
+
+    Raises:
+        NdLoraValueError: a check fails (`strict`), or `core_only_at` cannot work with the model.
+        NdLoraTypeError: `export` is not callable.
+        MissingExtraError: `plot` without matplotlib.
+    """
+
+    def __init__(
+        self,
+        strict: bool = True,
+        log_norms: bool = True,
+        core_only_at: int | float | None = None,
+        export: Callable[[nn.Module, TrainingArguments], Any] | None = None,
+        plot: str | Path | None = None,
+    ):
+        if export is not None and not callable(export):
+            raise NdLoraTypeError(f"export={export!r}: give a callable that takes (model, args).")
+        if plot is not None:
+            check_matplotlib()
+        self.strict = strict
+        self.log_norms = log_norms
+        self.schedule = None if core_only_at is None else CoreOnly(core_only_at)
+        self.export = export
+        self.plot = plot
+        self._layers = []
+        self._base_norms: dict[str, float] = {}
+        self._gradients_pending = False
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        _put_first(self)
+        sharded = _is_sharded(args)
+        report = check_start(model, None if sharded else optimizer)
+        if state.is_world_process_zero:
+            for adapter, (method, layers, numbers) in report.adapters.items():
+                logger.info(
+                    "adapter %r (%s): %d layers, %s trainable numbers", adapter, method, layers, f"{numbers:,}"
+                )
+            if report.besides:
+                logger.info("beside the adapters %s numbers train", f"{report.besides:,}")
+        self._complain(report.problems)
+        self._layers = adapted_layers(model)
+        self._gradients_pending = not sharded
+        if self.schedule is not None:
+            self.schedule.begin(self._layers, state.max_steps, sharded)
+        if self.log_norms:
+            self._base_norms = {name: base_norm(layer) for name, layer in self._layers}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.schedule is not None and self.schedule.advance(state.global_step) and state.is_world_process_zero:
+            logger.info("from step %d on only the cores train", state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._gradients_pending:
+            report = check_gradients(self._layers)
+            # nothing to see yet: all gradients zero, or fp16's loss scale still too high
+            if not report.silent and not (report.overflowed and args.fp16):
+                self._gradients_pending = False
+                self._complain(report.problems)
+        if self.schedule is not None:
+            self.schedule.drop_gradients()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self.log_norms or logs is None or "loss" not in logs:  # evaluations and the summary have none
+            return
+        norms = update_norms(self._layers, self._base_norms)
+        logs.update(norms)
+        # the trainer has put a copy of `logs` there already
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(norms)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.schedule is not None:
+            self.schedule.end()
+        if not state.is_world_process_zero:
+            return
+        if self._gradients_pending and self._layers:
+            warnings.warn(
+                "No step brought any gradient that is not zero: nothing was learned.", NdLoraWarning, stacklevel=2
+            )
+        if self.plot is not None:
+            draw_history(state.log_history, self.plot)
+        if self.export is not None:
+            self.export(model, args)
+
+    def _complain(self, problems: tuple[str, ...]) -> None:
+        if not problems:
+            return
+        message = "NdLoraCallback: " + "; ".join(problems) + "."
+        if self.strict:
+            raise NdLoraValueError(message)
+        warnings.warn(message, NdLoraWarning, stacklevel=3)
+
+
+def _put_first(callback: TrainerCallback) -> None:
+    """Move `callback` before the trackers' callbacks, so that they get what it adds to the logs.
+
+    A trainer puts its trackers first and tells a callback neither of itself nor of them; the handler that is
+    calling is found on the stack. Without one (events called by hand) nothing happens, and only
+    `state.log_history` and later callbacks get the values.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # in place: the handler is in the middle of this very list, and those after us keep their positions
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back
+
+
+def _is_sharded(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed or FSDP may hold parameters and gradients where they cannot be looked at."""
+    return bool(
+        args.deepspeed
+        or args.fsdp
+        or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    )
