@@ -74,6 +74,13 @@ class LayerAdapter:
         object.__setattr__(self, "frozen", frozen)
         object.__setattr__(self, "recomputed", bool(frozen) and self.initializer.reads_weight)
 
+    def __reduce__(self):
+        # methods and initialisers travel by name: they are code, and may come from a plugin
+        return _planned, (self.method.name, self.initializer.name, self.layout, self.scaling, self.anchor)
+
+    def __deepcopy__(self, memo):
+        return self
+
     @property
     def num_parameters(self) -> int:
         """Trainable numbers."""
@@ -151,6 +158,11 @@ class LayerAdapter:
         if self.anchor == "snapshot":
             return self.method.anchored(self.layout, frozen, trained)
         return {**frozen, **trained}
+
+
+def _planned(method: str, initializer: str, layout: Layout, scaling: float, anchor: str) -> LayerAdapter:
+    """What a pickled `LayerAdapter` is made of again."""
+    return LayerAdapter(*method_and_initializer(method, initializer), layout, scaling, anchor)
 
 
 def plan_layer(options: AdapterOptions, in_features: int, out_features: int, layer: str) -> LayerAdapter:

@@ -63,8 +63,7 @@ def _collect(hook: str) -> dict[str, Registered]:
     manager = _manager()
     versions = {plugin: f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()}
     found: dict[str, Registered] = {}
-    # pluggy lists the last registered first; built-ins shall stand first
-    for implementation in reversed(getattr(manager.hook, hook).get_hookimpls()):
+    for implementation in getattr(manager.hook, hook).get_hookimpls():  # built-ins are registered first
         plugin = versions.get(implementation.plugin, implementation.plugin_name)
         for value in implementation.function():
             if value.name in found:

@@ -28,6 +28,7 @@ SCHEMA_VERSION = 1
 _REFUSED = {
     "use_dora": "the magnitude vector is defined for LoRA's product only; leave it out",
     "use_qalora": "it is defined for LoRA's product only; leave it out",
+    "qalora_group_size": "it belongs to use_qalora; leave it out",
     "use_bdlora": "it is defined for LoRA's product only; leave it out",
     "loftq_config": "LoftQ computes LoRA's two matrices; use init_lora_weights='n_lora' or True instead",
     "eva_config": "EVA computes LoRA's two matrices; use init_lora_weights=True instead",
@@ -35,10 +36,16 @@ _REFUSED = {
     "lora_ga_config": "LoRA-GA computes LoRA's two matrices; use init_lora_weights=True instead",
     "alora_invocation_tokens": "activated LoRA is defined for LoRA's product only; leave it out",
     "megatron_config": "Megatron layers are not supported; leave it out",
+    "megatron_core": "Megatron layers are not supported; leave it out",
     "layer_replication": "it writes new layers into the model; replicate them before the adapter is added",
     "lora_bias": "a biased update cannot be merged and has no place in these methods; use bias='all' instead",
     "arrow_config": "Arrow routes between LoRA adapters; leave it out",
+    "velora_config": "VeLoRA compresses what LoRA's product keeps for backward; leave it out",
+    "monteclora_config": "MonteCLoRA samples LoRA's matrices; leave it out",
+    "kasa_config": "KaSA is defined for LoRA's product only; leave it out",
 }
+# what LoraConfig itself fills in, so that all its fields can be passed on
+_WITHOUT_EFFECT = {"qalora_group_size": 16, "megatron_core": "megatron.core"}
 
 
 @dataclass
@@ -153,6 +160,7 @@ class NdLoraConfig(PeftConfig):
     )
     use_dora: InitVar[Any] = None
     use_qalora: InitVar[Any] = None
+    qalora_group_size: InitVar[Any] = None
     use_bdlora: InitVar[Any] = None
     loftq_config: InitVar[Any] = None
     eva_config: InitVar[Any] = None
@@ -160,9 +168,13 @@ class NdLoraConfig(PeftConfig):
     lora_ga_config: InitVar[Any] = None
     alora_invocation_tokens: InitVar[Any] = None
     megatron_config: InitVar[Any] = None
+    megatron_core: InitVar[Any] = None
     layer_replication: InitVar[Any] = None
     lora_bias: InitVar[Any] = None
     arrow_config: InitVar[Any] = None
+    velora_config: InitVar[Any] = None
+    monteclora_config: InitVar[Any] = None
+    kasa_config: InitVar[Any] = None
 
     def __post_init__(self, *refused):
         from ndlora_plugins.adapter import resolve_anchor
@@ -170,7 +182,7 @@ class NdLoraConfig(PeftConfig):
 
         super().__post_init__()
         for keyword, value in zip(_REFUSED, refused, strict=True):
-            if value:
+            if value and value != _WITHOUT_EFFECT.get(keyword):
                 raise NdLoraValueError(
                     f"{keyword}={value!r} is an option of LoraConfig that NdLoraConfig does not have: "
                     f"{_REFUSED[keyword]}."

@@ -83,7 +83,8 @@ def compare_fingerprint(
                 f"Layer {name!r} is {layer.shape[0]} x {layer.shape[1]} (out x in) in this base model; the adapter "
                 f"was trained on {expected['shape'][0]} x {expected['shape'][1]}. {remedy}"
             )
-        found = _sample(layer)
+    for name, expected in saved.items():
+        found = _sample(present[name])
         if not found["values"] or not expected["values"]:
             continue
         difference = _relative_difference(found["values"], expected["values"])

@@ -20,6 +20,7 @@ from torch import nn
 from ndlora_plugins.errors import (
     LopsidedModesWarning,
     NdLoraTypeError,
+    NdLoraValueError,
     UnmatchedTargetWarning,
 )
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
@@ -110,9 +111,22 @@ class NdLoraModel(BaseTuner):
         plans = [(name, _plan(peft_config, name, base)) for name, base in matched]
         if not plans:
             return  # PEFT raises, and says why nothing matched
+        self._check_adapter_names(plans)
         _check_bases(matched, plans, peft_config)
         _warn_of_unmatched(peft_config, [name for name, _ in matched])
         _warn_of_lopsided(plans)
+
+    def _check_adapter_names(self, plans: list[tuple[str, LayerAdapter]]) -> None:
+        """PEFT takes a key that ends in another adapter's name for that adapter's, so no adapter may have the
+        name of a tensor.
+        """
+        present = [plan for layer in self.model.modules() if isinstance(layer, NdLoraLayer) for plan in layer.plan.values()]
+        tensors = {factor.name for plan in [*present, *(plan for _, plan in plans)] for factor in (*plan.trained, *plan.frozen)}
+        for name in {*tensors, "ndlora_factors", "ndlora_frozen"} & set(self.peft_config):
+            raise NdLoraValueError(
+                f"An adapter cannot be called {name!r}: this is the name of one of the tensors of an NDLORA adapter, "
+                f"and PEFT could not tell the two apart in a file. Choose another adapter name."
+            )
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -120,9 +134,9 @@ class NdLoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         generator = None
         if peft_config.random_seed is not None:
-            # of its own for each layer, so that the order of layers does not matter
-            seed = peft_config.random_seed * 2**32 + zlib.crc32(current_key.encode())
-            generator = torch.Generator().manual_seed(seed % 2**63)
+            # of its own for each layer, so that their order does not matter; 32 bits are all that torch uses
+            seed = zlib.crc32(f"{peft_config.random_seed} {current_key}".encode())
+            generator = torch.Generator().manual_seed(seed)
         plan = _plan(peft_config, current_key, base)
         arguments = {
             "lora_alpha": peft_config.options_for(current_key).alpha,
