@@ -1,0 +1,137 @@
+"""README and docs say what is true: their snippets run here, their tables are made here.
+
+`python tests/test_docs.py` writes the generated parts anew.
+"""
+
+import pathlib
+import re
+from dataclasses import MISSING, fields
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GENERATED = re.compile(r"(<!-- methods: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def blocks(path, language):
+    """The fenced blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
+def methods_table():
+    from ndlora_plugins.registry import methods
+
+    lines = ["| `method` | what it is | default `r` | source |", "|---|---|---|---|"]
+    for name, found in methods().items():
+        method = found.value
+        if found.plugin == "ndlora-plugins":
+            lines.append(f"| `{name}` | {method.summary} | {method.default_rank} | {method.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def options_page():
+    from ndlora_plugins import NdLoraConfig
+
+    inherited = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+    lines = [
+        "# Options of `NdLoraConfig`",
+        "",
+        "Generated from the fields' own text by `python tests/test_docs.py`.",
+        "",
+        "| option | default | meaning |",
+        "|---|---|---|",
+    ]
+    for field in fields(NdLoraConfig):
+        if field.name not in inherited:
+            default = {} if field.default is MISSING else field.default
+            lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['help']} |")
+    lines += ["", "The rest is as in every `PeftConfig`: `task_type`, `inference_mode`, `revision`, ...", ""]
+    return "\n".join(lines)
+
+
+def readme_with_table():
+    return GENERATED.sub(lambda m: m[1] + methods_table() + m[2], (ROOT / "README.md").read_text())
+
+
+def test_the_methods_table():
+    assert (ROOT / "README.md").read_text() == readme_with_table()
+
+
+def test_the_options_page():
+    assert (ROOT / "docs" / "options.md").read_text() == options_page()
+
+
+@pytest.fixture
+def tiny_hub(tmp_path, monkeypatch):
+    """A directory with a tiny model and tokenizer that takes the hub model's place."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", "Two", "and", "two", "is", "four", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    directory = tmp_path / "hub"
+    fast.save_pretrained(directory)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(words),
+            eos_token_id=1, pad_token_id=1, bos_token_id=None,
+        )
+    ).save_pretrained(directory)  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    return str(directory)
+
+
+def run_snippet(code, tiny_hub):
+    assert HUB_MODEL in code
+    exec(compile(code.replace(HUB_MODEL, tiny_hub), "README.md", "exec"), {"__name__": "snippet"})
+
+
+def test_the_peft_snippet(tiny_hub):
+    run_snippet(blocks("README.md", "python")[0], tiny_hub)
+
+
+@pytest.mark.slow
+def test_the_trl_snippet(tiny_hub):
+    pytest.importorskip("trl")
+    on_a_cpu = 'report_to="none", bf16=False'  # TRL's default is bf16=True, which transformers refuses on a CPU
+    run_snippet(blocks("README.md", "python")[1].replace('report_to="none"', on_a_cpu), tiny_hub)
+
+
+def test_the_method_of_the_development_page_trains():
+    import torch
+    from peft import get_peft_model
+
+    from ndlora_plugins import NdLoraConfig, register_plugin, unregister_plugin
+
+    namespace = {"__name__": "diagonal"}
+    exec(compile(blocks("docs/development.md", "python")[0], "development.md", "exec"), namespace)
+    plugin = type("Plugin", (), {})()
+    plugin.ndlora_methods, plugin.ndlora_initializers = namespace["ndlora_methods"], namespace["ndlora_initializers"]
+    register_plugin(plugin)
+    try:
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), NdLoraConfig(method="diagonal", target_modules=["0"]))
+        model(torch.ones(2, 8)).sum().backward()
+        assert model.base_model.model[0].ndlora_factors["default"]["scale"].grad.abs().sum() > 0
+    finally:
+        unregister_plugin(plugin)
+
+
+def test_the_axolotl_snippet(tiny_hub, tmp_path):
+    pytest.importorskip("axolotl")
+    import yaml
+    from axolotl.cli.config import load_cfg
+
+    config = yaml.safe_load(blocks("README.md", "yaml")[0].replace(HUB_MODEL, tiny_hub))
+    (tmp_path / "data.jsonl").write_text('{"instruction": "Two and two", "input": "", "output": "four"}\n')
+    on_a_cpu = {"bf16": False, "sequence_len": 64}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump({**config, **on_a_cpu}))
+    loaded = load_cfg(str(tmp_path / "config.yml"))
+    assert loaded.adapter == "ndlora" and loaded.ndlora.method == "slora" and loaded.lora_r == 8
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme_with_table())
+    (ROOT / "docs" / "options.md").write_text(options_page())
