@@ -95,7 +95,8 @@ def _load_model(model: str | None) -> tuple[Any, Any, str]:
             del loaded.config.quantization_config
         plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
         plain.load_state_dict(loaded.state_dict())
-        plain.generation_config, loaded = loaded.generation_config, plain
+        plain.generation_config, plain.name_or_path = loaded.generation_config, ""  # none that loads by itself
+        loaded = plain
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # answers then end together, and generation continues every row
