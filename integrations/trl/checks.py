@@ -10,8 +10,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.trl.norms import whole
 
-__all__ = ["GradientReport", "StartReport", "adapted_layers", "check_gradients", "check_start", "trained_factors"]
+__all__ = [
+    "GradientReport",
+    "StartReport",
+    "adapted_layers",
+    "check_gradients",
+    "check_start",
+    "trained_factors",
+]
 
 _NAMED = 5  # how many layers a message names
 
@@ -36,7 +44,7 @@ class GradientReport:
     """What one backward pass brought.
 
     Attributes:
-        silent: whether every gradient is exactly zero, so that the step says nothing (GRPO with equal rewards).
+        silent: whether every gradient is exactly zero, so that the step says nothing (GRPO, equal rewards).
         overflowed: whether a gradient is not finite, which under fp16 only lowers the loss scale.
         problems: as in `StartReport`; empty when `silent`.
     """
@@ -87,8 +95,8 @@ def check_start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     problems = _start_problems(layers, counted, expected, partly)
     if unexpected:
         problems.append(
-            f"{len(unexpected)} parameters train that belong to no active adapter, {_some(unexpected)}: freeze them "
-            f"(requires_grad_(False)), or name their modules in modules_to_save"
+            f"{len(unexpected)} parameters train that belong to no active adapter, {_some(unexpected)}: "
+            f"freeze them (requires_grad_(False)), or name their modules in modules_to_save"
         )
     if optimizer is not None:
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -101,8 +109,8 @@ def check_start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
         ]
         if missing:
             problems.append(
-                f"{len(missing)} trainable factors are in no group of the optimizer, {_some(missing)}: make the "
-                f"optimizer after the adapter was added"
+                f"{len(missing)} trainable factors are in no group of the optimizer, {_some(missing)}: make "
+                f"the optimizer after the adapter was added"
             )
     return StartReport(counted, besides, tuple(problems))
 
@@ -117,7 +125,9 @@ def _start_problems(
         return ["the model has no NDLORA adapter: pass peft_config=NdLoraConfig(...) or use get_peft_model"]
     merged = [name for name, layer in layers if layer.merged]
     if merged:
-        return [f"adapters are merged into {len(merged)} layers, {_some(merged)}: call unmerge_adapter() first"]
+        return [
+            f"adapters are merged into {len(merged)} layers, {_some(merged)}: call unmerge_adapter() first"
+        ]
     if not any(numbers for _, _, numbers in counted.values()):
         return [
             f"no factor of the active adapters {sorted(counted)} is trainable: load the adapter with "
@@ -128,14 +138,14 @@ def _start_problems(
         if numbers not in (0, expected[adapter]):  # 0: another adapter trains beside this frozen one
             where = f", {_some(partly)} in part" if partly else ""
             problems.append(
-                f"adapter {adapter!r} ({method}) trains {numbers:,} numbers in {layer_count} layers, but its plan "
-                f"says {expected[adapter]:,}{where}: set requires_grad of all its factors alike"
+                f"adapter {adapter!r} ({method}) trains {numbers:,} numbers in {layer_count} layers, but its "
+                f"plan says {expected[adapter]:,}{where}: set requires_grad of all its factors alike"
             )
     return problems
 
 
 def _trained_besides(model: nn.Module, ours: set[int]) -> tuple[int, list[str]]:
-    """Trainable numbers that are meant to be beside the factors, and the names of those that are not meant to."""
+    """Trainable numbers that belong beside the factors, and the names of parameters that do not."""
     wrappers = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
     )
@@ -153,9 +163,9 @@ def _trained_besides(model: nn.Module, ours: set[int]) -> tuple[int, list[str]]:
 
 
 def check_gradients(layers: Iterable[tuple[str, NdLoraLayer]]) -> GradientReport:
-    """Check after a backward pass: each trainable factor has a finite gradient, each layer one that is not zero.
+    """Check after a backward pass: each trainable factor has a finite gradient, each layer one that is not 0.
 
-    One zero factor is no fault: where `up` or `mode_1` starts at zero, its partners get a zero gradient at first.
+    One zero is no fault: where `up` or `mode_1` starts at zero, its partners get a zero gradient at first.
     """
     missing, broken, largest = [], [], {}
     for name, layer in layers:
@@ -166,7 +176,7 @@ def check_gradients(layers: Iterable[tuple[str, NdLoraLayer]]) -> GradientReport
                 if parameter.grad is None:
                     missing.append(f"{name} ({adapter}, {factor})")
                     continue
-                value = float(_whole(parameter.grad).detach().abs().max())  # NaN and infinity come through
+                value = float(whole(parameter.grad).detach().abs().max())  # NaN and infinity come through
                 if value != value or value == float("inf"):
                     broken.append(f"{name} ({adapter}, {factor})")
                 key = (name, adapter)
@@ -175,28 +185,24 @@ def check_gradients(layers: Iterable[tuple[str, NdLoraLayer]]) -> GradientReport
     problems = []
     if missing:
         problems.append(
-            f"no gradient reached {len(missing)} trainable factors, {_some(missing)}: the forward pass does not use "
-            f"these layers. Name them in exclude_modules, or pass NdLoraCallback(strict=False) if that is meant "
-            f"(experts that no token was sent to)"
+            f"no gradient reached {len(missing)} trainable factors, {_some(missing)}: the forward pass does "
+            f"not use these layers. Name them in exclude_modules, or pass NdLoraCallback(strict=False) if "
+            f"that is meant (experts that no token was sent to)"
         )
     if broken:
+        clipped = " (gradient clipping spreads one of them to all)" if len(broken) > 1 else ""
         problems.append(
-            f"the gradient of {len(broken)} trainable factors is NaN or infinite, {_some(broken)}: lower the learning "
-            f"rate or the scaling, or train in bfloat16 or float32"
+            f"the gradient of {len(broken)} trainable factors is NaN or infinite, {_some(broken)}{clipped}: "
+            f"lower the learning rate or the scaling, or train in bfloat16 or float32"
         )
-    if not silent:
+    elif not silent:
         zero = [f"{name} ({adapter})" for (name, adapter), value in largest.items() if value == 0]
         if zero:
             problems.append(
-                f"the gradient is exactly zero in every factor of {len(zero)} layers, {_some(zero)}: their start "
-                f"blocks it, or the loss does not depend on them"
+                f"the gradient is exactly zero in every factor of {len(zero)} layers, {_some(zero)}: their "
+                f"start blocks it, or the loss does not depend on them"
             )
     return GradientReport(silent, bool(broken), tuple(problems))
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that is sharded over processes (FSDP2), else the tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _numel(parameter: nn.Parameter) -> int:

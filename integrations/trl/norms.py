@@ -9,22 +9,25 @@ import torch
 
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
-__all__ = ["base_norm", "delta_norm", "update_norms"]
+__all__ = ["base_norm", "delta_norm", "update_norms", "whole"]
 
 
 def delta_norm(layer: NdLoraLayer, adapter: str) -> float:
     """||scaling dW||_F of one adapter on one layer, dW not formed where the method has a cheaper way."""
-    trained = {name: _whole(value) for name, value in layer.ndlora_factors[adapter].items()}
+    trained = {name: whole(value) for name, value in layer.ndlora_factors[adapter].items()}
     frozen = layer.ndlora_frozen[adapter].tensors() if adapter in layer.ndlora_frozen else {}
     device = next(iter(trained.values())).device
-    frozen = {name: _whole(value).to(device) for name, value in frozen.items()}
+    frozen = {name: whole(value).to(device) for name, value in frozen.items()}
     return abs(layer.scaling[adapter]) * layer.plan[adapter].delta_norm(trained, frozen)
 
 
 def base_norm(layer: NdLoraLayer) -> float:
-    """||W||_F of the base layer, dequantised; 0 where this process holds none of it (ZeRO-3)."""
+    """||W||_F of the base layer, dequantised; 0 where this process holds a part of it only (ZeRO-3)."""
     with torch.no_grad():
-        return float(torch.linalg.vector_norm(_whole(layer.get_base_weight()), dtype=torch.float32))
+        weight = whole(layer.get_base_weight())
+        if weight.numel() != layer.in_features * layer.out_features:
+            return 0.0
+        return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
 
 
 def update_norms(
@@ -48,5 +51,6 @@ def update_norms(
     return logs
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that is sharded over processes (FSDP2), else the tensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

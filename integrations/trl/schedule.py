@@ -20,8 +20,9 @@ CORE = "core"
 class CoreOnly:
     """Stops every factor but `core` from a step on.
 
-    A stopped factor's gradient is made zero as it arrives (so that clipping sees the cores' alone) and dropped
-    before the optimizer's step, which then leaves the factor and its state untouched, weight decay included.
+    A stopped factor's gradient is made zero as it arrives (so that clipping sees the cores' alone) and
+    dropped before the optimizer's step, which then leaves the factor and its state untouched, weight decay
+    included.
     `requires_grad` stays as it is: DistributedDataParallel does not allow it to change.
 
     Args:
@@ -32,8 +33,8 @@ class CoreOnly:
         whole = isinstance(at, int) and not isinstance(at, bool) and at >= 0
         if not whole and not (isinstance(at, float) and 0 <= at <= 1):
             raise NdLoraValueError(
-                f"core_only_at={at!r}: give a step (an integer of at least 0) or a fraction of all steps (a float "
-                f"from 0 to 1)."
+                f"core_only_at={at!r}: give a step (an integer of at least 0) or a fraction of all steps (a "
+                f"float from 0 to 1)."
             )
         self.at = at
         self._step = 0
@@ -57,8 +58,8 @@ class CoreOnly:
                 if trainable and CORE not in trainable:
                     raise NdLoraValueError(
                         f"core_only_at={self.at}: adapter {adapter!r} on layer {name!r} has "
-                        f"method={layer.plan[adapter].method.name!r}, whose factors {sorted(trainable)} have no core. "
-                        f"Use method='slora' or 'nlora', or leave core_only_at out."
+                        f"method={layer.plan[adapter].method.name!r}, whose factors {sorted(trainable)} have "
+                        f"no core. Use method='slora' or 'nlora', or leave core_only_at out."
                     )
                 self._stopped += [value for key, value in trainable.items() if key != CORE]
 

@@ -76,8 +76,10 @@ class Method:
         return None
 
     def delta_norm(self, layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
-        """||dW||_F, a scalar, without scaling: for watching a training. From the Gram matrices of the low-rank
-        form where there is one, ||up @ down||^2 = <up^T up, down down^T>, so that dW is formed only without one.
+        """||dW||_F, a scalar, without scaling: for watching a training.
+
+        From the Gram matrices of the low-rank form where there is one, ||up @ down||^2 = <up^T up, down down^T>:
+        dW is formed only without one.
         """
         low_rank = self.low_rank(layout, factors)
         if low_rank is None:

@@ -1,0 +1,193 @@
+"""`ndlora sft`: the YAML of `trl sft`, with one addition, `ndlora:`. TRL's own command knows LoRA only."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.trl.callback import NdLoraCallback
+
+try:
+    import trl
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise MissingExtraError(
+        '`ndlora sft` needs TRL: run `pip install "ndlora-plugins[trl]"`. NdLoraCallback works without it.'
+    ) from error
+
+__all__ = ["NdLoraArguments", "main", "make_config"]
+
+# trl.ModelConfig's field -> ours; each counts only where it is given, as its default is LoRA's
+_TAKEN_OVER = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task_type",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+# fields of NdLoraConfig that a user does not set
+_INTERNAL = {
+    "auto_mapping",
+    "base_fingerprint",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "schema_version",
+}
+
+
+@dataclass
+class NdLoraArguments:
+    """What is added to TRL's arguments.
+
+    Attributes:
+        ndlora: a method's name, or a mapping of NdLoraConfig's options (docs/options.md), with `callback` a
+            mapping of NdLoraCallback's. TRL's `lora_*` keys keep their meaning; what stands here goes first.
+    """
+
+    ndlora: str | None = field(
+        default=None,
+        metadata={
+            "help": "A method's name, or (in YAML, or as JSON) a mapping of NdLoraConfig's options, with "
+            "`callback:` a mapping of NdLoraCallback's. TRL's lora_* keys keep their meaning; what is "
+            "given here goes first."
+        },
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune as `trl sft` does, with an NDLORA adapter: `main(["--config", "run.yaml"])`.
+
+    Args:
+        argv: the command line, `sys.argv[1:]` by default. Flags overrule the YAML.
+
+    Raises:
+        NdLoraValueError: an argument that nobody knows, or one that cannot apply.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    types = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig, NdLoraArguments)
+    parser = trl.TrlParser(types, prog="ndlora sft")
+    script, training, model, mixture, ours, unknown = parser.parse_args_and_config(
+        argv, return_remaining_strings=True
+    )
+    if unknown:
+        raise NdLoraValueError(
+            f"Unknown arguments {unknown}: take them out. `trl sft --help` lists TRL's, `ndlora:` takes "
+            f"NdLoraConfig's options, and those of `accelerate launch` go before `ndlora sft`."
+        )
+    config, callback = make_config(ours.ndlora, model, _given(argv))
+    _train(script, training, model, mixture, config, callback)
+
+
+def make_config(
+    ndlora: str | Mapping[str, Any] | None, model: trl.ModelConfig, given: set[str]
+) -> tuple[NdLoraConfig, NdLoraCallback]:
+    """The adapter's configuration and the callback, from TRL's arguments and ours.
+
+    Args:
+        ndlora: as `NdLoraArguments.ndlora` has it.
+        model: TRL's arguments.
+        given: the names of those arguments that the user gave; the defaults of the others do not count.
+
+    Raises:
+        NdLoraValueError: an unknown option, or a value that cannot work.
+    """
+    if "use_peft" in given and not model.use_peft:
+        raise NdLoraValueError("use_peft: false, but `ndlora sft` always trains an adapter: take it out.")
+    options = _as_mapping(ndlora)
+    callback = options.pop("callback", None) or {}
+    known = {f.name for f in fields(NdLoraConfig) if f.init and f.name not in _INTERNAL} | set(
+        _TAKEN_OVER.values()
+    )
+    _check_names("ndlora", options, known)
+    _check_names("ndlora.callback", callback, set(inspect.signature(NdLoraCallback).parameters) - {"export"})
+    taken = {ours: getattr(model, theirs) for theirs, ours in _TAKEN_OVER.items() if theirs in given}
+    return NdLoraConfig(**{"task_type": model.lora_task_type, **taken, **options}), NdLoraCallback(**callback)
+
+
+def _as_mapping(ndlora: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    if ndlora is None:
+        return {}
+    if isinstance(ndlora, str):
+        if not ndlora.lstrip().startswith("{"):
+            return {"method": ndlora}
+        try:
+            ndlora = json.loads(ndlora)
+        except ValueError as error:
+            raise NdLoraValueError(f"--ndlora {ndlora}: no JSON object ({error}).") from error
+    if not isinstance(ndlora, Mapping):
+        raise NdLoraValueError(f"ndlora: {ndlora!r}: give a method's name or a mapping of options.")
+    return dict(ndlora)
+
+
+def _check_names(where: str, options: Mapping[str, Any], known: set[str]) -> None:
+    if not isinstance(options, Mapping):
+        raise NdLoraValueError(f"{where}: {options!r}: give a mapping of options.")
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise NdLoraValueError(f"{where}: unknown options {unknown}. Known: {', '.join(sorted(known))}.")
+
+
+def _given(argv: Sequence[str]) -> set[str]:
+    """The arguments that stand in the YAML or on the command line."""
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if "--config" in argv:
+        with open(argv[argv.index("--config") + 1], encoding="utf-8") as file:
+            flags |= set(yaml.safe_load(file))
+    return flags
+
+
+def _train(script, training, model, mixture, config: NdLoraConfig, callback: NdLoraCallback) -> None:
+    """As trl/scripts/sft.py does it."""
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    data = _load_data(script, mixture)
+    trainer = trl.SFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        quantization_config=trl.get_quantization_config(model),
+        peft_config=config,
+        callbacks=[callback],
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if hasattr(trainer, "end"):  # transformers 5.18 and later: closes trackers and process group
+        trainer.end()
+
+
+def _load_data(script, mixture):
+    if mixture.datasets:
+        return trl.get_dataset(mixture)
+    if not script.dataset_name:
+        raise NdLoraValueError("No data: give dataset_name or datasets, as `trl sft` takes them.")
+    from datasets import load_dataset
+
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+if __name__ == "__main__":
+    main()

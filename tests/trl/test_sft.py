@@ -1,0 +1,139 @@
+"""`SFTTrainer(peft_config=NdLoraConfig(...))`: trained, saved, loaded again, resumed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.integrations.trl import NdLoraCallback
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.slow
+
+# method -> NdLoraConfig's arguments
+METHODS = {
+    "ndlinear": {"r": 2},
+    "slora": {"method": "slora", "r": 4},
+    "nlora": {"init_lora_weights": "n_lora", "r": 4},
+    "inttune": {"method": "inttune", "r": 8},
+}
+# what a user switches on in SFTConfig -> form of the data, further arguments, methods
+WAYS = {
+    "plain": ("text", {"max_length": 64}, METHODS),
+    "packing": ("text", {"max_length": 64, "packing": True, "packing_strategy": "wrapped"}, METHODS),
+    "assistant only": ("messages", {"max_length": 128, "assistant_only_loss": True}, METHODS),
+    "bfloat16 and checkpointing": ("messages", {"bf16": True, "gradient_checkpointing": True}, ["nlora"]),
+}
+CASES = {f"{way}, {method}": (way, method) for way in WAYS for method in WAYS[way][2]}
+# in a process of its own, which imports PEFT only
+RELOAD = """
+import sys, json, torch
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+base, adapter, tokens = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
+logits = model(torch.tensor([json.loads(tokens)])).logits[0, -1]
+print("LOGITS", json.dumps(logits.tolist()))
+"""
+
+
+@pytest.fixture
+def train(base, datasets_by_form, options):
+    """Function (method's arguments, form, checkpoint, further SFTConfig arguments) -> the trained trainer."""
+    from trl import SFTConfig, SFTTrainer
+
+    def run(method, form="text", resume=None, callbacks=None, **more):
+        trainer = SFTTrainer(
+            base,
+            args=SFTConfig(**{**options, **more}, model_init_kwargs={"dtype": "float32"}),
+            train_dataset=datasets_by_form[form],
+            peft_config=NdLoraConfig(task_type="CAUSAL_LM", random_seed=1, **method),
+            callbacks=[NdLoraCallback()] if callbacks is None else callbacks,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([tokens], device=model.device)).logits[0, -1]
+
+
+@pytest.mark.parametrize(("way", "method"), CASES.values(), ids=CASES)
+def test_trains_and_leaves_the_base_weights_as_they_are(way, method, train, losses, model, fingerprint):
+    form, more, _ = WAYS[way]
+    trainer = train(METHODS[method], form, **more)
+    history = losses(trainer)
+    assert len(history) == 4 and all(map(math.isfinite, history))
+    assert history[-1] < history[0]
+    assert all(
+        0 < entry["ndlora/default/update_norm"] for entry in trainer.state.log_history if "loss" in entry
+    )
+    assert fingerprint(trainer.model) == fingerprint(model)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_saved_adapter_gives_the_same_logits_under_another_seed(method, train, base, model, tmp_path):
+    from peft import PeftModel
+
+    trainer = train(method)
+    trainer.save_model(tmp_path / "adapter")
+    torch.manual_seed(99)
+    reloaded = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    tokens = [5, 20, 33, 47]
+    assert torch.equal(logits_of(reloaded, tokens), logits_of(trainer.model, tokens))
+    with reloaded.disable_adapter():
+        assert not torch.equal(logits_of(reloaded, tokens), logits_of(trainer.model, tokens))
+
+
+def test_a_process_that_does_not_import_us_loads_the_adapter(train, base, tmp_path):
+    trainer = train(METHODS["nlora"])
+    trainer.save_model(tmp_path / "adapter")
+    tokens = [5, 20, 33, 47]
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, base, str(tmp_path / "adapter"), json.dumps(tokens)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("LOGITS"))
+    expected = logits_of(trainer.model, tokens)
+    torch.testing.assert_close(torch.tensor(json.loads(printed.removeprefix("LOGITS"))), expected)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_resuming_equals_an_uninterrupted_run(method, train, losses, tmp_path):
+    whole = train(method, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "whole"))
+    resumed = train(method, resume=str(tmp_path / "whole/checkpoint-2"), output_dir=str(tmp_path / "resumed"))
+    assert resumed.state.log_history[0]["ndlora/default/update_norm"] > 0
+    assert losses(resumed) == losses(whole)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("method", [METHODS["ndlinear"], METHODS["inttune"]], ids=["ndlinear", "inttune"])
+def test_added_chat_tokens_train_and_are_saved(method, train, base, tokenizer, losses, model, tmp_path):
+    from peft import PeftModel
+
+    tokenizer.add_tokens(["<|turn|>", "<|over|>"], special_tokens=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("user: ", "<|turn|> user: ")
+    tokenizer.save_pretrained(tmp_path / "other")
+    trainer = train(method, "messages", chat_template_path=str(tmp_path / "other"))
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainer.save_model(tmp_path / "adapter")
+    torch.manual_seed(99)
+    model.resize_token_embeddings(len(trainer.processing_class))
+    reloaded = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    tokens = [5, 20, trainer.processing_class.convert_tokens_to_ids("<|turn|>"), 47]
+    torch.testing.assert_close(logits_of(reloaded, tokens), logits_of(trainer.model, tokens))

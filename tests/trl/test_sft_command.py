@@ -1,0 +1,111 @@
+"""`ndlora sft --config FILE.yaml`: TRL's YAML with `ndlora:` added."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+
+pytest.importorskip("trl")
+
+# TRL's arguments, `ndlora:` -> fields of the NdLoraConfig that come of it
+CONFIGS = {
+    "nothing": ({}, None, {"method": "ndlinear", "r": 1, "task_type": "CAUSAL_LM"}),
+    "a name": ({}, "inttune", {"method": "inttune", "r": 8}),
+    "a mapping": ({}, {"method": "nlora", "r": 4}, {"method": "nlora", "r": 4, "lora_alpha": 4}),
+    "JSON": ({}, '{"method": "slora", "r": 3}', {"method": "slora", "r": 3}),
+    "TRL's keys": (
+        {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+        "slora",
+        {"r": 16, "lora_alpha": 32, "target_modules": {"q_proj", "v_proj"}, "use_rslora": True},
+    ),
+    "ours first": ({"lora_r": 16}, {"method": "slora", "r": 2}, {"r": 2, "lora_alpha": 2}),
+}
+# TRL's arguments, `ndlora:` -> words of the error
+REFUSED = {
+    "unknown option": ({}, {"rank": 4}, r"unknown options \['rank'\]. Known: .*'?\br\b"),
+    "unknown method": ({}, "lora", "method='lora' is no known method"),
+    "unknown option of the callback": (
+        {},
+        {"callback": {"loud": True}},
+        r"ndlora.callback: unknown options \['loud'\]",
+    ),
+    "dora": ({"use_dora": True}, None, "use_dora=True"),
+    "no adapter": ({"use_peft": False}, None, "always trains an adapter"),
+    "broken JSON": ({}, "{method: slora", "no JSON object"),
+    "a list": ({}, ["slora"], "a method's name or a mapping"),
+}
+
+
+@pytest.mark.parametrize(("given", "ndlora", "expected"), CONFIGS.values(), ids=CONFIGS)
+def test_configuration(given, ndlora, expected):
+    import trl
+
+    from ndlora_plugins.integrations.trl.sft import make_config
+
+    config, _ = make_config(ndlora, trl.ModelConfig(**given), set(given))
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("given", "ndlora", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(given, ndlora, words):
+    import trl
+
+    from ndlora_plugins.integrations.trl.sft import make_config
+
+    with pytest.raises(NdLoraValueError, match=words):
+        make_config(ndlora, trl.ModelConfig(**given), set(given))
+
+
+@pytest.fixture
+def write(base, options, datasets_by_form, tmp_path):
+    """Function from further YAML keys to the YAML file's path."""
+
+    def to(more):
+        (tmp_path / "data").mkdir()
+        datasets_by_form["text"].to_json(tmp_path / "data/train.jsonl")
+        path = tmp_path / "run.yaml"
+        keys = {**options, "model_name_or_path": base, "dataset_name": str(tmp_path / "data"), **more}
+        path.write_text(yaml.safe_dump(keys), encoding="utf-8")
+        return str(path)
+
+    return to
+
+
+@pytest.mark.slow
+def test_a_yaml_trains_and_saves(write, tmp_path):
+    from ndlora_plugins.integrations.trl.sft import main
+
+    path = write(
+        {"ndlora": {"method": "nlora", "r": 4, "callback": {"core_only_at": 0.5}}, "lora_dropout": 0.1}
+    )
+    main(["--config", path, "--max_steps", "2", "--lora_target_modules", "q_proj", "v_proj"])
+    saved = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert saved["peft_type"] == "NDLORA" and saved["method"] == "nlora" and saved["r"] == 4
+    assert saved["lora_dropout"] == 0.1 and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_an_unknown_key_of_the_yaml_is_named(write):
+    from ndlora_plugins.integrations.trl.sft import main
+
+    with pytest.raises(NdLoraValueError, match="--ndlroa"):
+        main(["--config", write({"ndlroa": "nlora"})])
+
+
+def test_no_data_is_said(write):
+    from ndlora_plugins.integrations.trl.sft import main
+
+    with pytest.raises(NdLoraValueError, match="dataset_name"):
+        main(["--config", write({"dataset_name": None})])
+
+
+def test_without_trl_the_extra_is_named(monkeypatch):
+    from ndlora_plugins.integrations import trl as ours
+
+    monkeypatch.delitem(sys.modules, "ndlora_plugins.integrations.trl.sft", raising=False)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(MissingExtraError, match=r"ndlora-plugins\[trl\]"):
+        _ = ours.NdLoraArguments
