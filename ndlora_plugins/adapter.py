@@ -97,6 +97,11 @@ class LayerAdapter:
         return sum(math.prod(factor.shape) for factor in self.frozen)
 
     @property
+    def multiply_adds(self) -> int:
+        """Of the update of one token, forward."""
+        return self.method.multiply_adds(self._effective_layout)
+
+    @property
     def lopsidedness(self) -> float:
         """1.0 for even modes; see `modes.lopsidedness`. Always 1.0 for methods without modes."""
         if not self.method.uses_modes:
@@ -127,17 +132,17 @@ class LayerAdapter:
 
     def apply(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """dW x for x (..., in_features) -> (..., out_features), without scaling."""
-        return self.method.apply(self.layout, self._effective(trained, frozen), x)
+        return self.method.apply(self._effective_layout, self._effective(trained, frozen), x)
 
     def delta(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
         """dW as a matrix (out_features, in_features), without scaling."""
-        return self.method.delta(self.layout, self._effective(trained, frozen))
+        return self.method.delta(self._effective_layout, self._effective(trained, frozen))
 
     def low_rank(
         self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """(down, up) with dW = up @ down exactly, or None where the method has no such form; without scaling."""
-        return self.method.low_rank(self.layout, self._effective(trained, frozen))
+        return self.method.low_rank(self._effective_layout, self._effective(trained, frozen))
 
     def delta_norm(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> float:
         """||dW||_F without scaling, in float64 (float32 on devices that have none) and without gradients.
@@ -152,7 +157,11 @@ class LayerAdapter:
                 }
                 for tensors in (trained, frozen)
             ]
-            return float(self.method.delta_norm(self.layout, self._effective(*wide)))
+            return float(self.method.delta_norm(self._effective_layout, self._effective(*wide)))
+
+    @property
+    def _effective_layout(self) -> Layout:
+        return self.method.anchored_layout(self.layout) if self.anchor == "snapshot" else self.layout
 
     def _effective(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.anchor == "snapshot":

@@ -18,16 +18,14 @@ class BudgetRow:
     Attributes:
         layer: their common last name, such as "q_proj".
         count: how many there are.
-        multiply_adds: of one layer's adapter, for one token, forward.
-        lora_parameters, lora_multiply_adds: of plain LoRA at the budget's `lora_rank`, one layer.
+        lora_parameters: of plain LoRA at the budget's `lora_rank`, one layer; its multiply-adds for one token
+            are as many.
     """
 
     layer: str
     count: int
     adapter: LayerAdapter
-    multiply_adds: int
     lora_parameters: int
-    lora_multiply_adds: int
 
     @property
     def shape(self) -> str:
@@ -74,15 +72,11 @@ class Budget:
 
     @property
     def multiply_adds(self) -> int:
-        return sum(row.count * row.multiply_adds for row in self.rows)
+        return sum(row.count * row.adapter.multiply_adds for row in self.rows)
 
     @property
     def lora_parameters(self) -> int:
         return sum(row.count * row.lora_parameters for row in self.rows)
-
-    @property
-    def lora_multiply_adds(self) -> int:
-        return sum(row.count * row.lora_multiply_adds for row in self.rows)
 
     def table(self) -> tuple[Sequence[str], list[Sequence[str]]]:
         """Header and rows as text, the totals last: for any printer of tables."""
@@ -105,8 +99,8 @@ class Budget:
                 row.modes,
                 f"{row.count * row.adapter.num_parameters:,}",
                 f"{row.count * row.lora_parameters:,}",
-                f"{row.count * row.multiply_adds:,}",
-                f"{row.count * row.lora_multiply_adds:,}",
+                f"{row.count * row.adapter.multiply_adds:,}",
+                f"{row.count * row.lora_parameters:,}",
                 row.note,
             )
             for row in self.rows
@@ -120,7 +114,7 @@ class Budget:
                 f"{self.parameters:,}",
                 f"{self.lora_parameters:,}",
                 f"{self.multiply_adds:,}",
-                f"{self.lora_multiply_adds:,}",
+                f"{self.lora_parameters:,}",
                 "",
             )
         )
@@ -136,18 +130,5 @@ def make_budget(layers: Iterable[tuple[str, LayerAdapter]], lora_rank: int = 8) 
     rows = []
     for (name, adapter), count in groups.items():
         features = adapter.layout.in_features + adapter.layout.out_features
-        multiply_adds = adapter.method.multiply_adds(adapter.layout)
-        if adapter.anchor == "snapshot" and all(f.trainable for f in adapter.method.factors(adapter.layout)):
-            multiply_adds = _anchored_multiply_adds(adapter)
-        rows.append(
-            BudgetRow(name, count, adapter, multiply_adds, lora_rank * features, lora_rank * features)
-        )
+        rows.append(BudgetRow(name, count, adapter, lora_rank * features))
     return Budget(tuple(rows), lora_rank)
-
-
-def _anchored_multiply_adds(adapter: LayerAdapter) -> int:
-    """The telescoped form has the method's structure at a larger rank: N times the terms, or twice the rank."""
-    from dataclasses import replace
-
-    factor = len(adapter.layout.in_modes) if adapter.method.uses_modes else 2
-    return adapter.method.multiply_adds(replace(adapter.layout, rank=factor * adapter.layout.rank))

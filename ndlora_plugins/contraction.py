@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,10 @@ class ContractionPlan:
     largest_intermediate: int
 
 
-@lru_cache(maxsize=None)
-def plan_contraction(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int = 1) -> ContractionPlan:
+@cache
+def plan_contraction(
+    in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int = 1
+) -> ContractionPlan:
     """The cheapest order of contraction.
 
     Contracting mode k multiplies the running size by out_k / in_k and costs size * out_k. Exchanging two
@@ -84,7 +86,9 @@ def _apply_two_modes(tokens: Tensor, first: Tensor, second: Tensor, plan: Contra
     (in_1, in_2), (out_1, out_2), terms = plan.in_modes, plan.out_modes, plan.terms
     if plan.order == (1, 0):
         # (tokens in_1, in_2) x (in_2, terms out_2) -> (tokens, in_1 terms, out_2)
-        z = F.linear(tokens.reshape(-1, in_2), second.reshape(terms * out_2, in_2)).view(-1, in_1 * terms, out_2)
+        z = F.linear(tokens.reshape(-1, in_2), second.reshape(terms * out_2, in_2)).view(
+            -1, in_1 * terms, out_2
+        )
         # (out_1, in_1 terms) x (tokens, in_1 terms, out_2) -> (tokens, out_1, out_2)
         return torch.matmul(first.permute(1, 2, 0).reshape(out_1, in_1 * terms), z)
     # (out_1 terms, in_1) x (tokens, in_1, in_2) -> (tokens, out_1 terms, in_2)

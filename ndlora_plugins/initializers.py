@@ -64,7 +64,11 @@ def _random_but_zero(zero: str):
 
 def _n_lora(method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None) -> Values:
     rank = layout.rank
-    return {"down": weight[:rank].clone(), "core": weight[:rank, :rank].clone(), "up": weight[:, :rank].clone()}
+    return {
+        "down": weight[:rank].clone(),
+        "core": weight[:rank, :rank].clone(),
+        "up": weight[:, :rank].clone(),
+    }
 
 
 builtin_initializers = (

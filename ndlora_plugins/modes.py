@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 from ndlora_plugins.errors import NdLoraValueError
 
@@ -13,7 +13,7 @@ __all__ = ["LOPSIDED_RATIO", "balanced_modes", "check_modes", "lopsidedness"]
 LOPSIDED_RATIO = 4.0
 
 
-@lru_cache(maxsize=None)
+@cache
 def balanced_modes(features: int, num_modes: int = 2) -> tuple[int, ...]:
     """Split `features` into `num_modes` integer factors, as even as they come, the smaller first.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import pluggy
@@ -58,10 +58,12 @@ def unregister_plugin(plugin: object) -> None:
     _collect.cache_clear()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _collect(hook: str) -> dict[str, Registered]:
     manager = _manager()
-    versions = {plugin: f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()}
+    versions = {
+        plugin: f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()
+    }
     found: dict[str, Registered] = {}
     for implementation in getattr(manager.hook, hook).get_hookimpls():  # built-ins are registered first
         plugin = versions.get(implementation.plugin, implementation.plugin_name)

@@ -49,7 +49,9 @@ def make_gpt2():
     def make(seed=0, dtype=torch.float32):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=128)).to(dtype).eval()
+            return (
+                GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=128)).to(dtype).eval()
+            )
 
     return make
 

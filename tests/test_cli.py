@@ -62,11 +62,23 @@ def test_a_model_that_is_not_there(tmp_path):
 
 
 def test_a_prime_dimension_is_seen_in_the_plan(tmp_path):
-    LlamaConfig(hidden_size=64, intermediate_size=257, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path)
+    LlamaConfig(
+        hidden_size=64, intermediate_size=257, num_hidden_layers=1, num_attention_heads=4
+    ).save_pretrained(tmp_path)
     assert "lopsided" in invoke("plan", tmp_path).output
 
 
 def test_methods_lists_everything_with_its_plugin():
     output = invoke("methods").output
-    for word in ("ndlinear", "slora", "nlora", "inttune", "n_lora", "snapshot", "ndlora-plugins", "peft", "torch"):
+    for word in (
+        "ndlinear",
+        "slora",
+        "nlora",
+        "inttune",
+        "n_lora",
+        "snapshot",
+        "ndlora-plugins",
+        "peft",
+        "torch",
+    ):
         assert word in output

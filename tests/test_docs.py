@@ -33,7 +33,15 @@ def methods_table():
 def options_page():
     from ndlora_plugins import NdLoraConfig
 
-    inherited = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+    inherited = {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    }
     lines = [
         "# Options of `NdLoraConfig`",
         "",
@@ -71,7 +79,9 @@ def tiny_hub(tmp_path, monkeypatch):
     words = ["<unk>", "<eos>", "Two", "and", "two", "is", "four", "."]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    )
     directory = tmp_path / "hub"
     fast.save_pretrained(directory)
     LlamaForCausalLM(
@@ -96,7 +106,9 @@ def test_the_peft_snippet(tiny_hub):
 @pytest.mark.slow
 def test_the_trl_snippet(tiny_hub):
     pytest.importorskip("trl")
-    on_a_cpu = 'report_to="none", bf16=False'  # TRL's default is bf16=True, which transformers refuses on a CPU
+    on_a_cpu = (
+        'report_to="none", bf16=False'  # TRL's default is bf16=True, which transformers refuses on a CPU
+    )
     run_snippet(blocks("README.md", "python")[1].replace('report_to="none"', on_a_cpu), tiny_hub)
 
 
@@ -109,10 +121,15 @@ def test_the_method_of_the_development_page_trains():
     namespace = {"__name__": "diagonal"}
     exec(compile(blocks("docs/development.md", "python")[0], "development.md", "exec"), namespace)
     plugin = type("Plugin", (), {})()
-    plugin.ndlora_methods, plugin.ndlora_initializers = namespace["ndlora_methods"], namespace["ndlora_initializers"]
+    plugin.ndlora_methods, plugin.ndlora_initializers = (
+        namespace["ndlora_methods"],
+        namespace["ndlora_initializers"],
+    )
     register_plugin(plugin)
     try:
-        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), NdLoraConfig(method="diagonal", target_modules=["0"]))
+        model = get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(8, 8)), NdLoraConfig(method="diagonal", target_modules=["0"])
+        )
         model(torch.ones(2, 8)).sum().backward()
         assert model.base_model.model[0].ndlora_factors["default"]["scale"].grad.abs().sum() > 0
     finally:

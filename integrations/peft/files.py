@@ -30,7 +30,9 @@ def check_adapter_file(directory: str) -> None:
                 f"{pickled} is a pickle file, which can run code when it is loaded: NDLORA adapters are read from "
                 f"{ADAPTER_FILE} only. Save the adapter again with safe_serialization=True."
             )
-        raise NdLoraValueError(f"{directory} has an adapter_config.json but no {ADAPTER_FILE}: copy it there too.")
+        raise NdLoraValueError(
+            f"{directory} has an adapter_config.json but no {ADAPTER_FILE}: copy it there too."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}

@@ -100,6 +100,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def anchored_layout(self, layout: Layout) -> Layout:
+        """The layout that the factors of `anchored` have: usually one of a larger rank."""
+        return layout
+
     def multiply_adds(self, layout: Layout) -> int:
         """Multiply-adds of `apply` for one token."""
         raise NotImplementedError

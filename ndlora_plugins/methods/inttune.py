@@ -25,3 +25,6 @@ class IntTune(NLora):
     def anchored(self, layout, start, change):
         # B0 (N0 + dN) A0 - B0 N0 A0 = B0 dN A0
         return {"down": start["down"], "core": change["core"], "up": start["up"]}
+
+    def anchored_layout(self, layout):
+        return layout

@@ -6,6 +6,8 @@ and one term and without a bias. https://github.com/ensemble-core/NdLinear (`ndl
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ndlora_plugins.contraction import apply_modes, kronecker, plan_contraction
@@ -27,7 +29,9 @@ class NdLinear(Method):
     def factors(self, layout):
         return tuple(
             Factor(f"mode_{k}", (layout.rank, out_mode, in_mode), fan_in=in_mode)
-            for k, (out_mode, in_mode) in enumerate(zip(layout.out_modes, layout.in_modes, strict=True), start=1)
+            for k, (out_mode, in_mode) in enumerate(
+                zip(layout.out_modes, layout.in_modes, strict=True), start=1
+            )
         )
 
     def apply(self, layout, factors, x):
@@ -54,6 +58,9 @@ class NdLinear(Method):
             )
             for m, name in enumerate(names)
         }
+
+    def anchored_layout(self, layout):
+        return replace(layout, rank=len(layout.in_modes) * layout.rank)
 
     def multiply_adds(self, layout):
         return plan_contraction(layout.in_modes, layout.out_modes, layout.rank).multiply_adds

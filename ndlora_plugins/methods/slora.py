@@ -6,6 +6,8 @@ down is A, core is N and up is B).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -54,6 +56,9 @@ class SLora(Method):
             ),
             "up": torch.cat([change["up"], start["up"]], dim=1),
         }
+
+    def anchored_layout(self, layout):
+        return replace(layout, rank=2 * layout.rank)
 
     def multiply_adds(self, layout):
         return layout.rank * (layout.in_features + layout.rank + layout.out_features)

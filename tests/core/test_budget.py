@@ -31,7 +31,12 @@ PUBLISHED = [
     (LLAMA2_7B, {"method": "inttune", "r": 128}, 3_670_016, 3_670_016),
 ]
 # model, rank, LoRA's count over the same layers
-LORA = [(QWEN3_17B, 4, 4_358_144), (QWEN3_17B, 8, 8_716_288), (LLAMA3_8B, 8, 20_971_520), (LLAMA2_7B, 128, 319_815_680)]
+LORA = [
+    (QWEN3_17B, 4, 4_358_144),
+    (QWEN3_17B, 8, 8_716_288),
+    (LLAMA3_8B, 8, 20_971_520),
+    (LLAMA2_7B, 128, 319_815_680),
+]
 
 
 def on_meta(model):

@@ -28,7 +28,9 @@ def test_the_core_knows_no_host(path):
     names = set(imported(path))
     tops = {name.partition(".")[0] for name in names}
     assert tops - ALLOWED <= set(sys.stdlib_module_names)
-    assert not {name for name in names if name.startswith(("ndlora_plugins.integrations", "ndlora_plugins.commands"))}
+    assert not {
+        name for name in names if name.startswith(("ndlora_plugins.integrations", "ndlora_plugins.commands"))
+    }
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -36,11 +36,17 @@ def make(method, init, anchor, case, dtype=torch.float64):
     """A plan with trained factors that have moved, as (plan, weight, trained, frozen)."""
     in_features, out_features, options = case
     plan = plan_layer(
-        AdapterOptions(method=method, init_lora_weights=init, anchor=anchor, **options), in_features, out_features, "q"
+        AdapterOptions(method=method, init_lora_weights=init, anchor=anchor, **options),
+        in_features,
+        out_features,
+        "q",
     )
     weight = torch.randn(out_features, in_features, dtype=torch.float64)
     trained, frozen = plan.initialize(weight)
-    trained = {name: value.double() + 0.3 * torch.randn(value.shape, dtype=torch.float64) for name, value in trained.items()}
+    trained = {
+        name: value.double() + 0.3 * torch.randn(value.shape, dtype=torch.float64)
+        for name, value in trained.items()
+    }
     return (
         plan,
         weight,
@@ -58,7 +64,10 @@ def test_forward_equals_the_materialised_delta(method, init, anchor, case, dtype
     x = torch.randn(2, 5, case[0], dtype=dtype)
     expected = x @ plan.delta(trained, frozen).T
     torch.testing.assert_close(
-        plan.apply(trained, frozen, x), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * expected.abs().max().item()
+        plan.apply(trained, frozen, x),
+        expected,
+        rtol=TOLERANCE[dtype],
+        atol=TOLERANCE[dtype] * expected.abs().max().item(),
     )
 
 
@@ -69,12 +78,17 @@ def test_the_snapshot_anchor_subtracts_the_start(method, init, case):
     unanchored = plan_layer(
         AdapterOptions(method=method, init_lora_weights=init, anchor="none", **case[2]), case[0], case[1], "q"
     )
-    start = {factor.name: frozen.get(factor.name, torch.zeros(factor.shape).double()) for factor in plan.method.factors(plan.layout)}
+    start = {
+        factor.name: frozen.get(factor.name, torch.zeros(factor.shape).double())
+        for factor in plan.method.factors(plan.layout)
+    }
     if method == "inttune":  # its core's start is not kept: it cancels
         start["core"] = weight[:4, :4] if init == "n_lora" else torch.randn(4, 4).double()
         start["core"] = start["core"][: case[2]["rank"], : case[2]["rank"]]
     now = {name: value + trained.get(name, 0) for name, value in start.items()}
-    expected = unanchored.method.delta(unanchored.layout, now) - unanchored.method.delta(unanchored.layout, start)
+    expected = unanchored.method.delta(unanchored.layout, now) - unanchored.method.delta(
+        unanchored.layout, start
+    )
     torch.testing.assert_close(plan.delta(trained, frozen), expected)
 
 
@@ -127,7 +141,9 @@ def test_n_lora_takes_the_references_slices():
     torch.testing.assert_close(plan.delta(trained, frozen), weight[:, :4] @ weight[:4, :4] @ weight[:4, :])
 
 
-@pytest.mark.parametrize("rank, alpha, rslora, expected", [(4, 8, False, 2.0), (4, 8, True, 4.0), (4, None, False, 1.0)])
+@pytest.mark.parametrize(
+    "rank, alpha, rslora, expected", [(4, 8, False, 2.0), (4, 8, True, 4.0), (4, None, False, 1.0)]
+)
 def test_scaling(rank, alpha, rslora, expected):
     plan = plan_layer(AdapterOptions(method="slora", rank=rank, alpha=alpha, use_rslora=rslora), 24, 18, "q")
     assert plan.scaling == expected

@@ -41,7 +41,10 @@ def test_impossible_splits_raise(features, num_modes):
 
 
 def test_wrong_product_names_the_layer_both_numbers_and_a_remedy():
-    with pytest.raises(NdLoraValueError, match=r"in_modes=\[4, 5\] of layer 'q_proj' multiply to 20.*in_features=24.*\[4, 6\]"):
+    with pytest.raises(
+        NdLoraValueError,
+        match=r"in_modes=\[4, 5\] of layer 'q_proj' multiply to 20.*in_features=24.*\[4, 6\]",
+    ):
         check_modes((4, 5), 24, "in_modes", "q_proj")
 
 

@@ -61,7 +61,9 @@ class Diagonal(Method):
     def delta(self, layout, factors):
         delta = factors["scale"].new_zeros(layout.out_features, layout.in_features)
         delta.fill_diagonal_(1.0)
-        return delta * torch.nn.functional.pad(factors["scale"], (0, layout.in_features - factors["scale"].shape[0]))
+        return delta * torch.nn.functional.pad(
+            factors["scale"], (0, layout.in_features - factors["scale"].shape[0])
+        )
 
     def multiply_adds(self, layout):
         return min(layout.in_features, layout.out_features)
@@ -136,6 +138,8 @@ def test_gone_after_unregistering(plugin):
 
 
 def test_a_name_that_is_taken_is_refused_and_changes_nothing():
-    with pytest.raises(NdLoraValueError, match="'slora' of plugin 'clashing' is already registered by 'ndlora-plugins'"):
+    with pytest.raises(
+        NdLoraValueError, match="'slora' of plugin 'clashing' is already registered by 'ndlora-plugins'"
+    ):
         register_plugin(Clashing(), name="clashing")
     assert methods()["slora"].plugin == "ndlora-plugins"

@@ -52,7 +52,10 @@ def test_versions_agree():
 
 def test_no_dependency_is_pinned():
     extras = project()["project"]["optional-dependencies"]
-    for requirement in [*project()["project"]["dependencies"], *(r for extra in extras.values() for r in extra)]:
+    for requirement in [
+        *project()["project"]["dependencies"],
+        *(r for extra in extras.values() for r in extra),
+    ]:
         assert "==" not in requirement and "<" not in requirement, requirement
 
 
@@ -72,7 +75,18 @@ def wheel(tmp_path_factory):
         shutil.copytree(path, source / name) if path.is_dir() else shutil.copy(path, source / name)
     target = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, source],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            target,
+            source,
+        ],
         check=True,
         capture_output=True,
     )

@@ -47,7 +47,9 @@ def test_the_first_output_is_the_bases(name, make_model, tokens):
 @pytest.mark.parametrize("name", ["nlora-no-anchor", "inttune-no-anchor"])
 def test_without_an_anchor_it_is_not(name, make_llama, tokens):
     base = make_llama()(tokens).logits
-    assert not torch.allclose(get_peft_model(make_llama(), config(name, r=24)).eval()(tokens).logits, base, atol=1e-7)
+    assert not torch.allclose(
+        get_peft_model(make_llama(), config(name, r=24)).eval()(tokens).logits, base, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -80,7 +82,9 @@ def test_the_file_holds_only_what_cannot_be_recomputed(name, make_llama, shake, 
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     layers = [m for m in model.modules() if hasattr(m, "plan")]
-    assert sum(t.numel() for t in tensors.values()) == sum(layer.plan["default"].num_saved for layer in layers)
+    assert sum(t.numel() for t in tensors.values()) == sum(
+        layer.plan["default"].num_saved for layer in layers
+    )
     assert not any("lora_A" in key or "lora_B" in key for key in tensors)
     data = sum(t.numel() * t.element_size() for t in tensors.values())
     assert os.path.getsize(tmp_path / "adapter_model.safetensors") < data + 200 * len(tensors) + 200
@@ -156,7 +160,9 @@ def test_only_the_active_adapters_factors_train(name, make_llama):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_half_precision_bases(name, dtype, autocast_adapter_dtype, make_llama, tokens, shake):
-    model = get_peft_model(make_llama(dtype=dtype), config(name), autocast_adapter_dtype=autocast_adapter_dtype)
+    model = get_peft_model(
+        make_llama(dtype=dtype), config(name), autocast_adapter_dtype=autocast_adapter_dtype
+    )
     expected = torch.float32 if autocast_adapter_dtype else dtype
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert {p.dtype for p in layer.ndlora_factors["default"].values()} == {expected}
@@ -193,14 +199,19 @@ def test_a_seed_makes_the_start_reproducible_and_leaves_the_global_generator_alo
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        model = get_peft_model(make_llama(), config(name, random_seed=7, init_lora_weights=METHODS[name].get("init_lora_weights", True)))
+        model = get_peft_model(
+            make_llama(),
+            config(name, random_seed=7, init_lora_weights=METHODS[name].get("init_lora_weights", True)),
+        )
         assert torch.equal(torch.get_rng_state(), before)
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def test_another_seed_another_start(make_llama):
-    one, two = (get_peft_model(make_llama(), config("slora", random_seed=seed)).state_dict() for seed in (1, 2))
+    one, two = (
+        get_peft_model(make_llama(), config("slora", random_seed=seed)).state_dict() for seed in (1, 2)
+    )
     assert any(not torch.equal(value, two[key]) for key, value in one.items())
 
 
@@ -293,7 +304,9 @@ def test_hostile_adapter_names(make_llama, tokens, shake, tmp_path):
     torch.testing.assert_close(loaded(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("first, second, taken", [("core", "slora", "core"), ("mode_1", "ndlinear", "mode_1")])
+@pytest.mark.parametrize(
+    "first, second, taken", [("core", "slora", "core"), ("mode_1", "ndlinear", "mode_1")]
+)
 def test_an_adapter_named_as_a_tensor_is_refused(first, second, taken, make_llama):
     model = get_peft_model(make_llama(), config("nlora"), adapter_name="fine")
     with pytest.raises(ValueError, match=f"cannot be called '{taken}'"):
@@ -319,7 +332,8 @@ def test_patterns_layers_and_modes(make_llama):
 
 def test_modes_by_hand_for_one_target(make_llama):
     model = get_peft_model(
-        make_llama(), NdLoraConfig(modes={"down_proj": {"in_modes": [4, 24]}, "q_proj": {"out_modes": [2, 4, 6]}})
+        make_llama(),
+        NdLoraConfig(modes={"down_proj": {"in_modes": [4, 24]}, "q_proj": {"out_modes": [2, 4, 6]}}),
     )
     layer = model.base_model.model.model.layers[0]
     assert layer.mlp.down_proj.plan["default"].layout.in_modes == (4, 24)
@@ -328,7 +342,9 @@ def test_modes_by_hand_for_one_target(make_llama):
 
 
 def test_config_round_trip(make_llama, tmp_path):
-    model = get_peft_model(make_llama(), NdLoraConfig(init_lora_weights="n_lora", r=4, modes={"q_proj": {"in_modes": [6, 8]}}))
+    model = get_peft_model(
+        make_llama(), NdLoraConfig(init_lora_weights="n_lora", r=4, modes={"q_proj": {"in_modes": [6, 8]}})
+    )
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["method"], saved["r"], saved["lora_alpha"], saved["anchor"]) == ("nlora", 4, 4, "snapshot")

@@ -38,10 +38,14 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     base = LlamaForCausalLM(
-        LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
+        LlamaConfig(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
+        )
     )
     base.save_pretrained(root / "base")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(root / "base"), NdLoraConfig(method="inttune", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(root / "base"), NdLoraConfig(method="inttune", task_type="CAUSAL_LM")
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter)) if parameter.requires_grad else None
@@ -59,9 +63,9 @@ def test_loads_without_our_import(loader, saved):
         from peft import AutoPeftModelForCausalLM, PeftModel
         from transformers import AutoModelForCausalLM
         assert "ndlora_plugins.integrations.trl" not in sys.modules
-        base, adapter = {str(saved / 'base')!r}, {str(saved / 'adapter')!r}
+        base, adapter = {str(saved / "base")!r}, {str(saved / "adapter")!r}
         logits = {LOADERS[loader]}(torch.arange(20).view(2, 10)).logits
-        torch.testing.assert_close(logits, torch.load({str(saved / 'logits.pt')!r}))
+        torch.testing.assert_close(logits, torch.load({str(saved / "logits.pt")!r}))
     """
     run(code)
 
@@ -118,9 +122,12 @@ def test_a_peft_that_we_do_not_fit_gets_a_stub_that_explains_itself(saved):
             warnings.simplefilter("always")
             registration.activate()
         assert caught[0].category is RuntimeWarning and "does not fit this version of PEFT" in str(caught[0].message)
-        PeftConfig.from_pretrained({str(saved / 'adapter')!r})
+        PeftConfig.from_pretrained({str(saved / "adapter")!r})
     """
-    assert "ImportError: This adapter is of type NDLORA, of the package ndlora-plugins" in run(code, expect_error=True)[1]
+    assert (
+        "ImportError: This adapter is of type NDLORA, of the package ndlora-plugins"
+        in run(code, expect_error=True)[1]
+    )
 
 
 def test_pefts_own_ndlora_is_left_alone():
@@ -143,7 +150,9 @@ def test_pefts_own_ndlora_is_left_alone():
 def test_a_model_unpickles_in_a_fresh_process(tmp_path):
     import pickle
 
-    layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), NdLoraConfig(target_modules=["0"])).base_model.model
+    layer = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(8, 8)), NdLoraConfig(target_modules=["0"])
+    ).base_model.model
     (tmp_path / "layer.pkl").write_bytes(pickle.dumps(layer))
     run(f"import pickle, torch; pickle.load(open({str(tmp_path / 'layer.pkl')!r}, 'rb'))(torch.ones(1, 8))")
 
