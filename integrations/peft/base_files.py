@@ -1,0 +1,164 @@
+"""A base model as its safetensors files: one weight at a time, the whole never in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.directories import local_directory
+from ndlora_plugins.integrations.peft.layer import linear_features, weight_out_in
+
+__all__ = ["INDEX_FILE", "BaseFiles", "NotInFilesError"]
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class NotInFilesError(NdLoraValueError):
+    """Work on the files is not possible; on the loaded model it is."""
+
+
+class BaseFiles:
+    """A directory of transformers' making.
+
+    Attributes:
+        directory: where it is.
+        shards: tensor name -> file name.
+        model: the model without its weights, on the "meta" device.
+    """
+
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False):
+        self.directory = Path(directory)
+        self.shards = _shards(self.directory)
+        self.model = _skeleton(self.directory, trust_remote_code)
+        self._aliases: dict[str, list[str]] = {}
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            group = groups.setdefault(id(parameter), [])
+            group.append(name)
+            self._aliases[name] = group
+
+    @classmethod
+    def open(
+        cls, name: str, *, revision: str | None = None, download: bool = True, trust_remote_code: bool = False
+    ) -> BaseFiles:
+        """Open a directory, or a model of the hub.
+
+        Args:
+            download: whether a model that is not on this machine is fetched.
+
+        Raises:
+            NdLoraValueError: it is not there, has no safetensors files, or is no model of transformers.
+        """
+        directory = local_directory(name, "config.json", revision=revision, download=download)
+        return cls(directory, trust_remote_code=trust_remote_code)
+
+    def full_name(self, name: str) -> str:
+        """The name of a module or parameter in `model`, of one that was adapted without the model's head, "
+        "say."""
+        with_head = f"{self.model.base_model_prefix}.{name}"
+        try:
+            self.model.get_submodule(
+                with_head.rpartition(".")[0] if with_head in self._aliases else with_head
+            )
+        except AttributeError:
+            return name
+        return with_head
+
+    def module(self, layer: str) -> nn.Module | None:
+        """The layer without its weights, or None if the model has none of that name."""
+        try:
+            return self.model.get_submodule(self.full_name(layer))
+        except AttributeError:
+            return None
+
+    def features(self, layer: str) -> tuple[int, int] | None:
+        """(in_features, out_features), or None for what is no linear layer."""
+        module = self.module(layer)
+        return None if module is None else linear_features(module)
+
+    def same_tensor(self, parameter: str) -> list[str]:
+        """All names of a parameter: more than one where weights are tied."""
+        parameter = self.full_name(parameter)
+        return self._aliases.get(parameter, [parameter])
+
+    def stored_name(self, parameter: str) -> str:
+        """Under which name the files hold a parameter of the model.
+
+        Raises:
+            NotInFilesError: under none that is known.
+        """
+        for name in self.same_tensor(parameter):
+            # some checkpoints hold the model without its head, and so without the prefix
+            for candidate in (name, name.removeprefix(f"{self.model.base_model_prefix}.")):
+                if candidate in self.shards:
+                    return candidate
+        raise NotInFilesError(
+            f"{self.directory} holds no tensor {parameter!r}, or under a name that transformers changes "
+            f"when it loads "
+            f"the model. Load the model with its adapter and call merge_and_unload() instead."
+        )
+
+    def weight(self, layer: str) -> Tensor:
+        """The stored weight of a linear layer, (out_features, in_features)."""
+        key = self.stored_name(f"{layer}.weight")
+        with safe_open(self.directory / self.shards[key], framework="pt") as file:
+            weight = file.get_tensor(key)
+        self.check_plain(layer, weight.shape, weight.dtype)
+        return weight_out_in(self.module(layer), weight)
+
+    def check_plain(self, layer: str, shape: Iterable[int], dtype: torch.dtype) -> None:
+        """Raise unless a stored weight is floating and as large as the layer: quantised ones are neither."""
+        expected = tuple(self.module(layer).weight.shape)
+        if tuple(shape) != expected or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise NotInFilesError(
+                f"The weight of layer {layer!r} is stored as {dtype} {list(shape)} in {self.directory}, "
+                f"not as "
+                f"{list(expected)} in 16 or 32 bit: a quantised model? Name the model that it was made from."
+            )
+
+
+def _shards(directory: Path) -> dict[str, str]:
+    index = directory / INDEX_FILE
+    if index.is_file():
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if not (directory / SINGLE_FILE).is_file():
+        raise NotInFilesError(
+            f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Save the model as safetensors: "
+            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+        )
+    with safe_open(directory / SINGLE_FILE, framework="pt") as file:
+        return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+
+def _skeleton(directory: Path, trust_remote_code: bool) -> nn.Module:
+    """The model class that the directory was saved from, without weights."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise NdLoraValueError(
+            f"{directory} has no config.json of transformers: {str(error).splitlines()[0]}"
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise NotInFilesError(
+            f"The base model in {directory} is stored quantised. Name the model in 16 or 32 bit that it "
+            f"was made from."
+        )
+    saved_as = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if saved_as is not None:
+            model = saved_as(config)
+        elif type(config) in AutoModelForCausalLM._model_mapping:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model

@@ -1,0 +1,130 @@
+"""Out of NDLORA: to a stock LoRA or LoKr adapter, or merged into the base model.
+
+The base weights are read only where a method recomputes its start from them, and to merge.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import save_file
+
+from ndlora_plugins.compress import RankTarget
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.directories import check_new, new_directory
+from ndlora_plugins.integrations.peft.files import ADAPTER_FILE
+from ndlora_plugins.integrations.peft.merge_files import merge_files
+from ndlora_plugins.integrations.peft.reading import AdapterReader
+from ndlora_plugins.integrations.peft.stock import ExportedLayer, to_lokr, to_lora
+
+__all__ = ["EXPORT_KINDS", "ExportReport", "ExportedLayer", "export_adapter"]
+
+EXPORT_KINDS = ("lora", "lokr", "merged")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_adapter` wrote. `notes` are sentences on what others will not take."""
+
+    directory: Path
+    kind: str
+    layers: tuple[ExportedLayer, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def largest_error(self) -> float:
+        """Of all layers."""
+        return max(layer.error for layer in self.layers)
+
+
+def export_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    to: str = "lora",
+    *,
+    base: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> ExportReport:
+    """Write an NDLORA adapter as a stock PEFT adapter, or merged into its base model.
+
+    Args:
+        adapter: directory of the adapter, or its name on the hub.
+        output: a directory that does not exist yet.
+        to: "lora": exact for slora, nlora and inttune, else the best of a chosen rank; "lokr": exact for
+            ndlinear with one term of two modes; "merged": the base model's files, shard by shard.
+        base: directory or hub name of the base model; needed where the start is read from its weights and for
+            "merged", if the adapter's own configuration names none that is on this machine.
+        rank, energy, max_error: how LoRA's rank is chosen, layer by layer; see `RankTarget`.
+        dtype: of the written adapter; the file's own by default.
+
+    Raises:
+        NdLoraValueError: it cannot be done; nothing is written then.
+    """
+    if to not in EXPORT_KINDS:
+        raise NdLoraValueError(f"to={to!r}: choose one of {list(EXPORT_KINDS)}.")
+    given = {"rank": rank, "energy": energy, "max_error": max_error}
+    target = RankTarget(**given) if any(value is not None for value in given.values()) else None
+    if to != "lora" and target is not None:
+        raise NdLoraValueError(
+            f"rank, energy and max_error choose LoRA's rank; to={to!r} has none: leave them out."
+        )
+    if to == "merged" and dtype is not None:
+        raise NdLoraValueError("to='merged' keeps the dtypes of the base model: leave dtype out.")
+    check_new(output)
+    reader = AdapterReader(adapter)
+    files = None
+    if to == "merged" or reader.reads_base or base is not None:
+        files = reader.open_base(base, trust_remote_code)
+    reader.check_complete(files)
+    if to == "merged":
+        layers = tuple(
+            ExportedLayer(layer.name, "merged", layer.parameters, layer.lost)
+            for layer in merge_files(reader, files, output)
+        )
+        notes: tuple[str, ...] = ()
+    else:
+        stock = to_lora(reader, files, target, dtype) if to == "lora" else to_lokr(reader, files, dtype)
+        layers, notes = stock.layers, _notes(stock.config, reader)
+        with new_directory(output) as directory:
+            stock.config.save_pretrained(str(directory))
+            save_file(stock.tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+    for note in notes:
+        warnings.warn(note, NdLoraWarning, stacklevel=2)
+    return ExportReport(Path(output), to, layers, notes)
+
+
+def _notes(config: PeftConfig, reader: AdapterReader) -> tuple[str, ...]:
+    carried = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        "bias": None if getattr(config, "bias", "none") == "none" else config.bias,
+    }
+    notes = [
+        f"{field}={value!r} is in the exported adapter and PEFT loads it; servers such as vLLM refuse it "
+        f"or leave it "
+        f"out. For those, export to='merged'."
+        for field, value in carried.items()
+        if value
+    ]
+    if reader.others and not notes:
+        notes.append(
+            f"The exported adapter carries {', '.join(sorted(reader.others))}, as the adapter did: an "
+            f"embedding that "
+            f"was resized or adapted. Servers may not take it; for those, export to='merged'."
+        )
+    ranks = getattr(config, "rank_pattern", {}).values()
+    if ranks:
+        notes.append(
+            f"The ranks differ from layer to layer (from {min(ranks)} to {config.r}). A server's largest "
+            f"rank "
+            f"(vLLM: --max-lora-rank) must be at least {config.r}."
+        )
+    return tuple(notes)

@@ -1,0 +1,238 @@
+"""An adapter merged into the base model's files, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.base_files import INDEX_FILE, BaseFiles, NotInFilesError
+from ndlora_plugins.integrations.peft.directories import new_directory
+from ndlora_plugins.integrations.peft.layer import weight_out_in
+from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, AdapterReader
+
+__all__ = ["MergedLayer", "merge_files"]
+
+# weights in whatever form; what the index names is written anew, the rest would still be the base model
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """One merged layer.
+
+    Attributes:
+        parameters: numbers of its weight.
+        lost: what rounding the merged weight leaves out of dW, relative (Frobenius).
+    """
+
+    name: str
+    parameters: int
+    lost: float
+
+
+@dataclass
+class _Plan:
+    """What is written. Keys of `changes` are names in the files.
+
+    Attributes:
+        changes: stored tensor -> what is done with it, in turn.
+        untied: new tensor -> the stored one that it is made of, for weights that were tied and no longer are.
+    """
+
+    changes: dict[str, list[Change]] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
+    merged: list[MergedLayer] = field(default_factory=list)
+
+
+def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> list[MergedLayer]:
+    """Write the base model with the adapter merged in: the same shards, dtypes, tokenizer and configuration.
+
+    A weight that was tied to one that now differs gets a tensor of its own, and `tie_word_embeddings` becomes
+    false.
+
+    Args:
+        base: as `reader.open_base` checked it.
+        output: a directory that does not exist yet; it appears when it is whole.
+
+    Raises:
+        NotInFilesError: something has no place in the files; nothing was written.
+        NdLoraValueError: a factor is missing or a merged weight not finite; nothing was left behind.
+    """
+    plan = _plan(reader, base)
+    with new_directory(output) as directory:
+        _copy_other_files(base.directory, directory)
+        sizes = 0
+        for shard in sorted(set(base.shards.values())):
+            with safe_open(base.directory / shard, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                metadata = file.metadata() or {"format": "pt"}
+            for new, stored in plan.untied.items():
+                if stored in tensors:
+                    tensors[new] = tensors[stored].clone()
+            for key in tensors.keys() & plan.changes.keys():
+                for change in plan.changes[key]:
+                    tensors[key] = change(tensors[key])
+            sizes += sum(tensor.nbytes for tensor in tensors.values())
+            save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()},
+                directory / shard,
+                metadata=metadata,
+            )
+            del tensors
+        if plan.untied:
+            _write_untied(plan, base, directory, sizes)
+    order = list(reader.shapes)
+    return sorted(plan.merged, key=lambda layer: order.index(layer.name))
+
+
+def _plan(reader: AdapterReader, base: BaseFiles) -> _Plan:
+    """Which stored tensors change, and how. Reads no tensor; raises for what has no place in the files."""
+    plan = _Plan()
+    own = []  # (parameter, change) of this one and not of those tied to it
+    shared = []  # of all
+    for key, shape in reader.others.items():  # first: what is brought whole may be updated too
+        name = key.removeprefix(KEY_PREFIX)
+        if name.endswith(_TOKEN_ROWS):
+            # PEFT ties the rows where the weights are tied
+            shared.append((f"{name.removesuffix(_TOKEN_ROWS)}.weight", _rows(reader, key)))
+            continue
+        parameter = name.replace(".base_layer.", ".")
+        _check_counterpart(base, parameter, shape)
+        # tied in training too (`ensure_weight_tying`): then each name has the same tensor in the adapter
+        twins = [f"{KEY_PREFIX}{alias}" for alias in base.same_tensor(parameter)]
+        tied = all(
+            twin in reader.others and torch.equal(reader.tensor(twin), reader.tensor(key)) for twin in twins
+        )
+        (shared if tied else own).append((parameter, _replacement(reader, key)))
+    for name in reader.shapes:
+        reader.plan(name, base)
+        own.append((f"{name}.weight", _update(reader, base, name, plan.merged)))
+    for parameter, _ in own:
+        _untie(base.full_name(parameter), base, plan)
+    for parameter, change in shared:
+        for name in {_written_name(alias, base, plan) for alias in base.same_tensor(parameter)}:
+            plan.changes.setdefault(name, []).append(change)
+    for parameter, change in own:
+        plan.changes.setdefault(_written_name(base.full_name(parameter), base, plan), []).append(change)
+    return plan
+
+
+def _untie(parameter: str, base: BaseFiles, plan: _Plan) -> None:
+    """Give every name of a tied parameter a tensor of its own."""
+    names = base.same_tensor(parameter)
+    stored = base.stored_name(parameter)
+    if len(names) == 1 or stored in plan.untied.values():
+        return
+    if not base.model.config.tie_word_embeddings or stored not in names:
+        raise NotInFilesError(
+            f"{parameter!r} is one tensor with {[name for name in names if name != parameter]} in this "
+            f"model, and no "
+            f"option of its configuration separates them. Load the model with its adapter and call "
+            f"merge_and_unload()."
+        )
+    plan.untied.update({name: stored for name in names if name != stored})
+
+
+def _written_name(parameter: str, base: BaseFiles, plan: _Plan) -> str:
+    return parameter if parameter in plan.untied else base.stored_name(parameter)
+
+
+def _update(reader: AdapterReader, base: BaseFiles, name: str, merged: list[MergedLayer]) -> Change:
+    """W + scaling dW, added in at least float32 and rounded once, as `NdLoraLayer.merge` does."""
+
+    def change(stored: Tensor) -> Tensor:
+        base.check_plain(name, stored.shape, stored.dtype)
+        layer = reader.read(name, base)
+        dtype = torch.promote_types(next(iter(layer.trained.values())).dtype, torch.float32)
+        with torch.no_grad():
+            trained, frozen = (
+                {n: t.to(dtype) for n, t in group.items()} for group in (layer.trained, layer.frozen)
+            )
+            delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
+            delta = weight_out_in(base.module(name), delta)  # transposed again, where the layer stores it so
+            wide = stored.to(dtype)
+            result = (wide + delta).to(stored.dtype)
+            if not torch.isfinite(result).all():
+                raise NdLoraValueError(
+                    f"The merged weight of layer {name!r} holds NaN or infinity: the adapter is broken. "
+                    f"Nothing was written."
+                )
+            lost = float(
+                (result.to(dtype) - wide - delta).norm() / delta.norm().clamp(min=torch.finfo(dtype).tiny)
+            )
+        merged.append(MergedLayer(name, result.numel(), lost))
+        return result
+
+    return change
+
+
+def _replacement(reader: AdapterReader, key: str) -> Change:
+    return lambda stored: reader.tensor(key).to(stored.dtype)
+
+
+def _rows(reader: AdapterReader, key: str) -> Change:
+    """The trained rows of an embedding in their places."""
+    indices = reader.token_indices(key)
+
+    def change(stored: Tensor) -> Tensor:
+        result = stored.clone()
+        result[torch.tensor(indices)] = reader.tensor(key).to(stored.dtype)
+        return result
+
+    return change
+
+
+def _check_counterpart(base: BaseFiles, parameter: str, shape: tuple[int, ...]) -> None:
+    """The model has a parameter of that name and shape, and the files hold it."""
+    try:
+        found = tuple(base.model.get_parameter(base.full_name(parameter)).shape)
+    except AttributeError:
+        found = None
+    if found != shape:
+        raise NotInFilesError(
+            f"The adapter brings a whole tensor {parameter!r} {list(shape)}; the base model's is "
+            f"{'not there' if found is None else list(found)}: a head for another task, or a resized "
+            f"vocabulary? Load "
+            f"the model with its adapter and call merge_and_unload()."
+        )
+    base.stored_name(parameter)
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    """Everything but weights and hidden files: configuration, tokenizer, templates, code, licence."""
+
+    def weights(directory: str, names: list[str]) -> list[str]:
+        return [
+            n
+            for n in names
+            if n.startswith(".") or Path(n).suffix in _WEIGHTS or n.endswith(".bin.index.json")
+        ]
+
+    shutil.copytree(source, target, ignore=weights, dirs_exist_ok=True)
+
+
+def _write_untied(plan: _Plan, base: BaseFiles, directory: Path, total_size: int) -> None:
+    config_file = directory / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = False
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"]["tie_word_embeddings"] = False
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    index_file = directory / INDEX_FILE
+    if index_file.is_file():
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["weight_map"] |= {new: base.shards[stored] for new, stored in plan.untied.items()}
+        index.setdefault("metadata", {})["total_size"] = total_size
+        index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

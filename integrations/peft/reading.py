@@ -1,0 +1,290 @@
+"""Adapter directories read layer by layer, without the base model where a method does not read its "
+"weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftConfig
+from safetensors import safe_open
+from torch import Tensor
+
+from ndlora_plugins.adapter import LayerAdapter, plan_layer
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.base_files import BaseFiles
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.directories import local_directory
+from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, check_adapter_file
+from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
+from ndlora_plugins.integrations.peft.model import plan_model
+from ndlora_plugins.integrations.peft.registration import PREFIX
+
+__all__ = ["AdapterReader", "KEY_PREFIX", "ReadLayer", "listed", "read_adapter"]
+
+# PEFT's, of every key in an adapter file
+KEY_PREFIX = "base_model.model."
+_GROUPS = (f"{PREFIX}factors", f"{PREFIX}frozen")
+
+
+class ReadLayer(NamedTuple):
+    """One layer of an adapter: its name in the model, and what `LayerAdapter` works on."""
+
+    name: str
+    plan: LayerAdapter
+    trained: dict[str, Tensor]
+    frozen: dict[str, Tensor]
+
+
+def read_adapter(adapter: str | Path, base: BaseFiles | None = None) -> Iterator[ReadLayer]:
+    """Yield the adapter's layers in their file's order, the tensors of one at a time.
+
+    Args:
+        adapter: a directory, or a name on the hub.
+        base: only for an adapter whose start is read from the base weights (`AdapterReader.reads_base`).
+
+    Raises:
+        NdLoraValueError: the adapter is broken, or of another base model.
+    """
+    reader = AdapterReader(adapter)
+    if base is not None:
+        reader.check_base(base)
+    for name in reader.shapes:
+        yield reader.read(name, base)
+
+
+class AdapterReader:
+    """An adapter directory. Opening it reads its configuration and the header of its file, no tensor.
+
+    Attributes:
+        directory: where it is.
+        config: its `NdLoraConfig`.
+        shapes: layer -> "ndlora_factors.down" and the like -> shape.
+        others: every other key (`modules_to_save`, token rows, biases), as it stands in the file -> shape.
+    """
+
+    def __init__(self, adapter: str | Path):
+        self.directory = local_directory(str(adapter), "adapter_config.json")
+        config = PeftConfig.from_pretrained(str(self.directory))
+        if not isinstance(config, NdLoraConfig):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise NdLoraValueError(
+                f"{adapter} holds an adapter of type {kind}, not NDLORA: PEFT reads it by itself."
+            )
+        check_adapter_file(str(self.directory))
+        self.config = config
+        self.path = self.directory / ADAPTER_FILE
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.others: dict[str, tuple[int, ...]] = {}
+        with safe_open(self.path, framework="pt") as file:
+            for key in file.keys():
+                shape = tuple(file.get_slice(key).get_shape())
+                layer, tensor = _split(key)
+                if layer is None:
+                    self.others[key] = shape
+                else:
+                    self.shapes.setdefault(layer, {})[tensor] = shape
+
+    @cached_property
+    def reads_base(self) -> bool:
+        """Whether factors are recomputed from the base weights."""
+        # method, initialiser and anchor decide it, not the layer: the smallest one will do
+        options = replace(self.config.options_for(""), rank=1, in_modes=None, out_modes=None)
+        return plan_layer(options, 1, 1, layer="").recomputed
+
+    def plan(self, layer: str, base: BaseFiles | None = None) -> LayerAdapter:
+        """The plan of one layer; features come from the base model if given, else from the factors' shapes.
+
+        Raises:
+            NdLoraValueError: they do not tell, or a factor is missing, unknown or of another shape.
+        """
+        features = base.features(layer) if base is not None else self._features(layer)
+        if features is None and base is not None:
+            raise NdLoraValueError(
+                f"The base model in {base.directory} has no linear layer {layer!r}, which the adapter has. "
+                f"Name the "
+                f"model that the adapter was trained on ({self.config.base_model_name_or_path})."
+            )
+        if features is None:
+            raise NdLoraValueError(
+                f"The tensors of layer {layer!r} in {self.path} ({', '.join(self.shapes[layer])}) do not "
+                f"say how wide "
+                f"the layer is. Name the base model."
+            )
+        plan = plan_layer(self.config.options_for(layer), *features, layer=layer)
+        expected = {f"{_GROUPS[0]}.{factor.name}": factor.shape for factor in plan.trained}
+        if not plan.recomputed:
+            expected |= {f"{_GROUPS[1]}.{factor.name}": factor.shape for factor in plan.frozen}
+        found = self.shapes[layer]
+        for name in sorted({*expected, *found}, key=[*expected, *found].index):
+            if expected.get(name) != found.get(name):
+                needs = "has no such tensor" if name not in expected else f"needs {list(expected[name])}"
+                holds = "has none" if name not in found else f"has shape {list(found[name])}"
+                raise NdLoraValueError(
+                    f"{name!r} of layer {layer!r} {holds} in {self.path}; the adapter's configuration "
+                    f"{needs}. Save "
+                    f"the adapter again."
+                )
+        return plan
+
+    def _features(self, layer: str) -> tuple[int, int] | None:
+        """(in_features, out_features) by the names that the methods give their factors, else as "
+        "fingerprinted."""
+        shapes = {name.partition(".")[2]: shape for name, shape in self.shapes[layer].items()}
+        modes = [shape for name, shape in shapes.items() if name.startswith("mode_") and len(shape) == 3]
+        if modes:
+            sizes = torch.tensor(modes).prod(0)  # (terms, out_mode, in_mode) of each, multiplied
+            return int(sizes[2]), int(sizes[1])
+        if len(shapes.get("down", ())) == len(shapes.get("up", ())) == 2:
+            return shapes["down"][1], shapes["up"][0]
+        known = (self.config.base_fingerprint or {}).get(layer)
+        if known is not None:
+            return known["shape"][1], known["shape"][0]
+        # what is saved of an adapter that recomputes the rest does not depend on them: the smallest will do
+        return (self.config.options_for(layer).rank,) * 2 if self.reads_base else None
+
+    def read(self, layer: str, base: BaseFiles | None = None) -> ReadLayer:
+        """Plan and tensors of one layer; `base` as in `read_adapter`."""
+        plan = self.plan(layer, base)
+        tensors = self.tensors(layer)
+        trained = {factor.name: tensors[f"{_GROUPS[0]}.{factor.name}"] for factor in plan.trained}
+        if not plan.recomputed:
+            return ReadLayer(
+                layer, plan, trained, {f.name: tensors[f"{_GROUPS[1]}.{f.name}"] for f in plan.frozen}
+            )
+        if base is None:
+            raise NdLoraValueError(
+                f"method={plan.method.name!r} with anchor={plan.anchor!r} recomputes its start from the "
+                f"base weights: "
+                f"name the base model (--base)."
+            )
+        dtype = next(iter(trained.values())).dtype
+        weight = base.weight(layer)
+        weight = weight.to(self._trained_storage() or weight.dtype)
+        frozen = plan.initialize(weight)[1]
+        return ReadLayer(layer, plan, trained, {name: value.to(dtype) for name, value in frozen.items()})
+
+    def _trained_storage(self) -> torch.dtype | None:
+        """The dtype that the base weights had in training; None where they were quantised, or nobody "
+        "knows."""
+        kinds = {entry["storage"] for entry in (self.config.base_fingerprint or {}).values()}
+        dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        return dtypes.get(kinds.pop()) if len(kinds) == 1 else None
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """What the file holds of one layer: "ndlora_factors.down" and the like."""
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(f"{KEY_PREFIX}{layer}.{name}") for name in self.shapes[layer]}
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, by its name in the file."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(key)
+
+    def other_tensors(self) -> dict[str, Tensor]:
+        """What is not ours, as it stands in the file."""
+        return {key: self.tensor(key) for key in self.others}
+
+    def token_indices(self, key: str) -> list[int]:
+        """Which rows of the embedding the trained rows under `key` are.
+
+        Raises:
+            NdLoraValueError: `trainable_token_indices` does not say it.
+        """
+        indices = self.config.trainable_token_indices
+        if isinstance(indices, dict):
+            module = key.removeprefix(KEY_PREFIX).partition(".token_adapter.")[0]
+            matching = [
+                rows for name, rows in indices.items() if module == name or module.endswith(f".{name}")
+            ]
+            indices = matching[0] if matching else None
+        if indices is None or len(indices) != self.others[key][0]:
+            raise NdLoraValueError(
+                f"{key!r} in {self.path} holds {self.others[key][0]} rows, and "
+                f"trainable_token_indices={self.config.trainable_token_indices!r} does not say which. Save "
+                f"the adapter again."
+            )
+        return indices
+
+    def check_base(self, base: BaseFiles) -> None:
+        """Hold a base model against the adapter's fingerprint.
+
+        Raises:
+            NdLoraValueError: it is another one.
+        """
+        saved = self.config.base_fingerprint or {}
+        layers = []
+        for name in saved:
+            if base.features(name) is not None:
+                weight = base.weight(name)
+                kind = str(weight.dtype).removeprefix("torch.")
+                layers.append(FingerprintedLayer(name, tuple(weight.shape), weight, kind))
+        base_name = self.config.base_model_name_or_path
+        compare_fingerprint(saved, layers, reads_weight=self.reads_base, base_name=base_name)
+
+    def check_complete(self, base: BaseFiles | None) -> None:
+        """Hold the file's layers against those that the configuration matches in a base model, or fingerprints.
+
+        Raises:
+            NdLoraValueError: some are not in the file.
+        """
+        if base is None:
+            expected, by, found = (
+                self.config.base_fingerprint or {},
+                "its fingerprint of the base model",
+                self.shapes,
+            )
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NdLoraWarning)
+                expected, by = dict(plan_model(base.model, self.config)), "its target_modules"
+            found = {base.full_name(name) for name in self.shapes}
+        missing = [name for name in expected if name not in found]
+        if missing:
+            raise NdLoraValueError(
+                f"{len(missing)} layers have no tensor in {self.path}, but by {by} they should: "
+                f"{listed(missing)}. Save the adapter again."
+            )
+
+    def open_base(self, base: str | None, trust_remote_code: bool = False) -> BaseFiles:
+        """The base model `base`, else the one that the configuration names if it is on this machine; checked.
+
+        Raises:
+            NdLoraValueError: neither can be found, or it is another model than the adapter's.
+        """
+        name = base or self.config.base_model_name_or_path
+        if not name:
+            raise NdLoraValueError(
+                f"{self.directory} does not say which model it was trained on: name it (--base)."
+            )
+        revision = None if base else self.config.revision
+        try:
+            found = BaseFiles.open(
+                name, revision=revision, download=base is not None, trust_remote_code=trust_remote_code
+            )
+        except NdLoraValueError as error:
+            if base:
+                raise
+            raise NdLoraValueError(f"The adapter's base model: {error} Name it yourself (--base).") from error
+        self.check_base(found)
+        return found
+
+
+def _split(key: str) -> tuple[str | None, str]:
+    """(layer, "ndlora_factors.down"), or (None, key) of a tensor that is not ours."""
+    for group in _GROUPS:
+        layer, found, factor = key.rpartition(f".{group}.")
+        if found and "." not in factor:
+            return layer.removeprefix(KEY_PREFIX), f"{group}.{factor}"
+    return None, key
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    """The first few names, and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more

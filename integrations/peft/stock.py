@@ -1,0 +1,204 @@
+"""An NDLORA adapter's layers as those of PEFT's own LoRA and LoKr."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from peft import LoKrConfig, LoraConfig, PeftConfig
+from peft.tuners.lokr.layer import factorization
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from ndlora_plugins.compress import RankTarget, low_rank_form, relative_error
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.base_files import BaseFiles
+from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, AdapterReader, ReadLayer
+from ndlora_plugins.methods.ndlinear import NdLinear
+
+__all__ = ["ExportedLayer", "StockAdapter", "to_lokr", "to_lora"]
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of an export.
+
+    Attributes:
+        form: what it became, such as "rank 8" or "8x8, 16x16" (out x in).
+        parameters: numbers written for it (of the base layer's weight, where merged).
+        error: ||written - dW|| / ||dW|| (Frobenius), roundings included; for "merged" what the rounding of
+            the merged weight to the base's dtype leaves out.
+    """
+
+    name: str
+    form: str
+    parameters: int
+    error: float
+
+
+class StockAdapter(NamedTuple):
+    """What PEFT's `save_pretrained` would write: configuration and file, and the layers for a report."""
+
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    layers: tuple[ExportedLayer, ...]
+
+
+def to_lora(
+    reader: AdapterReader, files: BaseFiles | None, target: RankTarget | None, dtype: torch.dtype | None
+) -> StockAdapter:
+    """A LoRA whose scaling is 1 in every layer; `r` is the largest rank, which is what servers ask for.
+
+    Args:
+        files: the base model, needed where `reader.reads_base`.
+        target: how the ranks are chosen; None for the exact form.
+        dtype: of the tensors; each layer's own by default.
+    """
+    tensors, ranks, layers = reader.other_tensors(), {}, []
+    for layer in _layers(reader, files):
+        kept = dtype or next(iter(layer.trained.values())).dtype
+        try:
+            down, up = low_rank_form(layer.plan, layer.trained, layer.frozen, target)
+        except NdLoraValueError as error:
+            raise NdLoraValueError(
+                f"Layer {layer.name!r} cannot become LoRA: {error} (--rank, --energy, --max-error)"
+            ) from error
+        down, up = down.to(kept).contiguous(), (layer.plan.scaling * up).to(kept).contiguous()
+        _check_finite(layer.name, down, up)
+        tensors[f"{KEY_PREFIX}{layer.name}.lora_A.weight"] = down
+        tensors[f"{KEY_PREFIX}{layer.name}.lora_B.weight"] = up
+        ranks[layer.name] = len(down)
+        error = relative_error(layer.plan, layer.trained, layer.frozen, down, up, layer.plan.scaling)
+        layers.append(ExportedLayer(layer.name, f"rank {len(down)}", down.numel() + up.numel(), error))
+    largest = max(ranks.values())
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
+    bias = reader.config.bias
+    config = LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        lora_dropout=reader.config.lora_dropout,
+        bias="lora_only" if bias == "ndlora_only" else bias,
+        fan_in_fan_out=files is not None and any(isinstance(files.module(name), Conv1D) for name in ranks),
+        trainable_token_indices=reader.config.trainable_token_indices,
+        ensure_weight_tying=reader.config.ensure_weight_tying,
+        **_common_fields(reader, ranks),
+    )
+    return StockAdapter(config, tensors, tuple(layers))
+
+
+def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype | None) -> StockAdapter:
+    """LoKr with both factors whole: r is so large that PEFT splits neither, and alpha = r makes its "
+    "scaling 1."""
+    config = reader.config
+    for field in ("trainable_token_indices", "bias"):
+        if getattr(config, field) not in (None, "none"):
+            raise NdLoraValueError(
+                f"The adapter has {field}={getattr(config, field)!r}, which LoKr cannot carry: export "
+                f"to='lora' or "
+                f"'merged' instead."
+            )
+    tensors, layers, modes = reader.other_tensors(), [], {}
+    for layer in _layers(reader, files):
+        _check_lokr(layer, files)
+        first, second = (layer.trained[f"mode_{k}"][0] for k in (1, 2))
+        kept = dtype or first.dtype
+        first, second = (
+            (layer.plan.scaling * first.double()).to(kept).contiguous(),
+            second.to(kept).contiguous(),
+        )
+        _check_finite(layer.name, first, second)
+        tensors[f"{KEY_PREFIX}{layer.name}.lokr_w1"] = first
+        tensors[f"{KEY_PREFIX}{layer.name}.lokr_w2"] = second
+        modes[layer.name] = (layer.plan.layout.out_modes, layer.plan.layout.in_modes)
+        form = ", ".join(f"{len(factor)}x{factor.shape[1]}" for factor in (first, second))
+        layers.append(
+            ExportedLayer(layer.name, form, first.numel() + second.numel(), _lokr_error(layer, first, second))
+        )
+    largest = max(side[1] for sides in modes.values() for side in sides)
+    rank = (largest + 1) // 2
+    lokr = LoKrConfig(
+        r=rank, alpha=rank, decompose_factor=_decompose_factor(modes), **_common_fields(reader, modes)
+    )
+    return StockAdapter(lokr, tensors, tuple(layers))
+
+
+def _check_lokr(layer: ReadLayer, files: BaseFiles | None) -> None:
+    """Raise unless the update of one layer is a single Kronecker product of two matrices, on an nn.Linear."""
+    plan = layer.plan
+    reason = None
+    if not isinstance(plan.method, NdLinear):
+        reason = f"method={plan.method.name!r} is no Kronecker product; to='lora' is exact for it"
+    elif plan.anchor == "snapshot":
+        reason = "anchor='snapshot' makes it the sum of several Kronecker products, and LoKr has one"
+    elif plan.layout.rank > 1:
+        reason = f"r={plan.layout.rank} Kronecker terms, and LoKr has one"
+    elif len(plan.layout.in_modes) != 2:
+        reason = f"{len(plan.layout.in_modes)} modes, and LoKr has two"
+    elif files is not None and isinstance(files.module(layer.name), Conv1D):
+        reason = "it is a Conv1D, and PEFT's LoKr adapts nn.Linear only"
+    if reason is not None:
+        raise NdLoraValueError(
+            f"Layer {layer.name!r} cannot become LoKr: {reason}. Export to='lora' or 'merged'."
+        )
+
+
+def _decompose_factor(modes: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> int:
+    """The LoKr option that splits every layer as it is split here."""
+    sides = [(name, side) for name, both in modes.items() for side in both]
+    wrong = {}
+    for factor in dict.fromkeys([-1, *(side[0] for _, side in sides)]):
+        wrong[factor] = next(
+            (at for at in sides if factorization(at[1][0] * at[1][1], factor) != at[1]), None
+        )
+        if wrong[factor] is None:
+            return factor
+    name, side = wrong[-1]
+    raise NdLoraValueError(
+        f"Layer {name!r} has the modes {list(side)}; LoKr has one decompose_factor for all layers, and "
+        f"none gives the "
+        f"modes of each. Export to='lora' or 'merged'."
+    )
+
+
+def _lokr_error(layer: ReadLayer, first: Tensor, second: Tensor) -> float:
+    exact = [layer.plan.scaling * layer.trained["mode_1"][0].double(), layer.trained["mode_2"][0].double()]
+    norm = float(exact[0].norm() * exact[1].norm())
+    # kron(a', b') - kron(a, b) = kron(a' - a, b') + kron(a, b' - b)
+    lost = float(
+        (first - exact[0]).norm() * second.double().norm() + exact[0].norm() * (second - exact[1]).norm()
+    )
+    return lost / norm if norm else 0.0
+
+
+def _layers(reader: AdapterReader, files: BaseFiles | None) -> Iterable[ReadLayer]:
+    """All of them, one at a time; each is planned, and so checked, before the first is computed."""
+    files = files if reader.reads_base else None  # else planned by its own tensors
+    for name in reader.shapes:
+        reader.plan(name, files)
+    return (reader.read(name, files) for name in reader.shapes)
+
+
+def _common_fields(reader: AdapterReader, layers: Iterable[str]) -> dict:
+    config = reader.config
+    return {
+        # whole names: what the adapter was given may match more, or other, layers
+        "target_modules": sorted(layers),
+        "modules_to_save": config.modules_to_save,
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "inference_mode": True,
+    }
+
+
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise NdLoraValueError(
+            f"The exported tensors of layer {name!r} hold NaN or infinity: the adapter is broken, or dtype "
+            f"{tensors[0].dtype} too narrow for it. `ndlora check` says more."
+        )

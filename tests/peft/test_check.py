@@ -1,0 +1,196 @@
+"""`check_adapter` on sound adapters, and on each way to break one."""
+
+import json
+
+import pytest
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.commands.check import check
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.check import check_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SOUND = {
+    "ndlinear": {},
+    "ndlinear-3-modes-4-terms": {"num_modes": 3, "r": 4},
+    "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
+    "ndlinear-modes-by-hand": {"modes": {"q_proj": {"in_modes": [4, 12]}}},
+    "slora-patterns": {"method": "slora", "rank_pattern": {"q_proj": 3}},
+    "nlora": {"method": "nlora"},
+    "nlora-no-anchor": {"method": "nlora", "anchor": "none"},
+    "inttune": {"method": "inttune"},
+    "inttune-random": {"method": "inttune", "init_lora_weights": False},
+    "beside": {"method": "slora", "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]},
+    "head": {"method": "slora", "target_modules": ["q_proj", "lm_head"]},
+}
+# the size of the update is not known without the base weights
+NEEDS_BASE = {"nlora", "inttune"}
+Q = "base_model.model.model.layers.0.self_attn.q_proj.ndlora_factors"
+# what is done to the tensors of a slora adapter, what the report must say
+BROKEN_TENSORS = {
+    "missing-factor": (
+        lambda t: t.pop(f"{Q}.core"),
+        "'ndlora_factors.core' of layer 'model.layers.0.self_attn.q_proj' has none",
+    ),
+    "unknown-factor": (lambda t: t.update({f"{Q}.extra": torch.ones(2)}), "has no such tensor"),
+    "shape": (lambda t: t.update({f"{Q}.core": torch.ones(3, 4)}), "has shape [3, 4]"),
+    "nan": (lambda t: t[f"{Q}.up"].fill_(float("nan")), "q_proj.ndlora_factors.up' holds NaN"),
+    "dtypes": (lambda t: t.update({f"{Q}.up": t[f"{Q}.up"].half()}), "several dtypes"),
+    "integers": (lambda t: t.update({k: v.int() for k, v in t.items()}), "of dtype int32"),
+    "missing-layer": (
+        lambda t: [t.pop(k) for k in list(t) if k.startswith(Q)],
+        "1 layers have no tensor in ",
+    ),
+    "stranger": (
+        lambda t: t.update({"base_model.model.odd": torch.ones(2)}),
+        "belong to nothing in the configuration: 'odd'",
+    ),
+    "zero": (lambda t: [v.zero_() for v in t.values()], "No layer does anything"),
+    "no-tensor-of-ours": (
+        lambda t: [t.pop(k) for k in list(t)] and t.update(other=torch.ones(1)),
+        "none of an NDLORA adapter",
+    ),
+    "empty": (lambda t: t.update({f"{Q}.up": torch.ones(0, 4)}), "are empty"),
+}
+# what is done to its configuration, what the report must say
+BROKEN_CONFIGS = {
+    "rank": ({"r": 5}, "needs [5, "),
+    "module": (
+        {"modules_to_save": ["lm_head"]},
+        "modules_to_save names 'lm_head', of which the file holds no tensor",
+    ),
+    "tokens": ({"trainable_token_indices": [1]}, "the file holds no token rows"),
+    "newer": ({"schema_version": 99}, "Upgrade it"),
+    "method": ({"method": "nope"}, "no known method"),
+}
+
+
+@pytest.fixture
+def save(make_llama, trained, tmp_path):
+    """A function that saves a trained adapter of the tiny Llama, and returns its directory."""
+
+    def make(**options):
+        trained(make_llama, **options)
+        return tmp_path / "adapter"
+
+    return make
+
+
+@pytest.fixture
+def rewrite():
+    """A function that changes the tensors of an adapter in place."""
+
+    def change(directory, function):
+        file = directory / "adapter_model.safetensors"
+        tensors = load_file(file)
+        function(tensors)
+        save_file(tensors, file)
+
+    return change
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("case", SOUND)
+def test_sound_adapters(case, with_base, save, tmp_path):
+    directory = save(**SOUND[case])
+    base = tmp_path / "base" if with_base else (tmp_path / "base").rename(tmp_path / "elsewhere") and None
+    report = check_adapter(directory, base and str(base))
+    assert (report.ok, report.problems, report.remarks, report.idle) == (True, (), (), ())
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base or tmp_path / "elsewhere"), NdLoraConfig(**SOUND[case])
+    )
+    plans = [m.plan["default"] for m in model.modules() if hasattr(m, "plan")]
+    assert len(report.layers) == len(plans) and report.trainable == sum(plan.num_parameters for plan in plans)
+    tensors = load_file(directory / "adapter_model.safetensors").values()
+    assert report.bytes == sum(tensor.nbytes for tensor in tensors) and report.dtypes == (torch.float32,)
+    assert (None in {layer.norm for layer in report.layers}) == (case in NEEDS_BASE and not with_base)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("case", BROKEN_TENSORS)
+def test_broken_tensors(case, with_base, save, rewrite, tmp_path):
+    directory = save(method="slora", r=4)
+    rewrite(directory, BROKEN_TENSORS[case][0])
+    report = check_adapter(directory, str(tmp_path / "base") if with_base else None)
+    assert not report.ok and BROKEN_TENSORS[case][1] in " ".join(report.problems)
+
+
+@pytest.mark.parametrize("case", BROKEN_CONFIGS)
+def test_broken_configurations(case, save):
+    directory = save(method="slora", r=4)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **BROKEN_CONFIGS[case][0]}))
+    report = check_adapter(directory)
+    assert not report.ok and BROKEN_CONFIGS[case][1] in " ".join(report.problems)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_truncated_files(name, save):
+    directory = save()
+    (directory / name).write_bytes((directory / name).read_bytes()[:-9])
+    report = check_adapter(directory)
+    assert not report.ok and len(report.problems) == 1
+
+
+@pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "ndlinear"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_layers_that_do_nothing(method, with_base, save, rewrite, tmp_path):
+    directory = save(method=method)
+    base = str(tmp_path / "base") if with_base else None
+    rewrite(
+        directory, lambda tensors: [t.zero_() for key, t in tensors.items() if "layers.0.self_attn.q" in key]
+    )
+    report = check_adapter(directory, base)
+    assert report.ok and report.idle == ("model.layers.0.self_attn.q_proj",)
+    assert report.remarks == ("1 of 14 layers do nothing: 'model.layers.0.self_attn.q_proj'.",)
+    untrained = check_adapter(save(scale=0.0, method=method), base)
+    assert not untrained.ok and len(untrained.idle) == 14
+
+
+@pytest.mark.parametrize("method, ok", [("slora", True), ("inttune", False)])
+def test_another_base_is_a_problem_where_the_start_is_read_from_it(method, ok, save, make_llama, tmp_path):
+    directory = save(method=method)
+    make_llama(seed=5).save_pretrained(tmp_path / "other")
+    report = check_adapter(directory, str(tmp_path / "other"))
+    assert report.ok == ok and "differ from those that the adapter was trained on" in " ".join(
+        report.problems + report.remarks
+    )
+
+
+def test_a_base_of_another_shape(save, make_llama, tmp_path):
+    directory = save()
+    make_llama(hidden_size=64).save_pretrained(tmp_path / "other")
+    report = check_adapter(directory, str(tmp_path / "other"))
+    assert not report.ok and "in this base model" in report.problems[0]
+
+
+def test_an_adapter_of_another_kind_is_a_problem(make_llama, tmp_path):
+    get_peft_model(make_llama(), LoraConfig()).save_pretrained(tmp_path / "adapter")
+    assert "of type LORA, not NDLORA" in check_adapter(tmp_path / "adapter").problems[0]
+
+
+@pytest.mark.parametrize(
+    "name, message", [("nothing", "neither a directory"), ("base", "no adapter_config.json")]
+)
+def test_no_adapter_is_an_error(name, message, save, tmp_path):
+    save()
+    with pytest.raises(NdLoraValueError, match=message):
+        check_adapter(tmp_path / name)
+
+
+def test_the_command_and_its_exit_status(save, rewrite, tmp_path):
+    app = typer.Typer()
+    app.command()(check)
+    directory = save(method="inttune", modules_to_save=["lm_head"])
+    sound = CliRunner().invoke(app, [str(directory)])
+    assert sound.exit_code == 0 and "needs --base" in sound.output and "Sound." in sound.output
+    assert "896 trainable numbers, float32" in sound.output
+    rewrite(directory, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    broken = CliRunner().invoke(app, [str(directory), "--base", str(tmp_path / "base")])
+    assert broken.exit_code == 1 and "Problem: No layer does anything" in broken.output

@@ -1,0 +1,362 @@
+"""Exports against the adapter they came from: stock LoRA, LoKr, merged files, and PEFT's own conversion."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from peft import LoraConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from ndlora_plugins.commands.export import export
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.export import export_adapter
+from ndlora_plugins.integrations.peft.reading import AdapterReader, read_adapter
+
+# adapter -> rank of its exact LoRA
+LOW_RANK = {
+    "slora": ({"method": "slora", "r": 4, "lora_alpha": 8}, 4),
+    "slora-rslora-patterns": (
+        {
+            "method": "slora",
+            "r": 4,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2, "c_attn": 2},
+            "alpha_pattern": {"down_proj": 9},
+        },
+        4,
+    ),
+    "slora-from-weights": ({"method": "slora", "init_lora_weights": "n_lora", "r": 4}, 8),
+    "nlora": ({"method": "nlora", "r": 4}, 8),
+    "nlora-no-anchor": ({"method": "nlora", "r": 4, "anchor": "none"}, 4),
+    "inttune": ({"method": "inttune", "r": 4}, 4),
+    "inttune-no-anchor": ({"method": "inttune", "r": 4, "anchor": "none"}, 4),
+}
+READS_BASE = {"slora-from-weights", "nlora", "inttune", "inttune-no-anchor"}
+KRONECKER = {
+    "ndlinear": {"lora_alpha": 3},
+    "ndlinear-3-modes": {"num_modes": 3},
+    "ndlinear-4-terms": {"r": 4},
+    "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
+}
+# adapter -> the layers, and the rank that PEFT's conversion is asked for
+CONVERSIONS = {
+    **{case: (options, 8) for case, (options, _) in LOW_RANK.items()},
+    **{case: ({**options, "target_modules": ["q_proj", "c_fc"]}, 48) for case, options in KRONECKER.items()},
+}
+LOKR = {
+    "balanced": {"lora_alpha": 3},
+    "uneven": {
+        "modes": {"in_modes": [4, 12], "out_modes": [4, 12]},
+        "target_modules": ["q_proj"],
+        "lora_alpha": 2,
+    },
+    "random": {"init_lora_weights": False},
+    "modules-to-save": {"modules_to_save": ["lm_head"]},
+}
+# adapter, what the error must say
+NOT_LOKR = [
+    ({"r": 2}, "r=2 Kronecker terms"),
+    ({"num_modes": 3}, "3 modes, and LoKr has two"),
+    ({"init_lora_weights": "ndlinear"}, "anchor='snapshot' makes it the sum"),
+    ({"method": "slora"}, "to='lora' is exact for it"),
+    (
+        {"modes": {"q_proj": {"in_modes": [4, 12]}}},
+        r"'model.layers.0.self_attn.q_proj' has the modes \[4, 12\]",
+    ),
+    ({"modes": {"in_modes": [12, 4], "out_modes": [4, 12]}, "target_modules": ["q_proj"]}, "the modes"),
+    ({"trainable_token_indices": [1]}, "LoKr cannot carry"),
+]
+# what trains beside the factors -> words of the note, whether vocabularies are tied
+BESIDE = {
+    "modules-to-save": ({"modules_to_save": ["lm_head"]}, "modules_to_save", False),
+    "modules-to-save-tied": ({"modules_to_save": ["lm_head"]}, "modules_to_save", True),
+    "embedding-tied": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save", True),
+    "embedding-and-head": ({"modules_to_save": ["embed_tokens", "lm_head"]}, "modules_to_save", True),
+    "norms": ({"modules_to_save": ["norm"]}, "modules_to_save", False),
+    "tokens": ({"trainable_token_indices": [3, 7, 5]}, "trainable_token_indices", False),
+    "tokens-by-name": (
+        {"trainable_token_indices": {"embed_tokens": [3, 7, 5]}},
+        "trainable_token_indices",
+        False,
+    ),
+    "tokens-tied": ({"trainable_token_indices": [3, 7, 5]}, "trainable_token_indices", True),
+}
+# options, what the error must say
+WRONG = [
+    ({"to": "gguf"}, "to='gguf': choose one of"),
+    ({"to": "lokr", "rank": 4}, "choose LoRA's rank"),
+    ({"to": "merged", "dtype": torch.float16}, "leave dtype out"),
+    ({"rank": 4, "energy": 0.5}, "give one of the three"),
+    ({}, "--rank, --energy, --max-error"),
+]
+MODELS = ["make_llama", "make_gpt2"]
+pytestmark = pytest.mark.filterwarnings("ignore")  # patterns and notes that a case does not ask about
+STOCK = """
+    import sys
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    torch.set_num_threads(1)
+    base = AutoModelForCausalLM.from_pretrained({base!r})
+    logits = PeftModel.from_pretrained(base, {adapter!r}).eval()(torch.arange(20).view(2, 10)).logits
+    assert not any(name.partition(".")[0] == "ndlora_plugins" for name in sys.modules)
+    torch.save(logits.detach(), {out!r})
+"""
+
+
+@pytest.fixture(params=MODELS)
+def make_model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def stock_logits(tmp_path):
+    """A function that gives the exported adapter's logits in a process that knows nothing of us."""
+
+    def run():
+        paths = {name: str(tmp_path / name) for name in ("base", "out")}
+        code = STOCK.format(base=paths["base"], adapter=paths["out"], out=str(tmp_path / "logits.pt"))
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", textwrap.dedent(code)],
+            env={**os.environ, "NDLORA_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return torch.load(tmp_path / "logits.pt")
+
+    return run
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", LOW_RANK)
+def test_low_rank_methods_become_the_same_lora(case, make_model, trained, tokens, tmp_path, load):
+    options, rank = LOW_RANK[case]
+    expected = trained(make_model, **options)
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["r"], saved["lora_alpha"]) == ("LORA", rank, rank)
+    assert saved["rank_pattern"] == saved["alpha_pattern"] and not saved["use_rslora"]
+    assert report.largest_error < 2e-7
+    assert_close(load(tmp_path / "base", tmp_path / "out")(tokens).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "to, case", [("lora", "nlora"), ("lora", "slora-rslora-patterns"), ("lokr", "balanced")]
+)
+def test_it_loads_where_we_are_not(to, case, make_llama, trained, stock_logits, tmp_path):
+    expected = trained(make_llama, **{**{k: v[0] for k, v in LOW_RANK.items()}, **LOKR}[case])
+    export_adapter(tmp_path / "adapter", tmp_path / "out", to)
+    assert_close(stock_logits(), expected)
+
+
+@pytest.mark.parametrize("case", LOW_RANK)
+def test_the_base_is_needed_only_where_its_weights_are_read(case, make_llama, trained, tmp_path):
+    trained(make_llama, **LOW_RANK[case][0])
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    if case in READS_BASE:
+        with pytest.raises(NdLoraValueError, match="neither a directory nor in the local cache"):
+            export_adapter(tmp_path / "adapter", tmp_path / "out")
+    export_adapter(
+        tmp_path / "adapter",
+        tmp_path / "out",
+        base=str(tmp_path / "elsewhere") if case in READS_BASE else None,
+    )
+
+
+@pytest.mark.parametrize("case", KRONECKER)
+def test_kronecker_terms_become_lora_of_a_chosen_rank(case, make_model, trained, tokens, tmp_path, load):
+    expected = trained(make_model, **KRONECKER[case])
+    whole = export_adapter(tmp_path / "adapter", tmp_path / "out", max_error=0)
+    assert whole.largest_error < 1e-6
+    assert_close(load(tmp_path / "base", tmp_path / "out")(tokens).logits, expected)
+    less = export_adapter(tmp_path / "adapter", tmp_path / "less", rank=6)
+    layers = load(tmp_path / "base", tmp_path / "adapter").base_model.model
+    stock = load(tmp_path / "base", tmp_path / "less").base_model.model
+    for layer in less.layers:
+        delta = layers.get_submodule(layer.name).get_delta_weight("default")
+        error = (stock.get_submodule(layer.name).get_delta_weight("default") - delta).norm() / delta.norm()
+        assert layer.form == "rank 6" and float(error) == pytest.approx(layer.error, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [{"energy": 0.9}, {"max_error": 0.3}])
+def test_ranks_by_error_differ_and_say_so(target, make_llama, trained, tokens, tmp_path, load):
+    expected = trained(make_llama, r=2)
+    with pytest.warns(NdLoraWarning, match="ranks differ from layer to layer"):
+        report = export_adapter(tmp_path / "adapter", tmp_path / "out", **target)
+    assert report.largest_error <= 0.3163 and len({layer.form for layer in report.layers}) > 1
+    logits = load(tmp_path / "base", tmp_path / "out")(tokens).logits
+    assert 0 < (logits - expected).norm() < (load(tmp_path / "base")(tokens).logits - expected).norm()
+
+
+def test_low_rank_methods_can_be_made_smaller(make_llama, trained, tmp_path):
+    trained(make_llama, method="slora", r=8)
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out", rank=2)
+    assert {layer.form for layer in report.layers} == {"rank 2"} and 0 < report.largest_error < 1
+
+
+@pytest.mark.parametrize("case", LOKR)
+def test_one_kronecker_term_becomes_the_same_lokr(case, make_llama, trained, tokens, tmp_path, load):
+    expected = trained(make_llama, **LOKR[case])
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out", "lokr")
+    assert report.largest_error < 1e-6
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in keys} <= {"lokr_w1", "lokr_w2", "weight"}
+    assert_close(load(tmp_path / "base", tmp_path / "out")(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("options, message", NOT_LOKR)
+def test_what_cannot_become_lokr(options, message, make_llama, trained, tmp_path):
+    trained(make_llama, **options)
+    with pytest.raises(NdLoraValueError, match=message):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "lokr")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_conv1d_cannot_become_lokr(make_gpt2, trained, tmp_path):
+    trained(make_gpt2)
+    with pytest.raises(NdLoraValueError, match="it is a Conv1D"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "lokr", base=str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_trains_beside_the_factors_is_carried_and_named(
+    case, make_llama, trained, tokens, tmp_path, load
+):
+    options, note, tied = BESIDE[case]
+    expected = trained(lambda: make_llama(tie_word_embeddings=tied), method="slora", **options)
+    with pytest.warns(NdLoraWarning, match=f"{note}=.* servers such as vLLM"):
+        report = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert len(report.notes) == 1
+    assert_close(load(tmp_path / "base", tmp_path / "out")(tokens).logits, expected)
+    export_adapter(tmp_path / "adapter", tmp_path / "merged", "merged")
+    assert_close(load(tmp_path / "merged")(tokens).logits, expected)
+
+
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="peft 0.20 would not save them")
+@pytest.mark.parametrize("bias", ["all", "ndlora_only"])
+def test_biases_are_carried_and_named(bias, make_gpt2, trained, tokens, tmp_path, load):
+    trained(make_gpt2, method="slora", bias=bias)
+    expected = load(tmp_path / "base", tmp_path / "adapter")(tokens).logits  # what PEFT saved of them
+    with pytest.warns(NdLoraWarning, match="bias="):
+        export_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert_close(load(tmp_path / "base", tmp_path / "out")(tokens).logits, expected)
+    export_adapter(tmp_path / "adapter", tmp_path / "merged", "merged")
+    assert_close(load(tmp_path / "merged")(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_another_base_model_is_refused(to, make_llama, trained, tmp_path):
+    trained(make_llama, method="inttune")
+    make_llama(seed=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(NdLoraValueError, match="differ from those that the adapter was trained on"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", to, base=str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(to, make_llama, trained, tmp_path):
+    trained(make_llama, method="slora")
+    with pytest.raises(NdLoraValueError, match="nothing is overwritten"):
+        export_adapter(tmp_path / "adapter", tmp_path / "base", to)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: value * float("nan") for key, value in load_file(file).items()}, file)
+    with pytest.raises(NdLoraValueError, match="NaN or infinity"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    (tmp_path / "empty").mkdir()
+    save_file({key: torch.zeros_like(value) for key, value in load_file(file).items()}, file)
+    assert export_adapter(tmp_path / "adapter", tmp_path / "empty", to).largest_error == 0
+
+
+@pytest.mark.parametrize("to", ["lora", "lokr", "merged"])
+def test_a_missing_layer_is_an_error(to, make_llama, trained, tmp_path):
+    trained(make_llama)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(
+        {key: value for key, value in load_file(file).items() if "layers.0.self_attn.q" not in key}, file
+    )
+    with pytest.raises(
+        NdLoraValueError, match="1 layers have no tensor in .*'model.layers.0.self_attn.q_proj'"
+    ):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", to)
+
+
+@pytest.mark.parametrize("options, message", WRONG)
+def test_wrong_options(options, message, make_llama, trained, tmp_path):
+    trained(make_llama)
+    with pytest.raises(NdLoraValueError) as caught:
+        export_adapter(tmp_path / "adapter", tmp_path / "out", **options)
+    assert message in str(caught.value)
+
+
+def test_an_adapter_of_another_kind(make_llama, tmp_path):
+    get_peft_model(make_llama(), LoraConfig()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NdLoraValueError, match="of type LORA, not NDLORA"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_the_dtype_can_be_chosen(make_llama, trained, tmp_path):
+    trained(make_llama, method="slora")
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16} and 1e-4 < report.largest_error < 1e-2
+
+
+@pytest.mark.parametrize("case", LOW_RANK)
+def test_layers_are_read_as_the_model_has_them(case, make_llama, trained, tmp_path, load):
+    trained(make_llama, **LOW_RANK[case][0])
+    files = AdapterReader(tmp_path / "adapter").open_base(None)
+    model = load(tmp_path / "base", tmp_path / "adapter").base_model.model
+    for layer in read_adapter(tmp_path / "adapter", files):
+        expected = model.get_submodule(layer.name).get_delta_weight("default")
+        assert torch.equal(layer.plan.delta(layer.trained, layer.frozen) * layer.plan.scaling, expected)
+
+
+@pytest.mark.parametrize("case", CONVERSIONS)
+def test_pefts_own_conversion(case, make_model, trained, tokens, tmp_path, load):
+    options, rank = CONVERSIONS[case]
+    expected = trained(make_model, **options)
+    config, tensors = convert_to_lora(load(tmp_path / "base", tmp_path / "adapter"), rank=rank)
+    lora = get_peft_model(load(tmp_path / "base"), config)
+    assert not set_peft_model_state_dict(lora, tensors).unexpected_keys
+    torch.testing.assert_close(lora.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command(make_llama, trained, tmp_path):
+    import typer
+
+    trained(make_llama, r=2, modules_to_save=["lm_head"])
+    app = typer.Typer()
+    app.command()(export)
+    arguments = [
+        str(tmp_path / "adapter"),
+        "--to",
+        "lora",
+        "--output",
+        str(tmp_path / "out"),
+        "--max-error",
+        "0.3",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for words in (
+        "model.layers.1.mlp.down_proj",
+        "rank ",
+        "Note: modules_to_save=",
+        "Note: The ranks differ",
+        "14 layers",
+    ):
+        assert words in result.output
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, NdLoraValueError)
