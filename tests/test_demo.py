@@ -31,8 +31,12 @@ FINAL_ANSWERS = [  # text, what counts
 def combination(problem: Problem) -> tuple[str, ...]:
     """Template and numbers: the sum asked for, whatever the names and things are."""
     words = re.sub(r"\b[A-Z][a-z]+\b", "", problem.question).split()
-    shape = tuple(word for word in words if word.strip("?.,") in {
-        "gets", "shelf", "gives", "needs", "fills", "buys", "shares", "finds", "bowl", "sells"})
+    shape = tuple(
+        word
+        for word in words
+        if word.strip("?.,")
+        in {"gets", "shelf", "gives", "needs", "fills", "buys", "shares", "finds", "bowl", "sells"}
+    )
     return shape + tuple(re.findall(r"\d+", problem.question))
 
 
@@ -91,15 +95,23 @@ def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(True)])
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(True)]
+    )
     texts = [f"Question: {problem.question}\nAnswer: {problem.answer}" for problem in generate(300, 0)]
     tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"]))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, bos_token_id=1)
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -167,7 +179,7 @@ def test_demo_refuses_data_without_questions(tmp_path):
     pytest.importorskip("matplotlib")
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1 + 1?", "answer": "2"}\n{"text": "no question"}\n')
-    with pytest.raises(NdLoraValueError, match=r'data\.jsonl, line 2: expected a JSON object with the texts'):
+    with pytest.raises(NdLoraValueError, match=r"data\.jsonl, line 2: expected a JSON object with the texts"):
         run_tiny("unused", tmp_path / "out", data=data)
 
 

@@ -112,6 +112,28 @@ def test_the_trl_snippet(tiny_hub):
     run_snippet(blocks("README.md", "python")[1].replace('report_to="none"', on_a_cpu), tiny_hub)
 
 
+@pytest.mark.slow
+def test_the_snippet_of_the_trl_page(tiny_hub):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+
+    code = blocks("docs/trl.md", "python")[0].replace("Qwen/Qwen3-1.7B", tiny_hub).replace("r=128", "r=4")
+    on_a_cpu = code.replace(
+        "learning_rate=1e-3", 'learning_rate=1e-3, bf16=False, report_to="none", max_steps=1'
+    )
+    exec(compile(on_a_cpu, "trl.md", "exec"), {"dataset": Dataset.from_list([{"text": "Two and two"}] * 8)})
+
+
+def test_the_snippet_of_the_export_page(make_llama, shake, tmp_path, monkeypatch):
+    from peft import get_peft_model
+
+    from ndlora_plugins import NdLoraConfig
+
+    monkeypatch.chdir(tmp_path)
+    shake(get_peft_model(make_llama(), NdLoraConfig())).save_pretrained("my-adapter")
+    exec(compile(blocks("docs/export.md", "python")[0], "export.md", "exec"), {})
+
+
 def test_the_method_of_the_development_page_trains():
     import torch
     from peft import get_peft_model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -58,33 +58,35 @@ class NdLoraConfig(PeftConfig):
         NdLoraValueError: from `__init__`, for a value that cannot work, before any model is touched.
     """
 
-    method: Optional[str] = field(
+    method: str | None = field(
         default=None,
         metadata={
             "help": "'ndlinear', 'slora', 'nlora', 'inttune' or one of an installed plugin. Left out, it follows "
             "from `init_lora_weights` ('n_lora' means nlora, 's_lora' means slora), else it is 'ndlinear'."
         },
     )
-    r: Optional[int] = field(
+    r: int | None = field(
         default=None,
         metadata={
             "help": "The rank in the method's own sense: Kronecker terms for ndlinear (default 1), the rank for "
             "the others (default 8)."
         },
     )
-    lora_alpha: Optional[float] = field(
+    lora_alpha: float | None = field(
         default=None,
-        metadata={"help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default r: scaling is 1."},
+        metadata={
+            "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default r: scaling is 1."
+        },
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
-    init_lora_weights: Union[bool, str] = field(
+    init_lora_weights: bool | str = field(
         default=True,
         metadata={
             "help": "True: the method's own start, which leaves the model's function as it is. False: random and "
             "not zero (for tests). 'ndlinear': the reference's. 's_lora', 'n_lora', or one of a plugin."
         },
     )
-    anchor: Optional[str] = field(
+    anchor: str | None = field(
         default=None,
         metadata={
             "help": "'snapshot': a start that is not zero is subtracted, so the model begins as it is. 'none': as "
@@ -94,33 +96,35 @@ class NdLoraConfig(PeftConfig):
     num_modes: int = field(
         default=2, metadata={"help": "Into how many modes each dimension is split, as evenly as it comes."}
     )
-    modes: Optional[dict] = field(
+    modes: dict | None = field(
         default=None,
         metadata={
             "help": "Modes by hand: {'in_modes': [32, 64], 'out_modes': [32, 64]} for all layers, or one such "
             "dict for each target: {'q_proj': {'in_modes': [32, 64]}}. The names match as in rank_pattern."
         },
     )
-    random_seed: Optional[int] = field(
+    random_seed: int | None = field(
         default=None,
         metadata={"help": "Makes the start reproducible; the global random generator is then not touched."},
     )
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names (the end of the path is enough), a regex, or 'all-linear' (default): every linear "
             "layer but the output layer."
         },
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regex of modules that get no adapter."}
     )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
+    layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "The layer indices that get an adapter, if not all of them."}
     )
-    layers_pattern: Optional[Union[list[str], str]] = field(
+    layers_pattern: list[str] | str | None = field(
         default=None,
-        metadata={"help": "The name of the layer list, where `layers_to_transform` cannot tell it by itself."},
+        metadata={
+            "help": "The name of the layer list, where `layers_to_transform` cannot tell it by itself."
+        },
     )
     rank_pattern: dict = field(
         default_factory=dict,
@@ -130,34 +134,41 @@ class NdLoraConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Layer name or regex to an alpha other than `lora_alpha`, as in LoraConfig."},
     )
-    modules_to_save: Optional[list[str]] = field(
+    modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
     )
     bias: str = field(
-        default="none", metadata={"help": "Which biases of the base model train: 'none', 'all' or 'ndlora_only'."}
+        default="none",
+        metadata={
+            "help": "Which biases of the base model train: 'none', 'all' or 'ndlora_only' (those of adapted layers; "
+            "'lora_only' means it too)."
+        },
     )
     fan_in_fan_out: bool = field(
         default=False,
-        metadata={"help": "Accepted for compatibility: the way a layer stores its weight is seen from its type."},
+        metadata={
+            "help": "Accepted for compatibility: the way a layer stores its weight is seen from its type."
+        },
     )
     use_rslora: bool = field(default=False, metadata={"help": "scaling = lora_alpha / sqrt(r)."})
-    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the embedding that are trained and saved, as in LoraConfig."}
     )
-    target_parameters: Optional[list[str]] = field(
-        default=None, metadata={"help": "Not supported yet: 3-D expert parameters are refused with their names."}
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Not supported yet: 3-D expert parameters are refused with their names."},
     )
     ensure_weight_tying: bool = field(
         default=False,
         metadata={"help": "Keep tied embeddings tied in `modules_to_save` and `trainable_token_indices`."},
     )
-    base_fingerprint: Optional[dict] = field(
+    base_fingerprint: dict | None = field(
         default=None,
-        metadata={"help": "Written when an adapter is saved: what its base model looked like. Not set by hand."},
+        metadata={
+            "help": "Written when an adapter is saved: what its base model looked like. Not set by hand."
+        },
     )
-    schema_version: int = field(
-        default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."}
-    )
+    schema_version: int = field(default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."})
     use_dora: InitVar[Any] = None
     use_qalora: InitVar[Any] = None
     qalora_group_size: InitVar[Any] = None
@@ -209,7 +220,9 @@ class NdLoraConfig(PeftConfig):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise NdLoraValueError(f"{name}={rank!r}: a rank must be an integer of at least 1.")
         if not 0.0 <= self.lora_dropout < 1.0:
-            raise NdLoraValueError(f"lora_dropout={self.lora_dropout!r}: choose a value from 0 up to below 1.")
+            raise NdLoraValueError(
+                f"lora_dropout={self.lora_dropout!r}: choose a value from 0 up to below 1."
+            )
         if not isinstance(self.num_modes, int) or self.num_modes < 2:
             raise NdLoraValueError(f"num_modes={self.num_modes!r}: choose an integer of at least 2.")
 
@@ -241,6 +254,8 @@ class NdLoraConfig(PeftConfig):
             raise NdLoraValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
+        if self.bias == "lora_only":
+            self.bias = "ndlora_only"
         if self.bias not in ("none", "all", "ndlora_only"):
             raise NdLoraValueError(f"bias={self.bias!r}: choose 'none', 'all' or 'ndlora_only'.")
 
@@ -276,15 +291,16 @@ class NdLoraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """Load adapter_config.json. A local directory is checked whole, so that a broken one changes nothing.
+        """Load adapter_config.json. A tensor file beside it is checked too, so that a broken one changes no model.
 
         Raises:
-            NdLoraValueError: the tensor file is missing, truncated, empty, or no safetensors file.
+            NdLoraValueError: the tensor file is truncated, empty, or no safetensors file.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         directory = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(directory):
-            from ndlora_plugins.integrations.peft.files import check_adapter_file
+        from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, check_adapter_file
 
+        # a configuration may stand alone, and a pickle file is PEFT's affair: it loads tensors only from one
+        if os.path.isfile(os.path.join(directory, ADAPTER_FILE)):
             check_adapter_file(directory)
         return config

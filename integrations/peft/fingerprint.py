@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ _TOLERANCE = {"float64": 0.0, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2
 
 
 class FingerprintedLayer(NamedTuple):
-    """Name, shape (out, in) and weight (out, in) of an adapted layer; no weight where it cannot be read."""
+    """Name, shape (out, in) and weight (out, in) of an adapted layer, or a function that dequantises it; no weight
+    where it cannot be read.
+    """
 
     name: str
     shape: tuple[int, int]
-    weight: Tensor | None
+    weight: Tensor | Callable[[], Tensor] | None
     storage: str
 
 
@@ -38,19 +40,25 @@ def make_fingerprint(layers: Sequence[FingerprintedLayer]) -> dict | None:
     """Sample at most 16 layers, 8 values each, evenly spread. JSON-serialisable; None without layers."""
     if not layers:
         return None
-    step = max(1, math.ceil(len(layers) / MAX_LAYERS))
-    return {layer.name: _sample(layer) for layer in layers[::step]}
+    last = len(layers) - 1
+    # from the first to the last with a step that is no whole number, which would hit one projection again and again
+    picks = (
+        {round(k * last / (MAX_LAYERS - 1)) for k in range(MAX_LAYERS)}
+        if last >= MAX_LAYERS
+        else range(last + 1)
+    )
+    return {layers[pick].name: _sample(layers[pick]) for pick in sorted(picks)}
 
 
 def _sample(layer: FingerprintedLayer) -> dict:
     values = None
     if layer.weight is not None:
-        rows, columns = layer.weight.shape
+        weight = (layer.weight() if callable(layer.weight) else layer.weight).detach()
+        rows, columns = weight.shape
         # evenly over the diagonal of the rectangle: every value from another row and another column
         steps = torch.arange(min(MAX_VALUES, rows, columns), dtype=torch.float64)
         picks = (steps + 0.5) / len(steps)
         row, column = (picks * rows).long(), (picks * columns).long()
-        weight = layer.weight.detach()
         sampled = weight[row.to(weight.device), column.to(weight.device)]
         values = sampled.to("cpu", torch.float32).tolist()
     return {"shape": list(layer.shape), "storage": layer.storage, "values": values}
@@ -89,7 +97,10 @@ def compare_fingerprint(
             continue
         difference = _relative_difference(found["values"], expected["values"])
         kinds = (found["storage"], expected["storage"])
-        allowed = 1e-6 if kinds[0] == kinds[1] else max(_TOLERANCE.get(kind, 0.3) for kind in kinds)
+        if kinds[0] == kinds[1]:
+            allowed = 1e-6 if hasattr(torch, kinds[0]) else 1e-2  # dequantised to one float dtype or another
+        else:
+            allowed = max(_TOLERANCE.get(kind, 0.3) for kind in kinds)
         if difference > allowed and reads_weight:
             raise NdLoraValueError(
                 f"The weights of layer {name!r} differ from those that the adapter was trained on by "

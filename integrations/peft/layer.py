@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError, NdLoraWarning
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
 
-__all__ = ["FrozenFactors", "NdLoraLayer", "NdLoraLinear", "linear_features", "weight_out_in"]
+__all__ = [
+    "FrozenFactors",
+    "NdLoraLayer",
+    "NdLoraLinear",
+    "base_weight",
+    "linear_features",
+    "quantization_backend",
+    "weight_out_in",
+]
+
+
+def quantization_backend(layer: nn.Module, get_apply_tensor_subclass=None) -> QuantizationBackend | None:
+    """PEFT's backend for a quantised layer; None for any other.
+
+    A torchao weight that nobody says how to make again (it was not quantised by transformers) can be trained on,
+    not merged into.
+    """
+    backend = resolve_quantization_backend(
+        layer, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown
+    )
+    if getattr(backend, "get_apply_tensor_subclass", None) is _unknown:
+        backend.supports_merge = False
+    return backend
+
+
+def _unknown():
+    """Stands for the function of transformers' quantiser."""
 
 
 def linear_features(layer: nn.Module) -> tuple[int, int] | None:
@@ -27,7 +53,7 @@ def linear_features(layer: nn.Module) -> tuple[int, int] | None:
         return shape[0], shape[1]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    backend = resolve_quantization_backend(layer)
+    backend = quantization_backend(layer)
     if backend is not None and backend.layer_type == "linear" and hasattr(layer, "in_features"):
         return layer.in_features, layer.out_features
     return None
@@ -36,6 +62,17 @@ def linear_features(layer: nn.Module) -> tuple[int, int] | None:
 def weight_out_in(layer: nn.Module, weight: Tensor) -> Tensor:
     """The base weight as (out_features, in_features), a view: transformers' Conv1D stores it transposed."""
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def base_weight(layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
+    """The weight of a base layer, dequantised, as the layer stores it."""
+    if backend is None:
+        return layer.weight.data
+    if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+        # bitsandbytes 4-bit: a forward in eval mode on the CPU has packed the weight in another order, which
+        # dequantising does not know of; asking for the state dict brings the usual one back
+        layer.state_dict()
+    return backend.get_base_weight(layer)
 
 
 class FrozenFactors(nn.Module):
@@ -75,8 +112,8 @@ class NdLoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        self.quantization_backend = quantization_backend(
+            self.get_base_layer(), kwargs.get("get_apply_tensor_subclass")
         )
         self.in_features, self.out_features = linear_features(self.get_base_layer())
 
@@ -108,6 +145,10 @@ class NdLoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def get_base_weight(self) -> Tensor:
+        """The weight of the base layer, dequantised, as the layer stores it."""
+        return base_weight(self.get_base_layer(), self.quantization_backend)
+
     def _base_is_floating(self) -> bool:
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         return dtype is not None and dtype.is_floating_point
@@ -125,7 +166,7 @@ class NdLoraLayer(BaseTunerLayer):
                 return weight_out_in(base, weight.data.clone())
         return weight_out_in(base, self.get_base_weight())
 
-    def _tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(trained, frozen) of one adapter, of one dtype."""
         trained = dict(self.ndlora_factors[adapter].items())
         if adapter not in self.ndlora_frozen:
@@ -134,7 +175,9 @@ class NdLoraLayer(BaseTunerLayer):
         frozen = holder.tensors()
         reference = next(iter(trained.values()))
         stale = [
-            name for name, value in frozen.items() if value.dtype != reference.dtype or value.device != reference.device
+            name
+            for name, value in frozen.items()
+            if value.dtype != reference.dtype or value.device != reference.device
         ]
         if stale and self.plan[adapter].recomputed and not reference.is_meta:
             self._refresh(holder, adapter, reference)
@@ -158,7 +201,7 @@ class NdLoraLayer(BaseTunerLayer):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """scaling * dW x of one adapter: (..., in_features) -> (..., out_features)."""
-        trained, frozen = self._tensors(adapter)
+        trained, frozen = self.tensors(adapter)
         if not torch.is_autocast_enabled(x.device.type):  # under autocast the products cast, and to less
             x = self._cast_input_dtype(x, next(iter(trained.values())).dtype)
         y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x))
@@ -168,7 +211,7 @@ class NdLoraLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * dW in the way the base layer stores its weight, at least float32."""
         with torch.no_grad():
-            trained, frozen = self._tensors(adapter)
+            trained, frozen = self.tensors(adapter)
             dtype = torch.promote_types(next(iter(trained.values())).dtype, torch.float32)
             delta = self.plan[adapter].delta(
                 {name: value.to(dtype) for name, value in trained.items()},
@@ -187,7 +230,7 @@ class NdLoraLayer(BaseTunerLayer):
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
 
-    def unscale_layer(self, scale: Optional[float] = None) -> None:
+    def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of every active adapter, or bring back the planned one."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
@@ -202,7 +245,7 @@ class NdLoraLayer(BaseTunerLayer):
     def cast_frozen(self, adapter: str) -> None:
         """Bring the recomputed factors to the dtype of the trained ones, once, instead of at every forward."""
         if adapter in self.ndlora_factors:
-            self._tensors(adapter)
+            self.tensors(adapter)
 
 
 class NdLoraLinear(nn.Module, NdLoraLayer):
@@ -216,9 +259,17 @@ class NdLoraLinear(nn.Module, NdLoraLayer):
         self.update_layer(adapter_name, plan, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the base layer's dtype."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise NdLoraTypeError("`adapter_names` (several adapters in one batch) is not supported by NDLORA yet.")
+        """(..., in_features) -> (..., out_features), in the base layer's dtype.
+
+        Args:
+            adapter_names: for each sample the adapter to use instead of the active ones; "__base__" for none.
+
+        Raises:
+            NdLoraValueError: `adapter_names` of another length than the batch, or while adapters are merged.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
@@ -227,12 +278,35 @@ class NdLoraLinear(nn.Module, NdLoraLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         dtype = result.dtype
+        if adapter_names is not None:
+            return self._add_to_samples(result, x, adapter_names)
         for adapter in self.active_adapters:
             if adapter in self.ndlora_factors:
                 result = result + self.update(adapter, x)
         return result.to(dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise NdLoraValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise NdLoraValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _add_to_samples(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Add to each sample, along the first axis, the update of its own adapter."""
+        for adapter in dict.fromkeys(adapter_names):
+            if adapter in self.ndlora_factors:
+                samples = [index for index, name in enumerate(adapter_names) if name == adapter]
+                samples = torch.tensor(samples, device=x.device)
+                update = self.update(adapter, x[samples]).to(result.dtype)
+                result = result.index_add(0, samples.to(result.device), update)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight.
 
         Args:
@@ -269,8 +343,8 @@ class NdLoraLinear(nn.Module, NdLoraLayer):
         merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
         if check_for is not None and not torch.isfinite(merged).all():
             raise NdLoraValueError(
-                f"The weight merged with adapter {check_for!r} holds NaN or infinity: the adapter is broken. The "
-                f"base weight is as it was."
+                f"NaNs detected in the merged weights. The adapter {check_for} seems to be broken: a merged weight "
+                f"holds NaN or infinity. The base weight is as it was."
             )
         self.set_base_weight(merged)
 
@@ -292,7 +366,8 @@ class NdLoraLinear(nn.Module, NdLoraLayer):
 
     def extra_repr(self) -> str:
         return ", ".join(
-            f"{name}: {plan.method.name} r={plan.layout.rank} anchor={plan.anchor}" for name, plan in self.plan.items()
+            f"{name}: {plan.method.name} r={plan.layout.rank} anchor={plan.anchor}"
+            for name, plan in self.plan.items()
         )
 
     def __repr__(self) -> str:

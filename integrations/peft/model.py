@@ -9,12 +9,16 @@ import copy
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from peft import __version__ as peft_version
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ndlora_plugins.errors import (
@@ -27,7 +31,9 @@ from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.layer import (
     NdLoraLayer,
     NdLoraLinear,
+    base_weight,
     linear_features,
+    quantization_backend,
     weight_out_in,
 )
 from ndlora_plugins.integrations.peft.registration import PREFIX
@@ -55,7 +61,18 @@ def _fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
     """None and "all-linear" become the set of names."""
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = "all-linear"
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
+    if all_linear and config.layers_to_transform is not None:
+        # the names are full ones, and for those PEFT does not look at the index of the layer
+        config.target_modules = {name for name in config.target_modules if _is_in_layers(config, name)}
+
+
+def _is_in_layers(config: NdLoraConfig, name: str) -> bool:
+    """Whether `layers_to_transform` lets the module `name` have an adapter."""
+    by_end = copy.copy(config)
+    by_end.target_modules = {name.rpartition(".")[2]}
+    return bool(BaseTuner._check_target_module_exists(by_end, name))
 
 
 def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -106,6 +123,11 @@ class NdLoraModel(BaseTuner):
                 f"target_parameters={list(peft_config.target_parameters)}: NDLORA does not adapt bare parameters yet. "
                 f"Take them out, and adapt the model's linear layers with target_modules."
             )
+        if peft_config.bias != "none" and not hasattr(BaseTuner, "_get_adapter_state_dict"):
+            raise NdLoraValueError(
+                f"bias={peft_config.bias!r}: peft {peft_version} saves the biases of its own tuner types only, so the "
+                f"trained ones would be lost. Upgrade to peft 0.21 or later, or use bias='none'."
+            )
         _fill_in_targets(peft_config, model)
         matched = list(_matched(peft_config, model))
         plans = [(name, _plan(peft_config, name, base)) for name, base in matched]
@@ -120,8 +142,17 @@ class NdLoraModel(BaseTuner):
         """PEFT takes a key that ends in another adapter's name for that adapter's, so no adapter may have the
         name of a tensor.
         """
-        present = [plan for layer in self.model.modules() if isinstance(layer, NdLoraLayer) for plan in layer.plan.values()]
-        tensors = {factor.name for plan in [*present, *(plan for _, plan in plans)] for factor in (*plan.trained, *plan.frozen)}
+        present = [
+            plan
+            for layer in self.model.modules()
+            if isinstance(layer, NdLoraLayer)
+            for plan in layer.plan.values()
+        ]
+        tensors = {
+            factor.name
+            for plan in [*present, *(plan for _, plan in plans)]
+            for factor in (*plan.trained, *plan.frozen)
+        }
         for name in {*tensors, "ndlora_factors", "ndlora_frozen"} & set(self.peft_config):
             raise NdLoraValueError(
                 f"An adapter cannot be called {name!r}: this is the name of one of the tensors of an NDLORA adapter, "
@@ -152,11 +183,96 @@ class NdLoraModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    def _add_modules_to_save_to_tie(self, peft_config: NdLoraConfig, tied_weight_keys: list[str]) -> None:
+        """For `ensure_weight_tying`: of the tied modules the embedding is trained; PEFT gives the others its copy."""
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+
+        def is_named(entry: str, *names: str) -> bool:
+            return any(name == entry or name.endswith(f".{entry}") for name in names)
+
+        kept = [entry for entry in peft_config.modules_to_save if not is_named(entry, *tied_weight_keys)]
+        if not any(is_named(entry, name) for entry in kept):
+            kept.append(name)
+        peft_config.modules_to_save = kept
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        if isinstance(new_module, NdLoraLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: the base layer keeps its own weight, which PEFT would assign once more, or not at all
+            setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        """PEFT calls this around `forward` and `generate`: brings `adapter_names` to every layer with adapters.
+
+        Args:
+            adapter_names: for each sample of the batch the adapter to use; "__base__" for none.
+
+        Raises:
+            NdLoraValueError: the model is in training mode, or an adapter does not exist.
+        """
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise NdLoraValueError(
+                "Cannot pass `adapter_names` when the model is in training mode: call eval()."
+            )
+        unknown = set(adapter_names) - {"__base__", *self.peft_config}
+        if unknown:
+            raise NdLoraValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. There are: "
+                f"{', '.join(self.peft_config)}."
+            )
+        # beam search repeats every sample, but not in an encoder
+        repeated = [name for name in adapter_names for _ in range(kwargs.get("num_beams") or 1)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        inside_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, (NdLoraLayer, AuxiliaryTrainingWrapper)):
+                    names = list(adapter_names) if module in inside_encoder else repeated
+                    hook = module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **kwargs,
+    ) -> None:
+        """Add an adapter whose update is sum_i weights[i] times the update of adapters[i], exactly. Ranks add up.
+
+        Args:
+            combination_type: "cat" or "linear", which are the same here: the updates are added, not the factors.
+
+        Raises:
+            NdLoraValueError: another combination type, or a sum that cannot be one adapter.
+        """
+        from ndlora_plugins.integrations.peft.combine import add_weighted
+
+        if combination_type not in ("cat", "linear") or kwargs:
+            raise NdLoraValueError(
+                f"combination_type={combination_type!r}{''.join(f', {key}=...' for key in kwargs)}: NDLORA adapters "
+                f"are added up exactly, with combination_type='cat' and no further option."
+            )
+        add_weighted(self, adapters, weights, adapter_name)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         for module in self.model.modules():
             if isinstance(module, NdLoraLayer):
                 module.cast_frozen(adapter_name)
+
+
+def _pass_names(adapter_names, module, args, kwargs):
+    """A forward pre-hook."""
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _check_bases(
@@ -172,7 +288,10 @@ def _check_bases(
     reads_weight = any(plan.recomputed for _, plan in plans)
     layers = [
         FingerprintedLayer(
-            name, (plan.layout.out_features, plan.layout.in_features), _readable_weight(base), _storage(base)
+            name,
+            (plan.layout.out_features, plan.layout.in_features),
+            _readable_weight(base, plan),
+            _storage(base),
         )
         for (name, base), (_, plan) in zip(matched, plans, strict=True)
     ]
@@ -187,26 +306,27 @@ def _check_bases(
         config._session_fingerprint = make_fingerprint(layers)
 
 
-def _readable_weight(base: nn.Module) -> torch.Tensor | None:
-    """The weight (out, in) if it is there to be read in passing: not on "meta", sharded, or quantised."""
+def _readable_weight(base: nn.Module, plan: LayerAdapter) -> torch.Tensor | Callable[[], torch.Tensor] | None:
+    """The weight (out, in), or a function that dequantises it; None if it is not there to be read in passing: on
+    "meta", sharded, or quantised and not needed for the start.
+    """
     weight = getattr(base, "weight", None)
-    if resolve_quantization_backend_or_none(base) is not None or weight is None:
+    if weight is not None and (weight.is_meta or hasattr(weight, "ds_id")):
         return None
-    if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point() or hasattr(weight, "ds_id"):
+    backend = quantization_backend(base)
+    if backend is not None:
+        return partial(base_weight, base, backend) if plan.recomputed else None
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         return None
     return weight_out_in(base, weight)
 
 
-def resolve_quantization_backend_or_none(base: nn.Module):
-    """PEFT's backend; a torchao weight counts without the function that requantises it."""
-    return resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
-
-
 def _storage(base: nn.Module) -> str:
-    backend = resolve_quantization_backend_or_none(base)
-    if backend is not None:
-        return "8bit" if "8bit" in backend.backend_name else "4bit"
-    return str(getattr(getattr(base, "weight", None), "dtype", "unknown")).removeprefix("torch.")
+    """What a fingerprint calls the way the weight is stored."""
+    backend = quantization_backend(base)
+    if backend is None:
+        return str(getattr(getattr(base, "weight", None), "dtype", "unknown")).removeprefix("torch.")
+    return backend.backend_name.removeprefix("bnb ")
 
 
 def _warn_of_unmatched(config: NdLoraConfig, names: list[str]) -> None:
@@ -257,5 +377,3 @@ def _warn_of_lopsided(plans: Iterable[tuple[str, LayerAdapter]]) -> None:
         LopsidedModesWarning,
         stacklevel=2,
     )
-
-

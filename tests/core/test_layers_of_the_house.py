@@ -43,5 +43,6 @@ def test_hosts_know_only_peft_of_each_other(host):
 
 
 def test_importing_the_package_imports_no_host():
-    code = "import ndlora_plugins, sys; assert not {'peft', 'transformers', 'trl', 'axolotl', 'pluggy'} & set(sys.modules)"
+    hosts = {"peft", "transformers", "trl", "axolotl", "pluggy"}
+    code = f"import ndlora_plugins, sys; assert not {hosts} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

