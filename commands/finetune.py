@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
+from ndlora_plugins.commands.problems import Problem, final_answer, generate
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
-
-from .problems import Problem, final_answer, generate
 
 __all__ = [
     "Bench",

@@ -103,8 +103,7 @@ class BaseFiles:
                     return candidate
         raise NotInFilesError(
             f"{self.directory} holds no tensor {parameter!r}, or under a name that transformers changes "
-            f"when it loads "
-            f"the model. Load the model with its adapter and call merge_and_unload() instead."
+            f"when it loads the model. Load the model with its adapter and call merge_and_unload() instead."
         )
 
     def weight(self, layer: str) -> Tensor:
@@ -121,8 +120,7 @@ class BaseFiles:
         if tuple(shape) != expected or not dtype.is_floating_point or dtype.itemsize < 2:
             raise NotInFilesError(
                 f"The weight of layer {layer!r} is stored as {dtype} {list(shape)} in {self.directory}, "
-                f"not as "
-                f"{list(expected)} in 16 or 32 bit: a quantised model? Name the model that it was made from."
+                f"not as {list(expected)} in 16 or 32 bit: a quantised model? Name the model that it was made from."
             )
 
 

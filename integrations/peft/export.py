@@ -109,22 +109,19 @@ def _notes(config: PeftConfig, reader: AdapterReader) -> tuple[str, ...]:
     }
     notes = [
         f"{field}={value!r} is in the exported adapter and PEFT loads it; servers such as vLLM refuse it "
-        f"or leave it "
-        f"out. For those, export to='merged'."
+        f"or leave it out. For those, export to='merged'."
         for field, value in carried.items()
         if value
     ]
     if reader.others and not notes:
         notes.append(
             f"The exported adapter carries {', '.join(sorted(reader.others))}, as the adapter did: an "
-            f"embedding that "
-            f"was resized or adapted. Servers may not take it; for those, export to='merged'."
+            f"embedding that was resized or adapted. Servers may not take it; for those, export to='merged'."
         )
     ranks = getattr(config, "rank_pattern", {}).values()
     if ranks:
         notes.append(
             f"The ranks differ from layer to layer (from {min(ranks)} to {config.r}). A server's largest "
-            f"rank "
-            f"(vLLM: --max-lora-rank) must be at least {config.r}."
+            f"rank (vLLM: --max-lora-rank) must be at least {config.r}."
         )
     return tuple(notes)

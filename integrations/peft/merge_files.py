@@ -138,8 +138,7 @@ def _untie(parameter: str, base: BaseFiles, plan: _Plan) -> None:
     if not base.model.config.tie_word_embeddings or stored not in names:
         raise NotInFilesError(
             f"{parameter!r} is one tensor with {[name for name in names if name != parameter]} in this "
-            f"model, and no "
-            f"option of its configuration separates them. Load the model with its adapter and call "
+            f"model, and no option of its configuration separates them. Load the model with its adapter and call "
             f"merge_and_unload()."
         )
     plan.untied.update({name: stored for name in names if name != stored})
@@ -204,8 +203,7 @@ def _check_counterpart(base: BaseFiles, parameter: str, shape: tuple[int, ...]) 
         raise NotInFilesError(
             f"The adapter brings a whole tensor {parameter!r} {list(shape)}; the base model's is "
             f"{'not there' if found is None else list(found)}: a head for another task, or a resized "
-            f"vocabulary? Load "
-            f"the model with its adapter and call merge_and_unload()."
+            f"vocabulary? Load the model with its adapter and call merge_and_unload()."
         )
     base.stored_name(parameter)
 

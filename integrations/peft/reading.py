@@ -1,5 +1,4 @@
-"""Adapter directories read layer by layer, without the base model where a method does not read its "
-"weights."""
+"""Adapter directories read layer by layer, without the base model where a method does not read its weights."""
 
 from __future__ import annotations
 
@@ -107,14 +106,12 @@ class AdapterReader:
         if features is None and base is not None:
             raise NdLoraValueError(
                 f"The base model in {base.directory} has no linear layer {layer!r}, which the adapter has. "
-                f"Name the "
-                f"model that the adapter was trained on ({self.config.base_model_name_or_path})."
+                f"Name the model that the adapter was trained on ({self.config.base_model_name_or_path})."
             )
         if features is None:
             raise NdLoraValueError(
                 f"The tensors of layer {layer!r} in {self.path} ({', '.join(self.shapes[layer])}) do not "
-                f"say how wide "
-                f"the layer is. Name the base model."
+                f"say how wide the layer is. Name the base model."
             )
         plan = plan_layer(self.config.options_for(layer), *features, layer=layer)
         expected = {f"{_GROUPS[0]}.{factor.name}": factor.shape for factor in plan.trained}
@@ -127,8 +124,7 @@ class AdapterReader:
                 holds = "has none" if name not in found else f"has shape {list(found[name])}"
                 raise NdLoraValueError(
                     f"{name!r} of layer {layer!r} {holds} in {self.path}; the adapter's configuration "
-                    f"{needs}. Save "
-                    f"the adapter again."
+                    f"{needs}. Save the adapter again."
                 )
         return plan
 
@@ -160,8 +156,7 @@ class AdapterReader:
         if base is None:
             raise NdLoraValueError(
                 f"method={plan.method.name!r} with anchor={plan.anchor!r} recomputes its start from the "
-                f"base weights: "
-                f"name the base model (--base)."
+                f"base weights: name the base model (--base)."
             )
         dtype = next(iter(trained.values())).dtype
         weight = base.weight(layer)

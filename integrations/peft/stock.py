@@ -99,8 +99,7 @@ def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype |
         if getattr(config, field) not in (None, "none"):
             raise NdLoraValueError(
                 f"The adapter has {field}={getattr(config, field)!r}, which LoKr cannot carry: export "
-                f"to='lora' or "
-                f"'merged' instead."
+                f"to='lora' or 'merged' instead."
             )
     tensors, layers, modes = reader.other_tensors(), [], {}
     for layer in _layers(reader, files):
@@ -160,8 +159,7 @@ def _decompose_factor(modes: dict[str, tuple[tuple[int, int], tuple[int, int]]])
     name, side = wrong[-1]
     raise NdLoraValueError(
         f"Layer {name!r} has the modes {list(side)}; LoKr has one decompose_factor for all layers, and "
-        f"none gives the "
-        f"modes of each. Export to='lora' or 'merged'."
+        f"none gives the modes of each. Export to='lora' or 'merged'."
     )
 
 

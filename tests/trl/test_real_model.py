@@ -18,7 +18,7 @@ from ndlora_plugins.integrations.trl import NdLoraCallback
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k.jsonl"
 
-# options, learning rate: ndlinear wants about ten times LoRA's, inttune (whose down and up are large) a tenth
+# options, learning rate: ndlinear wants a few times LoRA's, inttune (whose down and up are large) less
 METHODS = {
     "ndlinear": ({"method": "ndlinear"}, 3e-3),
     "slora": ({"method": "slora"}, 1e-3),
