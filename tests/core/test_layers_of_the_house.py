@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 ALLOWED = {"torch", "pluggy", "ndlora_plugins", "ndlora_autoload", "__future__"}
 CORE = sorted((ROOT / "ndlora_plugins").rglob("*.py"))
 # folder -> which other integrations it may import
-HOSTS = {"peft": set(), "trl": {"peft"}, "axolotl": {"peft", "trl"}}
+HOSTS = {"peft": set(), "trl": {"peft"}, "axolotl": {"peft"}}
 
 
 def imported(path):

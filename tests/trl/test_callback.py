@@ -215,7 +215,7 @@ def test_the_callback_does_not_import_trl():
         "import sys; from ndlora_plugins.integrations.trl import NdLoraCallback; NdLoraCallback();"
         "assert 'trl' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
 
 
 def test_no_warning_of_ours_in_a_sound_run(make):

@@ -99,7 +99,7 @@ def test_a_process_that_does_not_import_us_loads_the_adapter(train, base, tmp_pa
     trainer.save_model(tmp_path / "adapter")
     tokens = [5, 20, 33, 47]
     done = subprocess.run(
-        [sys.executable, "-c", RELOAD, base, str(tmp_path / "adapter"), json.dumps(tokens)],
+        [sys.executable, "-P", "-c", RELOAD, base, str(tmp_path / "adapter"), json.dumps(tokens)],
         capture_output=True,
         text=True,
         check=False,
