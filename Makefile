@@ -4,9 +4,12 @@ PIP = -m pip install -qq --disable-pip-version-check  # -qq: errors only
 DEMO_ENV = .envs/demo
 # OpenMP threads that wait give the core away soon: it costs nothing on a free machine and much less on a busy one.
 export GOMP_SPINCOUNT ?= 10000
+# The root holds ndlora_plugins/ without integrations/ inside it: nothing that is started here may import that
+# in place of what is installed.
+export PYTHONSAFEPATH = 1
 NEWEST_ENV = .envs/newest
 AXOLOTL_ENV = .envs/axolotl
-PYTEST = -P -m pytest -q  # -P: the root holds integrations/, which must not be found a second time
+PYTEST = -m pytest -q
 
 .PHONY: demo
 demo: $(DEMO_ENV)/.complete  ## fine-tune SmolLM2-135M with each method, beside LoRA: results in demo-output/
