@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.fused import Product, add_product, linear_with_product
 from ndlora_plugins.initializers import Initializer
 from ndlora_plugins.methods.base import Factor, Layout, Method
 from ndlora_plugins.modes import balanced_modes, check_modes, lopsidedness
@@ -29,7 +31,8 @@ class AdapterOptions:
         rank: None for the method's default.
         alpha: scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`; None for alpha = rank.
         anchor: "snapshot", "none", or None for "snapshot" exactly where the start would move the model.
-        num_modes: into how many modes each dimension is split where `in_modes`, `out_modes` do not say it.
+        num_modes: into how many modes in and out features are split where `in_modes`, `out_modes` do not say it;
+            experts and the axes of a kernel are modes of their own beside them.
     """
 
     method: str | None = None
@@ -103,10 +106,18 @@ class LayerAdapter:
 
     @property
     def lopsidedness(self) -> float:
-        """1.0 for even modes; see `modes.lopsidedness`. Always 1.0 for methods without modes."""
+        """1.0 for even modes; see `modes.lopsidedness`. Always 1.0 for methods without modes.
+
+        Modes that are axes of the weight, experts and kernel, are left out.
+        """
         if not self.method.uses_modes:
             return 1.0
-        return lopsidedness(self.layout.in_modes, self.layout.out_modes)
+        in_modes, out_modes = self.layout.in_modes, self.layout.out_modes
+        before, after = _axes(self.layout.leading), _axes(self.layout.trailing)
+        first, last = len(before), len(in_modes) - len(after)
+        if out_modes[:first] == before and in_modes[last:] == after:
+            in_modes, out_modes = in_modes[first:last], out_modes[first:last]
+        return lopsidedness(in_modes, out_modes)
 
     def initialize(
         self, weight: Tensor | None, generator: Generator | None = None
@@ -133,6 +144,51 @@ class LayerAdapter:
     def apply(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """dW x for x (..., in_features) -> (..., out_features), without scaling."""
         return self.method.apply(self._effective_layout, self._effective(trained, frozen), x)
+
+    def add_update(
+        self,
+        output: Tensor,
+        trained: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        x: Tensor,
+        scaling: float,
+        in_place: bool = False,
+    ) -> Tensor:
+        """output + scaling * dW x; see `fused.add_product`."""
+        found = self._product(trained, frozen)
+        if found is None:
+            y = self.apply(trained, frozen, x)
+            return output + (y if scaling == 1 else y * scaling)
+        return add_product(*found, output, x, scaling, in_place)
+
+    def linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        trained: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        x: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """F.linear(x, weight, bias) + scaling * dW x; see `fused.linear_with_product`."""
+        found = self._product(trained, frozen)
+        if found is None:
+            return self.add_update(F.linear(x, weight, bias), trained, frozen, x, scaling)
+        return linear_with_product(*found, weight, bias, x, scaling)
+
+    def lookup(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], indices: Tensor) -> Tensor:
+        """Columns of dW for integer indices (...) -> (..., out_features), without scaling."""
+        return self.method.lookup(self._effective_layout, self._effective(trained, frozen), indices)
+
+    def convolve(
+        self,
+        trained: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        x: Tensor,
+        convolution: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The convolution of x (batch, in_channels, *size) with dW, without scaling; see `Method.convolve`."""
+        return self.method.convolve(self._effective_layout, self._effective(trained, frozen), x, convolution)
 
     def delta(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
         """dW as a matrix (out_features, in_features), without scaling."""
@@ -163,6 +219,13 @@ class LayerAdapter:
     def _effective_layout(self) -> Layout:
         return self.method.anchored_layout(self.layout) if self.anchor == "snapshot" else self.layout
 
+    def _product(
+        self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
+    ) -> tuple[Product, tuple[Tensor, ...]] | None:
+        if self.anchor == "snapshot":
+            return self.method.anchored_product(self.layout, frozen, trained)
+        return self.method.product(self.layout, {**frozen, **trained})
+
     def _effective(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.anchor == "snapshot":
             return self.method.anchored(self.layout, frozen, trained)
@@ -174,11 +237,21 @@ def _planned(method: str, initializer: str, layout: Layout, scaling: float, anch
     return LayerAdapter(*method_and_initializer(method, initializer), layout, scaling, anchor)
 
 
-def plan_layer(options: AdapterOptions, in_features: int, out_features: int, layer: str) -> LayerAdapter:
+def plan_layer(
+    options: AdapterOptions,
+    in_features: int,
+    out_features: int,
+    layer: str,
+    *,
+    leading: tuple[int, ...] = (),
+    trailing: tuple[int, ...] = (),
+    one_hot: bool = False,
+) -> LayerAdapter:
     """Plan one layer; nothing is allocated.
 
     Args:
         layer: its name, for messages.
+        leading, trailing, one_hot: what else there is to know of the weight; see `Layout`.
 
     Raises:
         NdLoraValueError: an option that cannot work on this layer.
@@ -187,8 +260,8 @@ def plan_layer(options: AdapterOptions, in_features: int, out_features: int, lay
     rank = method.default_rank if options.rank is None else options.rank
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise NdLoraValueError(f"r={rank!r} for layer {layer!r}: the rank must be an integer of at least 1.")
-    in_modes, out_modes = _modes(options, in_features, out_features, layer)
-    layout = Layout(in_features, out_features, rank, in_modes, out_modes)
+    in_modes, out_modes = _modes(options, in_features, out_features, layer, leading, trailing)
+    layout = Layout(in_features, out_features, rank, in_modes, out_modes, leading, trailing, one_hot)
     if initializer.max_rank is not None and rank > initializer.max_rank(layout):
         raise NdLoraValueError(
             f"init_lora_weights={initializer.name!r} allows at most r={initializer.max_rank(layout)} on layer "
@@ -212,8 +285,18 @@ def resolve_anchor(anchor: str | None, initializer: Initializer) -> str:
     return anchor
 
 
+def _axes(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that are worth a mode."""
+    return tuple(size for size in sizes if size > 1)
+
+
 def _modes(
-    options: AdapterOptions, in_features: int, out_features: int, layer: str
+    options: AdapterOptions,
+    in_features: int,
+    out_features: int,
+    layer: str,
+    leading: tuple[int, ...],
+    trailing: tuple[int, ...],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     given = {"in_modes": options.in_modes, "out_modes": options.out_modes}
     lengths = {len(modes) for modes in given.values() if modes is not None}
@@ -222,15 +305,23 @@ def _modes(
             f"in_modes={list(options.in_modes)} and out_modes={list(options.out_modes)} of layer {layer!r} must "
             f"be equally many: each pair of modes is one factor."
         )
-    num_modes = lengths.pop() if lengths else options.num_modes
-    if not isinstance(num_modes, int) or num_modes < 2:
-        raise NdLoraValueError(f"{num_modes} modes for layer {layer!r}: at least 2 are needed.")
+    before, after = _axes(leading), _axes(trailing)
+    num_modes = lengths.pop() - len(before) - len(after) if lengths else options.num_modes
+    if not isinstance(num_modes, int) or num_modes < (1 if before or after else 2):
+        beside = f" beside its own axes {[*before, *after]}" if before or after else ""
+        least = 1 if before or after else 2
+        raise NdLoraValueError(
+            f"{num_modes} modes for layer {layer!r}{beside}: at least {least} {'is' if least == 1 else 'are'} needed."
+        )
+    # (experts, out) x (in, height, width): an axis of one side has a mode of size 1 on the other
+    ones = {"in_modes": (len(before), 0), "out_modes": (0, len(after))}
+    axes = {"in_modes": ((), after), "out_modes": (before, ())}
     found = []
     for side, features in (("in_modes", in_features), ("out_modes", out_features)):
-        modes = given[side]
-        found.append(
-            balanced_modes(features, num_modes)
-            if modes is None
-            else check_modes(tuple(modes), features, side, layer)
-        )
+        if given[side] is not None:
+            found.append(check_modes(tuple(given[side]), features, side, layer))
+            continue
+        first, last = axes[side]
+        split = balanced_modes(features // math.prod((*first, *last)), num_modes)
+        found.append((1,) * ones[side][0] + first + split + last + (1,) * ones[side][1])
     return found[0], found[1]

@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ContractionPlan", "apply_modes", "kronecker", "plan_contraction"]
+from ndlora_plugins.fused import Product
+
+__all__ = [
+    "ContractionPlan",
+    "ModeProduct",
+    "apply_modes",
+    "kronecker",
+    "kronecker_terms",
+    "mode_product",
+    "plan_contraction",
+]
 
 
 @dataclass(frozen=True)
@@ -113,15 +123,223 @@ def _apply_term(tokens: Tensor, matrices: Sequence[Tensor], plan: ContractionPla
     return y.reshape(tokens.shape[0], -1)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One axis contracted: (tokens before, in_size, after) -> (tokens before, out_size, after).
+
+    Attributes:
+        mode: whose factor (terms, out_mode, in_mode) does it.
+        axes: the factor's axes in the order in which they make the matrix (out_size, in_size).
+    """
+
+    mode: int
+    axes: tuple[int, int, int]
+    out_size: int
+    in_size: int
+    after: int
+
+    def matrix(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        if factor.dtype != dtype:
+            factor = factor.to(dtype)
+        if self.axes != (0, 1, 2):
+            factor = factor.permute(self.axes)
+        return factor.reshape(self.out_size, self.in_size)
+
+    def as_factor(self, matrix: Tensor, factor: Tensor) -> Tensor:
+        """The way back from `matrix`: in the factor's shape and dtype."""
+        matrix = matrix.to(factor.dtype)
+        if self.axes == (0, 1, 2):
+            return matrix.view(factor.shape)
+        sizes = [factor.shape[axis] for axis in self.axes]
+        return matrix.view(sizes).permute([self.axes.index(axis) for axis in range(3)])
+
+    def apply(self, matrix: Tensor, y: Tensor) -> Tensor:
+        """The matrix along the step's axis, or the transposed matrix along the same axis of a gradient."""
+        rows, columns = matrix.shape
+        if self.after == 1:
+            return y.reshape(-1, columns) @ matrix.T
+        y = y.reshape(-1, columns, self.after)
+        return torch.bmm(matrix.contiguous().expand(y.shape[0], rows, columns), y)
+
+    def add_to(self, result: Tensor, matrix: Tensor, y: Tensor, beta: int, scaling: float) -> None:
+        """result = beta * result + scaling * `apply`."""
+        rows, columns = matrix.shape
+        if self.after == 1:
+            result.view(-1, rows).addmm_(y.reshape(-1, columns), matrix.T, beta=beta, alpha=scaling)
+        else:
+            y = y.reshape(-1, columns, self.after)
+            matrices = matrix.contiguous().expand(y.shape[0], rows, columns)
+            result.view(-1, rows, self.after).baddbmm_(matrices, y, beta=beta, alpha=scaling)
+
+    def gradient(self, grad: Tensor, y: Tensor) -> Tensor:
+        """Of the matrix: the sum over the tokens of grad y^T, at least float32."""
+        if self.after == 1:
+            grad, y = grad.reshape(-1, self.out_size), y.reshape(-1, self.in_size)
+            # in parts: a long sum for a small result keeps one core busy
+            parts = math.gcd(grad.shape[0], 16)
+            grad, y = grad.view(parts, -1, self.out_size), y.view(parts, -1, self.in_size)
+            return _sum_over_batch(torch.bmm(grad.transpose(1, 2), y))
+        grad, y = grad.reshape(-1, self.out_size, self.after), y.reshape(-1, self.in_size, self.after)
+        return _sum_over_batch(torch.bmm(grad, y.transpose(1, 2)))
+
+
+def _sum_over_batch(products: Tensor) -> Tensor:
+    """(batch, rows, columns) -> (rows, columns) in at least float32."""
+    batch, rows, columns = products.shape
+    if batch <= 16:
+        return products.sum(0, dtype=torch.promote_types(products.dtype, torch.float32))
+    # as a product: several times as fast as `sum`, and its sums are float32 inside
+    return (products.new_ones(1, batch) @ products.view(batch, -1)).view(rows, columns)
+
+
+_NUMBERS_AT_A_TIME = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModeProduct(Product):
+    """The mode-wise product with gradients of its own; its tensors are the factors, one a mode.
+
+    Backward keeps the input of the first axis whose factor trains (x itself, as a rule) and computes anew what
+    lies between the axes. Both directions take so many tokens at a time that what lies there stays in cache.
+
+    Attributes:
+        chains: steps one after the other; what the chains give is added. Two modes take all their terms through
+            one chain, more modes have a chain a term.
+        tokens_at_a_time: in either direction.
+    """
+
+    in_features: int
+    out_features: int
+    chains: tuple[tuple[_Step, ...], ...]
+    tokens_at_a_time: int
+
+    def plain(self, x, tensors):
+        return apply_modes(x, tensors)
+
+    def forward(self, x, tensors, needs, result, scaling):
+        if True not in needs and result is not None and len(self.chains) == 1 and x.shape[0] <= self.tokens_at_a_time:
+            (*steps, last), y = self.chains[0], x
+            for step in steps:
+                y = step.apply(step.matrix(tensors[step.mode], x.dtype), y)
+            last.add_to(result, last.matrix(tensors[last.mode], x.dtype), y, 1, scaling)
+            return result, ()
+        beta = 1
+        if result is None:
+            result, beta = x.new_empty(x.shape[0], self.out_features), 0
+        first = self._first(needs)
+        kept = [x] if first == 0 else []
+        for term, chain in enumerate(self.chains):
+            matrices = self._matrices(chain, term, tensors, x.dtype)
+            for y, into in self._parts(first, x, result):
+                for k in range(len(chain) - 1):
+                    y = chain[k].apply(matrices[k], y)
+                    if k + 1 == first:
+                        kept.append(y)
+                chain[-1].add_to(into, matrices[-1], y, beta if term == 0 else 1, scaling)
+        return result, tuple(kept)
+
+    def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
+        beta = 1
+        if needs_x and grad_x is None:
+            grad_x, beta = grad.new_empty(grad.shape[0], self.in_features), 0
+        first = self._first(needs)
+        last = 0 if needs_x else first + 1  # the step whose gradient of the input is the last that is wanted
+        gradients = [[] for _ in tensors]
+        for term, chain in enumerate(self.chains):
+            matrices = self._matrices(chain, term, tensors, grad.dtype)
+            totals = {}
+            known = None if first is None else kept[min(term, len(kept) - 1)]
+            for inner, into, y in self._parts(first, grad, grad_x, known):
+                inputs = {first: y}  # of each step
+                if first is not None:
+                    for k in range(first, len(chain) - 1):
+                        inputs[k + 1] = chain[k].apply(matrices[k], inputs[k])
+                for k in range(len(chain) - 1, -1, -1):
+                    if needs[chain[k].mode]:
+                        gradient = chain[k].gradient(inner, inputs[k])
+                        totals[k] = totals[k] + gradient if k in totals else gradient
+                    if k == 0 and needs_x:
+                        chain[0].add_to(into, matrices[0].T, inner, beta if term == 0 else 1, scaling)
+                    elif k >= last:
+                        inner = chain[k].apply(matrices[k].T, inner)
+            for k, total in totals.items():
+                factor = tensors[chain[k].mode]
+                factor = factor if len(self.chains) == 1 else factor[:1]
+                total = total if scaling == 1 else total * scaling
+                gradients[chain[k].mode].append(chain[k].as_factor(total, factor))
+        return grad_x, [
+            (torch.cat(terms) if len(terms) > 1 else terms[0]) if terms else None for terms in gradients
+        ]
+
+    def _parts(self, first, *tensors):
+        """Tensors (tokens, ...), as many tokens at a time as stay in cache; all if an intermediate is kept."""
+        count, at_a_time = tensors[0].shape[0], self.tokens_at_a_time
+        if first or count <= at_a_time:
+            return (tensors,)
+        return (
+            tuple(None if tensor is None else tensor[start : start + at_a_time] for tensor in tensors)
+            for start in range(0, count, at_a_time)
+        )
+
+    def _matrices(self, chain, term, tensors, dtype):
+        if len(self.chains) > 1:
+            tensors = [tensor[term : term + 1] for tensor in tensors]
+        return [step.matrix(tensors[step.mode], dtype) for step in chain]
+
+    def _first(self, needs):
+        """The first step whose factor trains; every chain has the same order."""
+        if True not in needs:
+            return None
+        return next(k for k, step in enumerate(self.chains[0]) if needs[step.mode])
+
+
+@cache
+def mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int = 1) -> ModeProduct:
+    """The product in the cheapest order of contraction."""
+    plan = plan_contraction(in_modes, out_modes, terms)
+    order = plan.order
+    if len(in_modes) == 2:
+        (in_1, in_2), (out_1, out_2) = in_modes, out_modes
+        if order == (1, 0):
+            # (tokens in_1, in_2) -> (tokens in_1, terms out_2) = (tokens, in_1 terms, out_2) -> (tokens, out_1, out_2)
+            chain = (
+                _Step(1, (0, 1, 2), terms * out_2, in_2, 1),
+                _Step(0, (1, 2, 0), out_1, in_1 * terms, out_2),
+            )
+        else:
+            # (tokens, in_1, in_2) -> (tokens, out_1 terms, in_2) = (tokens out_1, terms in_2) -> (tokens out_1, out_2)
+            chain = (
+                _Step(0, (1, 0, 2), out_1 * terms, in_1, in_2),
+                _Step(1, (1, 0, 2), out_2, terms * in_2, 1),
+            )
+        chains = (chain,)
+    else:
+        sizes, chain = list(in_modes), []
+        for k in order:
+            chain.append(_Step(k, (0, 1, 2), out_modes[k], in_modes[k], math.prod(sizes[k + 1 :])))
+            sizes[k] = out_modes[k]
+        chains = (tuple(chain),) * terms
+    tokens = max(1, _NUMBERS_AT_A_TIME // max(plan.largest_intermediate, 1))
+    return ModeProduct(math.prod(in_modes), math.prod(out_modes), chains, tokens)
+
+
 def kronecker(factors: Sequence[Tensor]) -> Tensor:
     """The sum of Kronecker products as a matrix (out_features, in_features). For merging, never for training.
 
     Source: dW = kron(W_1, ..., W_N), row-major; arXiv 2503.17353.
     """
-    terms = []
-    for term in range(factors[0].shape[0]):
-        delta = factors[0][term]
-        for factor in factors[1:]:
-            delta = torch.kron(delta, factor[term].contiguous())
-        terms.append(delta)
-    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+    if len(factors) == 1:
+        return factors[0].sum(0)
+    first, last = kronecker_terms(factors[:-1]), factors[-1]
+    # the terms are summed in one product: (out in, terms) (terms, out_mode in_mode)
+    product = (first.flatten(1).T @ last.flatten(1)).view(*first.shape[1:], *last.shape[1:])
+    return product.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def kronecker_terms(factors: Sequence[Tensor]) -> Tensor:
+    """Each term as a matrix: (terms, out_features, in_features)."""
+    product = factors[0]
+    for factor in factors[1:]:
+        # (terms, out, 1, in, 1) * (terms, 1, out_mode, 1, in_mode)
+        product = (product[:, :, None, :, None] * factor[:, None, :, None, :]).flatten(3).flatten(1, 2)
+    return product

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from ndlora_plugins.methods.base import Factor, Layout, Method
 
-__all__ = ["Initializer", "builtin_initializers", "kaiming_uniform"]
+__all__ = ["Initializer", "builtin_initializers", "first_step_gain", "kaiming_uniform", "nearest_kronecker"]
 
 Values = dict[str, Tensor]
 
@@ -62,6 +62,94 @@ def _random_but_zero(zero: str):
     return start
 
 
+# LoRA of this rank and the same scaling is what the learning rates of the starts below are matched to
+_REFERENCE_RANK = 8
+
+
+def first_step_gain(layout: Layout) -> float:
+    """What Kaiming-uniform modes 2 ... N are multiplied by, all together, for a first step as large as LoRA's.
+
+    Adam's first step changes every number by the learning rate, with its gradient's sign. In units of the learning
+    rate and of x's root mean square, the output of LoRA (up zero, down Kaiming-uniform) then moves along its gradient
+    by c * c * r / sqrt(3), with c = sqrt(2 / pi) the mean of |a normal number|. With mode 1 zero, a Kronecker term
+    moves it by c * in_mode_1 / sqrt(3)^(N-1), spread over out_mode_2 ... out_mode_N and so divided by the root of
+    their product. The gain makes the two equal: a LoRA recipe's learning rate holds for any modes and terms, as it
+    does for any rank with rsLoRA (arXiv 2312.03732).
+    """
+    others = len(layout.in_modes) - 1
+    spread = math.sqrt(math.prod(layout.out_modes[1:]))
+    lora = math.sqrt(2 / math.pi) * _REFERENCE_RANK / math.sqrt(3)
+    return lora * spread * math.sqrt(3) ** others / (layout.rank * layout.in_modes[0])
+
+
+def _lora_step(method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None) -> Values:
+    gain = first_step_gain(layout) ** (1 / (len(layout.in_modes) - 1))
+    start = _random_but_zero("mode_1")(method, layout, weight, generator)
+    return {name: gain * value for name, value in start.items()}
+
+
+def nearest_kronecker(
+    weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int], terms: int = 1
+) -> list[Tensor]:
+    """Modes of length 1 whose Kronecker products are, in sum and each with a weight, near to `weight`.
+
+    For two modes it is the nearest such sum: the largest singular vectors of the weight rearranged to
+    (out_mode_1 in_mode_1, out_mode_2 in_mode_2). Further modes are split off from the second in the same way.
+
+    Args:
+        weight: (out_features, in_features), any floating dtype.
+        terms: at most out_mode_1 * in_mode_1 and the product of the other modes.
+
+    Returns:
+        One tensor a mode, (terms, out_mode, in_mode), float32. The same weight gives the same modes on every device,
+        up to rounding: the iterations are counted and their start is fixed, so nothing depends on convergence.
+
+    Source: Van Loan and Pitsianis, Approximation with Kronecker Products (1993).
+    """
+    if len(in_modes) == 1:
+        matrix = weight.float()
+        return [(matrix / matrix.norm()).reshape(1, *matrix.shape)]
+    out_1, in_1 = out_modes[0], in_modes[0]
+    out_rest, in_rest = math.prod(out_modes[1:]), math.prod(in_modes[1:])
+    # (out_1 out_rest, in_1 in_rest) -> (out_1 in_1, out_rest in_rest)
+    blocks = weight.float().reshape(out_1, out_rest, in_1, in_rest).transpose(1, 2)
+    blocks = blocks.reshape(out_1 * in_1, out_rest * in_rest)
+    left, right = _largest_singular_vectors(blocks, terms)
+    rest = [nearest_kronecker(row.view(out_rest, in_rest), out_modes[1:], in_modes[1:]) for row in right]
+    return [left.view(terms, out_1, in_1), *(torch.cat(mode) for mode in zip(*rest, strict=True))]
+
+
+def _largest_singular_vectors(matrix: Tensor, count: int, iterations: int = 4) -> tuple[Tensor, Tensor]:
+    """(count, rows) and (count, columns) of a (rows, columns) matrix, by subspace iteration from a fixed start."""
+    start = torch.randn(matrix.shape[1], count, generator=torch.Generator().manual_seed(0))
+    right = torch.linalg.qr(start.to(matrix.device)).Q
+    for _ in range(iterations):
+        right = torch.linalg.qr(matrix.T @ (matrix @ right)).Q
+    # within the subspace: the singular vectors, the largest first, with signs that do not depend on the library
+    left, values, turn = torch.linalg.svd(matrix @ right, full_matrices=False)
+    right = turn @ right.T
+    signs = torch.where(right.sum(dim=1) < 0, -1.0, 1.0).to(matrix)
+    return (left * signs).T.contiguous(), right * signs[:, None]
+
+
+def _kronecker(method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None) -> Values:
+    gain = first_step_gain(layout) ** (1 / (len(layout.in_modes) - 1))
+    modes = nearest_kronecker(weight, layout.out_modes, layout.in_modes, layout.rank)
+    factors = method.factors(layout)
+    # each term of a mode: length 1 -> that of a Kaiming-uniform one, times the gain
+    return {
+        factor.name: mode * (gain * math.sqrt(math.prod(factor.shape[1:]) / (3 * factor.fan_in)))
+        for factor, mode in zip(factors, modes, strict=True)
+    }
+
+
+def _kronecker_terms(layout: Layout) -> int:
+    return min(
+        layout.in_modes[0] * layout.out_modes[0],
+        math.prod(layout.in_modes[1:]) * math.prod(layout.out_modes[1:]),
+    )
+
+
 def _n_lora(method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None) -> Values:
     rank = layout.rank
     return {
@@ -80,6 +168,25 @@ builtin_initializers = (
         reads_weight=False,
         starts_at_zero=True,
         function=_random_but_zero("mode_1"),
+    ),
+    Initializer(
+        "lora_step",
+        "zero_mode, scaled so that the learning rate of a LoRA recipe holds whatever the modes and terms",
+        "first_step_gain in ndlora_plugins/initializers.py; docs/quality.md",
+        ("ndlinear",),
+        reads_weight=False,
+        starts_at_zero=True,
+        function=_lora_step,
+    ),
+    Initializer(
+        "kronecker",
+        "the Kronecker products nearest to the base weight, scaled as lora_step: all modes train from the first step",
+        "Van Loan and Pitsianis (1993); docs/quality.md",
+        ("ndlinear",),
+        reads_weight=True,
+        starts_at_zero=False,
+        function=_kronecker,
+        max_rank=_kronecker_terms,
     ),
     Initializer(
         "ndlinear",

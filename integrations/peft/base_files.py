@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.directories import local_directory
-from ndlora_plugins.integrations.peft.layer import linear_features, weight_out_in
+from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
 
 __all__ = ["INDEX_FILE", "BaseFiles", "NotInFilesError"]
 
@@ -80,10 +80,23 @@ class BaseFiles:
         except AttributeError:
             return None
 
-    def features(self, layer: str) -> tuple[int, int] | None:
-        """(in_features, out_features), or None for what is no linear layer."""
-        module = self.module(layer)
-        return None if module is None else linear_features(module)
+    def form(self, name: str) -> WeightForm | None:
+        """Of a layer's weight, or of a bare parameter; None for what cannot be adapted, or is not there."""
+        module, parameter_name = self._locate(name)
+        return None if module is None else weight_form(module, parameter_name)
+
+    def parameter(self, name: str) -> str:
+        """The full name of the parameter that adapting `name`, a layer or a bare parameter, changes."""
+        return name if self._locate(name)[1] is not None else f"{name}.weight"
+
+    def _locate(self, name: str) -> tuple[nn.Module | None, str | None]:
+        """(layer, parameter_name), the second None for a layer's weight."""
+        module = self.module(name)
+        if module is not None:
+            return module, None
+        parent, _, parameter_name = name.rpartition(".")
+        module = self.module(parent) if parent else None
+        return (module, parameter_name) if hasattr(module, parameter_name) else (None, None)
 
     def same_tensor(self, parameter: str) -> list[str]:
         """All names of a parameter: more than one where weights are tied."""
@@ -106,20 +119,20 @@ class BaseFiles:
             f"when it loads the model. Load the model with its adapter and call merge_and_unload() instead."
         )
 
-    def weight(self, layer: str) -> Tensor:
-        """The stored weight of a linear layer, (out_features, in_features)."""
-        key = self.stored_name(f"{layer}.weight")
+    def weight(self, name: str) -> Tensor:
+        """The stored weight of a layer, or a bare parameter, as (out_features, in_features)."""
+        key = self.stored_name(self.parameter(name))
         with safe_open(self.directory / self.shards[key], framework="pt") as file:
             weight = file.get_tensor(key)
-        self.check_plain(layer, weight.shape, weight.dtype)
-        return weight_out_in(self.module(layer), weight)
+        self.check_plain(name, weight.shape, weight.dtype)
+        return self.form(name).matrix(weight)
 
-    def check_plain(self, layer: str, shape: Iterable[int], dtype: torch.dtype) -> None:
+    def check_plain(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
         """Raise unless a stored weight is floating and as large as the layer: quantised ones are neither."""
-        expected = tuple(self.module(layer).weight.shape)
+        expected = self.form(name).shape
         if tuple(shape) != expected or not dtype.is_floating_point or dtype.itemsize < 2:
             raise NotInFilesError(
-                f"The weight of layer {layer!r} is stored as {dtype} {list(shape)} in {self.directory}, "
+                f"The weight of layer {name!r} is stored as {dtype} {list(shape)} in {self.directory}, "
                 f"not as {list(expected)} in 16 or 32 bit: a quantised model? Name the model that it was made from."
             )
 

@@ -103,17 +103,17 @@ def check_adapter(
     except NdLoraError as error:
         problems.append(str(error))
     layers, dtypes, data = [], [], 0
-    for name in reader.shapes:
-        tensors = reader.tensors(name)
+    for path in reader.shapes:
+        tensors = reader.tensors(path)
         dtypes += [tensor.dtype for tensor in tensors.values()]
         data += sum(tensor.nbytes for tensor in tensors.values())
-        sound = _check_finite(problems, {f"{name}.{tensor}": value for tensor, value in tensors.items()})
+        sound = _check_finite(problems, {f"{path}.{tensor}": value for tensor, value in tensors.items()})
         try:
-            plan = reader.plan(name, files)
+            plan = reader.plan(path, files)
         except NdLoraError as error:
             problems.append(str(error))
             continue
-        layers.append(_layer(name, reader, plan, tensors, files, sound))
+        layers.append(_layer(path, reader, plan, tensors, files, sound))
     for key in reader.others:
         tensor = reader.tensor(key)
         data += tensor.nbytes
@@ -140,7 +140,7 @@ def check_adapter(
 
 
 def _layer(
-    name: str,
+    path: str,
     reader: AdapterReader,
     plan: LayerAdapter,
     tensors: dict[str, Tensor],
@@ -149,12 +149,12 @@ def _layer(
 ) -> CheckedLayer:
     norm = None
     if sound and (files is not None or not plan.recomputed):
-        read = reader.read(name, files)
+        read = reader.read(path, files)
         norm = plan.scaling * plan.delta_norm(read.trained, read.frozen)
     # without the weights: no change since the start, or a core of zeros
     idle = norm == 0 if norm is not None else not any(tensor.count_nonzero() for tensor in tensors.values())
     return CheckedLayer(
-        name, sum(tensor.numel() for tensor in tensors.values()), plan.num_parameters, norm, idle
+        reader.name(path), sum(tensor.numel() for tensor in tensors.values()), plan.num_parameters, norm, idle
     )
 
 

@@ -63,6 +63,7 @@ def add_weighted(
         layers_pattern=None,
         modules_to_save=sorted(saved) or None,
         base_fingerprint=None,
+        weight_forms=None,
     )
     model.inject_adapter(model.model, adapter_name)
     model.set_requires_grad(adapter_name, False)
@@ -90,6 +91,11 @@ def _check(model: NdLoraModel, adapters: Sequence[str], weights: Sequence[float]
                 f"Adapter {adapter} does not exist. There are: {', '.join(model.peft_config)}."
             )
         config = model.peft_config[adapter]
+        if config.target_parameters:
+            raise NdLoraValueError(
+                f"add_weighted_adapter does not support targeting nn.Parameter: adapter {adapter!r} has "
+                f"target_parameters={sorted(config.target_parameters)}."
+            )
         if config.trainable_token_indices or config.bias != "none":
             raise NdLoraValueError(
                 f"Adapter {adapter!r} trains more than its update (trainable_token_indices or bias), which cannot "

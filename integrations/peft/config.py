@@ -78,7 +78,12 @@ class NdLoraConfig(PeftConfig):
             "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default r: scaling is 1."
         },
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout on the adapter's input, in [0, 1). An embedding's input are indices: none there."
+        },
+    )
     init_lora_weights: bool | str = field(
         default=True,
         metadata={
@@ -94,7 +99,11 @@ class NdLoraConfig(PeftConfig):
         },
     )
     num_modes: int = field(
-        default=2, metadata={"help": "Into how many modes each dimension is split, as evenly as it comes."}
+        default=2,
+        metadata={
+            "help": "Into how many modes in and out features are split, as evenly as it comes. Experts, and the "
+            "height and width of a kernel, are modes of their own beside them."
+        },
     )
     modes: dict | None = field(
         default=None,
@@ -156,7 +165,10 @@ class NdLoraConfig(PeftConfig):
     )
     target_parameters: list[str] | None = field(
         default=None,
-        metadata={"help": "Not supported yet: 3-D expert parameters are refused with their names."},
+        metadata={
+            "help": "Names of bare parameters, matrices (out, in) or stacks of them (experts, out, in), as in "
+            "LoraConfig: 'mlp.experts.down_proj'. Without `target_modules` nothing else is adapted."
+        },
     )
     ensure_weight_tying: bool = field(
         default=False,
@@ -166,6 +178,13 @@ class NdLoraConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Written when an adapter is saved: what its base model looked like. Not set by hand."
+        },
+    )
+    weight_forms: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Written when an adapter is saved: which of its layers are not linear, and what they are. Not set "
+            "by hand."
         },
     )
     schema_version: int = field(default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."})
@@ -212,8 +231,9 @@ class NdLoraConfig(PeftConfig):
         self.anchor = resolve_anchor(self.anchor, initializer)
         self._check_modes()
         self._check_targets()
-        # what this session's base model looked like; becomes `base_fingerprint` when saved
+        # of this session's base model; become `base_fingerprint` and `weight_forms` when saved
         self._session_fingerprint = None
+        self._session_weight_forms = None
 
     def _check_numbers(self) -> None:
         for name, rank in (("r", self.r), *self.rank_pattern.items()):
@@ -283,10 +303,12 @@ class NdLoraConfig(PeftConfig):
         )
 
     def to_dict(self) -> dict:
-        """The fields, with this session's fingerprint of the base model unless one was loaded."""
+        """The fields, with what this session knows of the base model unless it was loaded."""
         fields = super().to_dict()
         if self.base_fingerprint is None:
             fields["base_fingerprint"] = self._session_fingerprint
+        if self.weight_forms is None:
+            fields["weight_forms"] = self._session_weight_forms
         return fields
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The tuner layer: holds the tensors of every adapter on one linear layer and calls the core with them."""
+"""The tuner layers: each holds the tensors of every adapter on one layer and calls the core with them."""
 
 from __future__ import annotations
 
@@ -7,72 +7,26 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.nn.modules.module import _has_any_global_hook
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.weights import base_weight, quantization_backend, weight_form
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
 
 __all__ = [
+    "LAYER_KINDS",
     "FrozenFactors",
+    "NdLoraConvolution",
+    "NdLoraEmbedding",
     "NdLoraLayer",
     "NdLoraLinear",
-    "base_weight",
-    "linear_features",
-    "quantization_backend",
-    "weight_out_in",
+    "ParamWrapper",
 ]
-
-
-def quantization_backend(layer: nn.Module, get_apply_tensor_subclass=None) -> QuantizationBackend | None:
-    """PEFT's backend for a quantised layer; None for any other.
-
-    A torchao weight that nobody says how to make again (it was not quantised by transformers) can be trained on,
-    not merged into.
-    """
-    backend = resolve_quantization_backend(
-        layer, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown
-    )
-    if getattr(backend, "get_apply_tensor_subclass", None) is _unknown:
-        backend.supports_merge = False
-    return backend
-
-
-def _unknown():
-    """Stands for the function of transformers' quantiser."""
-
-
-def linear_features(layer: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a layer that we can adapt, quantised ones too; None for any other."""
-    if isinstance(layer, Conv1D):
-        shape = getattr(layer.weight, "ds_shape", layer.weight.shape)  # ds_shape: under ZeRO-3
-        return shape[0], shape[1]
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    backend = quantization_backend(layer)
-    if backend is not None and backend.layer_type == "linear" and hasattr(layer, "in_features"):
-        return layer.in_features, layer.out_features
-    return None
-
-
-def weight_out_in(layer: nn.Module, weight: Tensor) -> Tensor:
-    """The base weight as (out_features, in_features), a view: transformers' Conv1D stores it transposed."""
-    return weight.T if isinstance(layer, Conv1D) else weight
-
-
-def base_weight(layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
-    """The weight of a base layer, dequantised, as the layer stores it."""
-    if backend is None:
-        return layer.weight.data
-    if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
-        # bitsandbytes 4-bit: a forward in eval mode on the CPU has packed the weight in another order, which
-        # dequantising does not know of; asking for the state dict brings the usual one back
-        layer.state_dict()
-    return backend.get_base_weight(layer)
 
 
 class FrozenFactors(nn.Module):
@@ -94,14 +48,34 @@ class FrozenFactors(nn.Module):
         return {**self._parameters, **self._buffers}
 
 
-class NdLoraLayer(BaseTunerLayer):
-    """Adapters on one layer. `ndlora_factors[adapter][factor]` trains, `ndlora_frozen[adapter]` does not."""
+class NdLoraLayer(nn.Module, BaseTunerLayer):
+    """Adapters on one layer. `ndlora_factors[adapter][factor]` trains, `ndlora_frozen[adapter]` does not.
 
+    Args:
+        base_layer: the layer, or another adapter's of PEFT around it.
+        adapter_name, plan: as `update_layer` takes them, with its keywords.
+        parameter_name: the bare parameter that is adapted, instead of the layer's weight.
+        get_apply_tensor_subclass: as PEFT's `get_quantization_kwargs` gives it.
+    """
+
+    # what models read of a layer of this kind
+    shown_of_base: tuple[str, ...] = ()
     adapter_layer_names = ("ndlora_factors",)
     other_param_names = ("ndlora_frozen", "ndlora_dropout", "plan", "r", "lora_alpha", "scaling")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        plan: LayerAdapter,
+        *,
+        parameter_name: str | None = None,
+        get_apply_tensor_subclass=None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
         self.base_layer = base_layer
+        self.parameter_name = parameter_name
         self.ndlora_factors = nn.ModuleDict({})
         self.ndlora_frozen = nn.ModuleDict({})
         self.ndlora_dropout = nn.ModuleDict({})
@@ -112,10 +86,13 @@ class NdLoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self.quantization_backend = quantization_backend(
-            self.get_base_layer(), kwargs.get("get_apply_tensor_subclass")
-        )
-        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.quantization_backend = quantization_backend(self.get_base_layer(), get_apply_tensor_subclass)
+        self.form = weight_form(self.get_base_layer(), parameter_name)
+        self.in_features, self.out_features = self.form.in_features, self.form.out_features
+        for name in self.shown_of_base:
+            setattr(self, name, getattr(self.get_base_layer(), name))
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, plan, **kwargs)
 
     def update_layer(
         self,
@@ -157,14 +134,13 @@ class NdLoraLayer(BaseTunerLayer):
         """The base weight (out, in), dequantised, if the initialiser reads it."""
         if not plan.initializer.reads_weight:
             return None
-        base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
+        weight = getattr(self.get_base_layer(), self.parameter_name or "weight", None)
         if weight is not None and hasattr(weight, "ds_id"):  # ZeRO-3 keeps a shard: gather the whole
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([weight]):
-                return weight_out_in(base, weight.data.clone())
-        return weight_out_in(base, self.get_base_weight())
+                return self.form.matrix(weight.data.clone())
+        return self.form.matrix(self.get_base_weight())
 
     def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(trained, frozen) of one adapter, of one dtype."""
@@ -200,13 +176,8 @@ class NdLoraLayer(BaseTunerLayer):
             setattr(holder, name, value.detach().to(reference.device, reference.dtype))
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
-        """scaling * dW x of one adapter: (..., in_features) -> (..., out_features)."""
-        trained, frozen = self.tensors(adapter)
-        if not torch.is_autocast_enabled(x.device.type):  # under autocast the products cast, and to less
-            x = self._cast_input_dtype(x, next(iter(trained.values())).dtype)
-        y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x))
-        scaling = self.scaling[adapter]
-        return y if scaling == 1 else y * scaling
+        """What one adapter adds to the layer's output for the input x."""
+        raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * dW in the way the base layer stores its weight, at least float32."""
@@ -217,7 +188,7 @@ class NdLoraLayer(BaseTunerLayer):
                 {name: value.to(dtype) for name, value in trained.items()},
                 {name: value.to(dtype) for name, value in frozen.items()},
             )
-            return weight_out_in(self.get_base_layer(), delta * self.scaling[adapter])
+            return self.form.stored(delta * self.scaling[adapter])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling of an adapter to `scale` times its planned one."""
@@ -239,27 +210,16 @@ class NdLoraLayer(BaseTunerLayer):
                 )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Every method here is additive."""
-        return True
+        """Every method here is additive; PEFT converts linear layers."""
+        return self.form.kind == "linear"
 
     def cast_frozen(self, adapter: str) -> None:
         """Bring the recomputed factors to the dtype of the trained ones, once, instead of at every forward."""
         if adapter in self.ndlora_factors:
             self.tensors(adapter)
 
-
-class NdLoraLinear(nn.Module, NdLoraLayer):
-    """Adapters on `nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, plan: LayerAdapter, **kwargs: Any) -> None:
-        super().__init__()
-        quantization = {key: kwargs.pop(key) for key in ("get_apply_tensor_subclass",) if key in kwargs}
-        NdLoraLayer.__init__(self, base_layer, **quantization)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, plan, **kwargs)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the base layer's dtype.
+        """What the base layer gives for x plus the updates, in the base layer's dtype.
 
         Args:
             adapter_names: for each sample the adapter to use instead of the active ones; "__base__" for none.
@@ -282,8 +242,20 @@ class NdLoraLinear(nn.Module, NdLoraLayer):
             return self._add_to_samples(result, x, adapter_names)
         for adapter in self.active_adapters:
             if adapter in self.ndlora_factors:
-                result = result + self.update(adapter, x)
+                result = self._add_update(result, adapter, x)
         return result.to(dtype)
+
+    def _add_update(self, result: Tensor, adapter: str, x: Tensor) -> Tensor:
+        return result + self.update(adapter, x)
+
+    def _cast_to_factors(self, x: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # the products cast, and to less
+            return x
+        return self._cast_input_dtype(x, next(iter(trained.values())).dtype)
+
+    def _scaled(self, adapter: str, y: Tensor) -> Tensor:
+        scaling = self.scaling[adapter]
+        return y if scaling == 1 else y * scaling
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -372,3 +344,159 @@ class NdLoraLinear(nn.Module, NdLoraLayer):
 
     def __repr__(self) -> str:
         return "ndlora." + super().__repr__()
+
+
+class NdLoraLinear(NdLoraLayer):
+    """Adapters on `nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `NdLoraLayer.forward`; a plain `nn.Linear` and its first adapter go through one function."""
+        base = self.base_layer
+        if args or kwargs or self.merged_adapters or self._disable_adapters or not _is_plain_linear(base):
+            return super().forward(x, *args, **kwargs)
+        factors = self.ndlora_factors
+        first, *others = [name for name in self.active_adapters if name in factors] or [None]
+        if first is None or (self.training and not isinstance(self.ndlora_dropout[first], nn.Identity)):
+            return super().forward(x)
+        result = self.plan[first].linear(base.weight, base.bias, *self.tensors(first), x, self.scaling[first])
+        for adapter in others:
+            result = self._add_update(result, adapter, x)
+        return result
+
+    def _add_update(self, result: Tensor, adapter: str, x: Tensor) -> Tensor:
+        # the output of a plain linear layer is fresh, and its backward does not need it
+        return self.plan[adapter].add_update(
+            result,
+            *self.tensors(adapter),
+            self.ndlora_dropout[adapter](x),
+            self.scaling[adapter],
+            in_place=_is_plain_linear(self.base_layer),
+        )
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """scaling * dW x: (..., in_features) -> (..., out_features)."""
+        trained, frozen = self.tensors(adapter)
+        x = self._cast_to_factors(x, trained)
+        y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x))
+        return self._scaled(adapter, y)
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer is F.linear and nothing else: no subclass, no hook, no other forward."""
+    return type(layer) is nn.Linear and not (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or "forward" in layer.__dict__
+        or _has_any_global_hook()
+    )
+
+
+class NdLoraEmbedding(NdLoraLayer):
+    """Adapters on `nn.Embedding`, whose weight is (num_embeddings, embedding_dim): in and out features."""
+
+    shown_of_base = ("num_embeddings", "embedding_dim", "padding_idx")
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """scaling * the columns of dW for the indices x: (...) -> (..., embedding_dim)."""
+        y = self.plan[adapter].lookup(*self.tensors(adapter), x)
+        scale = self._get_embed_scale()  # of models that scale their embeddings
+        y = y if scale is None else y * scale.to(y.dtype)
+        return self._scaled(adapter, y)
+
+
+class NdLoraConvolution(NdLoraLayer):
+    """Adapters on `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with groups too."""
+
+    shown_of_base = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """scaling * the convolution with dW: ([batch,] in_channels, *size) -> ([batch,] out_channels, *size)."""
+        trained, frozen = self.tensors(adapter)
+        x = self._cast_to_factors(x, trained)
+        single = x.dim() == len(self.form.trailing) + 1
+        x = self.ndlora_dropout[adapter](x.unsqueeze(0) if single else x)
+        y = self.plan[adapter].convolve(trained, frozen, x, self._convolution)
+        return self._scaled(adapter, y.squeeze(0) if single else y)
+
+    def _convolution(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As the base layer convolves, in as many groups as the shapes tell."""
+        base = self.get_base_layer()
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(base.kernel_size)]
+        padding = base.padding
+        if base.padding_mode != "zeros":
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        return convolve(x, weight, None, base.stride, padding, base.dilation, x.shape[1] // weight.shape[1])
+
+
+class ParamWrapper(NdLoraLayer):
+    """Adapters on one parameter of a module, such as the experts' (experts, out, in).
+
+    The module's own forward is called with W + dW in its place; dW is formed for it. PEFT nests wrappers where
+    several parameters of one module are adapted, and knows them by the name of this class.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, on the updated parameter."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise NdLoraValueError(
+                f"Cannot pass `adapter_names`: target_parameters={self.parameter_name!r} is adapted, and a parameter "
+                f"is one for the whole batch."
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.ndlora_factors]
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(*args, **kwargs)
+        name, weight = self._parameter()
+        for adapter in adapters:
+            trained, frozen = (
+                {key: value.to(weight.dtype) for key, value in group.items()}
+                for group in self.tensors(adapter)
+            )
+            delta = self.form.stored(self.plan[adapter].delta(trained, frozen))
+            weight = torch.add(weight, delta, alpha=self.scaling[adapter])
+        return torch.func.functional_call(self.base_layer, {name: weight}, args, kwargs)
+
+    def _parameter(self) -> tuple[str, Tensor]:
+        """Its name seen from `base_layer`, which may be a further wrapper, and the parameter."""
+        name, module = self.parameter_name, self.base_layer
+        while isinstance(module, ParamWrapper):
+            name, module = f"base_layer.{name}", module.base_layer
+        return name, getattr(module, self.parameter_name)
+
+    def get_base_weight(self) -> Tensor:
+        """The parameter."""
+        return self._parameter()[1].data
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Give the parameter other values."""
+        self._parameter()[1].data = weight_data
+
+    def _get_base_layer_device_and_dtype(self, base_layer):
+        weight = self._parameter()[1]
+        return weight.device, weight.dtype
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """PEFT calls this on the outermost wrapper: the module without any."""
+        module = self
+        while isinstance(module, ParamWrapper):
+            if merge:
+                module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            module = module.base_layer
+        return module
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
+
+
+# by `WeightForm.kind`
+LAYER_KINDS: dict[str, type[NdLoraLayer]] = {
+    "linear": NdLoraLinear,
+    "embedding": NdLoraEmbedding,
+    "convolution": NdLoraConvolution,
+    "parameter": ParamWrapper,
+}

@@ -16,7 +16,6 @@ from torch import Tensor
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import INDEX_FILE, BaseFiles, NotInFilesError
 from ndlora_plugins.integrations.peft.directories import new_directory
-from ndlora_plugins.integrations.peft.layer import weight_out_in
 from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, AdapterReader
 
 __all__ = ["MergedLayer", "merge_files"]
@@ -93,7 +92,7 @@ def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> l
             del tensors
         if plan.untied:
             _write_untied(plan, base, directory, sizes)
-    order = list(reader.shapes)
+    order = [reader.name(path) for path in reader.shapes]
     return sorted(plan.merged, key=lambda layer: order.index(layer.name))
 
 
@@ -116,9 +115,9 @@ def _plan(reader: AdapterReader, base: BaseFiles) -> _Plan:
             twin in reader.others and torch.equal(reader.tensor(twin), reader.tensor(key)) for twin in twins
         )
         (shared if tied else own).append((parameter, _replacement(reader, key)))
-    for name in reader.shapes:
-        reader.plan(name, base)
-        own.append((f"{name}.weight", _update(reader, base, name, plan.merged)))
+    for path in reader.shapes:
+        reader.plan(path, base)
+        own.append((base.parameter(reader.name(path)), _update(reader, base, path, plan.merged)))
     for parameter, _ in own:
         _untie(base.full_name(parameter), base, plan)
     for parameter, change in shared:
@@ -148,30 +147,30 @@ def _written_name(parameter: str, base: BaseFiles, plan: _Plan) -> str:
     return parameter if parameter in plan.untied else base.stored_name(parameter)
 
 
-def _update(reader: AdapterReader, base: BaseFiles, name: str, merged: list[MergedLayer]) -> Change:
+def _update(reader: AdapterReader, base: BaseFiles, path: str, merged: list[MergedLayer]) -> Change:
     """W + scaling dW, added in at least float32 and rounded once, as `NdLoraLayer.merge` does."""
 
     def change(stored: Tensor) -> Tensor:
-        base.check_plain(name, stored.shape, stored.dtype)
-        layer = reader.read(name, base)
+        layer = reader.read(path, base)
+        base.check_plain(layer.name, stored.shape, stored.dtype)
         dtype = torch.promote_types(next(iter(layer.trained.values())).dtype, torch.float32)
         with torch.no_grad():
             trained, frozen = (
                 {n: t.to(dtype) for n, t in group.items()} for group in (layer.trained, layer.frozen)
             )
             delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
-            delta = weight_out_in(base.module(name), delta)  # transposed again, where the layer stores it so
+            delta = base.form(layer.name).stored(delta)
             wide = stored.to(dtype)
             result = (wide + delta).to(stored.dtype)
             if not torch.isfinite(result).all():
                 raise NdLoraValueError(
-                    f"The merged weight of layer {name!r} holds NaN or infinity: the adapter is broken. "
+                    f"The merged weight of layer {layer.name!r} holds NaN or infinity: the adapter is broken. "
                     f"Nothing was written."
                 )
             lost = float(
                 (result.to(dtype) - wide - delta).norm() / delta.norm().clamp(min=torch.finfo(dtype).tiny)
             )
-        merged.append(MergedLayer(name, result.numel(), lost))
+        merged.append(MergedLayer(layer.name, result.numel(), lost))
         return result
 
     return change

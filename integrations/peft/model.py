@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from peft import __version__ as peft_version
@@ -28,20 +28,35 @@ from ndlora_plugins.errors import (
     UnmatchedTargetWarning,
 )
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import (
-    NdLoraLayer,
-    NdLoraLinear,
-    base_weight,
-    linear_features,
-    quantization_backend,
-    weight_out_in,
-)
+from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, NdLoraLayer
 from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.weights import (
+    WeightForm,
+    base_weight,
+    quantization_backend,
+    weight_form,
+)
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
 
-__all__ = ["NdLoraModel", "plan_model"]
+__all__ = ["NdLoraModel", "Target", "find_targets", "plan_model"]
+
+
+class Target(NamedTuple):
+    """A weight that a configuration adapts.
+
+    Attributes:
+        name: of the layer in the model, without adapters; of the parameter where a bare one is adapted.
+        base: the layer.
+        parameter_name: its bare parameter; None for its weight.
+        path: the layer's name in the adapter's file. PEFT nests the wrappers of several parameters of one module.
+    """
+
+    name: str
+    base: nn.Module
+    parameter_name: str | None
+    path: str
 
 
 def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerAdapter]]:
@@ -52,9 +67,14 @@ def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerA
     Raises:
         NdLoraValueError, NdLoraTypeError: as adding the adapter would.
     """
+    return [(target.name, _plan(config, target)) for target in find_targets(model, config)]
+
+
+def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
+    """Every weight that `config` adapts, in the model's order. Changes neither."""
     config = copy.deepcopy(config)
     _fill_in_targets(config, model)
-    return [(name, _plan(config, name, base)) for name, base in _matched(config, model)]
+    return list(_matched(config, model))
 
 
 def _fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
@@ -75,8 +95,8 @@ def _is_in_layers(config: NdLoraConfig, name: str) -> bool:
     return bool(BaseTuner._check_target_module_exists(by_end, name))
 
 
-def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, base layer) of every module that the configuration targets."""
+def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
+    """As PEFT matches `target_modules` and `target_parameters`."""
     inside = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside or ("\0",)):
@@ -84,20 +104,58 @@ def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[tuple[str, nn.M
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
         if BaseTuner._check_target_module_exists(config, name):
-            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            yield Target(
+                name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, None, name
+            )
+    wanted = tuple(config.target_parameters or ())
+    for path, module in model.named_modules() if wanted else ():
+        if isinstance(module, BaseTunerLayer):
+            continue  # its base layer comes later
+        name = path.replace(".base_layer", "")
+        found = [
+            parameter
+            for parameter, _ in module.named_parameters(recurse=False)
+            if any(f".{name}.{parameter}".endswith(f".{entry}") for entry in wanted)
+        ]
+        for depth, parameter in enumerate(reversed(found)):  # the last one is wrapped outermost
+            yield Target(f"{name}.{parameter}", module, parameter, name + depth * ".base_layer")
 
 
-def _plan(config: NdLoraConfig, name: str, base: nn.Module) -> LayerAdapter:
+def _plan(config: NdLoraConfig, target: Target) -> LayerAdapter:
+    form = weight_form(target.base, target.parameter_name)
+    if form is None and target.parameter_name is not None:
+        shape = list(getattr(target.base, target.parameter_name).shape)
+        raise NdLoraTypeError(
+            f"method={config.method!r} cannot adapt the parameter {target.name!r} of shape {shape}: a matrix "
+            f"(out, in) or a stack of them (experts, out, in) can be. Take it out of target_parameters."
+        )
+    if form is None:
+        raise NdLoraTypeError(
+            f"method={config.method!r} cannot adapt layer {target.name!r} of type {type(target.base).__name__}: "
+            f"nn.Linear (quantised too), transformers' Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d can "
+            f"be. Take it out of target_modules, or name it in exclude_modules."
+        )
+    if form.kind == "parameter" and config.lora_dropout:
+        raise NdLoraValueError(
+            f"lora_dropout={config.lora_dropout} cannot be used on the parameter {target.name!r}: its update is added "
+            f"to the parameter, which has no input. Set lora_dropout=0."
+        )
+    return plan_form(config, target.name, form)
+
+
+def plan_form(config: NdLoraConfig, name: str, form: WeightForm) -> LayerAdapter:
+    """The plan of one weight."""
     from ndlora_plugins.adapter import plan_layer
 
-    features = linear_features(base)
-    if features is None:
-        raise NdLoraTypeError(
-            f"method={config.method!r} cannot adapt layer {name!r} of type {type(base).__name__}: nn.Linear "
-            f"(quantised too) and transformers' Conv1D can be. Take it out of target_modules, or name it in "
-            f"exclude_modules."
-        )
-    return plan_layer(config.options_for(name), *features, layer=name)
+    return plan_layer(
+        config.options_for(name),
+        form.in_features,
+        form.out_features,
+        layer=name,
+        leading=form.leading,
+        trailing=form.trailing,
+        one_hot=form.kind == "embedding",
+    )
 
 
 class NdLoraModel(BaseTuner):
@@ -118,27 +176,35 @@ class NdLoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NdLoraConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before a layer is replaced."""
-        if peft_config.target_parameters:
-            raise NdLoraTypeError(
-                f"target_parameters={list(peft_config.target_parameters)}: NDLORA does not adapt bare parameters yet. "
-                f"Take them out, and adapt the model's linear layers with target_modules."
-            )
+        self._check_target_parameters(peft_config)
         if peft_config.bias != "none" and not hasattr(BaseTuner, "_get_adapter_state_dict"):
             raise NdLoraValueError(
                 f"bias={peft_config.bias!r}: peft {peft_version} saves the biases of its own tuner types only, so the "
                 f"trained ones would be lost. Upgrade to peft 0.21 or later, or use bias='none'."
             )
         _fill_in_targets(peft_config, model)
-        matched = list(_matched(peft_config, model))
-        plans = [(name, _plan(peft_config, name, base)) for name, base in matched]
+        plans = [(target, _plan(peft_config, target)) for target in _matched(peft_config, model)]
         if not plans:
             return  # PEFT raises, and says why nothing matched
-        self._check_adapter_names(plans)
-        _check_bases(matched, plans, peft_config)
-        _warn_of_unmatched(peft_config, [name for name, _ in matched])
+        self._check_adapter_names(plan for _, plan in plans)
+        _check_bases(plans, peft_config)
+        _warn_of_unmatched(peft_config, [target.name for target, _ in plans])
         _warn_of_lopsided(plans)
 
-    def _check_adapter_names(self, plans: list[tuple[str, LayerAdapter]]) -> None:
+    def _check_target_parameters(self, peft_config: NdLoraConfig) -> None:
+        """Which parameter a tensor of the file belongs to is told by the nesting of the wrappers, so it is to be one
+        for all adapters.
+        """
+        for name, other in self.peft_config.items():
+            wanted = set(peft_config.target_parameters or ())
+            if other is not peft_config and wanted and other.target_parameters:
+                if set(other.target_parameters) != wanted:
+                    raise NdLoraValueError(
+                        f"target_parameters={sorted(wanted)} differs from that of adapter {name!r}, "
+                        f"{sorted(other.target_parameters)}: all adapters of a model must name the same parameters."
+                    )
+
+    def _check_adapter_names(self, plans: Iterable[LayerAdapter]) -> None:
         """PEFT takes a key that ends in another adapter's name for that adapter's, so no adapter may have the
         name of a tensor.
         """
@@ -148,11 +214,7 @@ class NdLoraModel(BaseTuner):
             if isinstance(layer, NdLoraLayer)
             for plan in layer.plan.values()
         ]
-        tensors = {
-            factor.name
-            for plan in [*present, *(plan for _, plan in plans)]
-            for factor in (*plan.trained, *plan.frozen)
-        }
+        tensors = {factor.name for plan in (*present, *plans) for factor in (*plan.trained, *plan.frozen)}
         for name in {*tensors, "ndlora_factors", "ndlora_frozen"} & set(self.peft_config):
             raise NdLoraValueError(
                 f"An adapter cannot be called {name!r}: this is the name of one of the tensors of an NDLORA adapter, "
@@ -160,7 +222,7 @@ class NdLoraModel(BaseTuner):
             )
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         generator = None
@@ -168,20 +230,38 @@ class NdLoraModel(BaseTuner):
             # of its own for each layer, so that their order does not matter; 32 bits are all that torch uses
             seed = zlib.crc32(f"{peft_config.random_seed} {current_key}".encode())
             generator = torch.Generator().manual_seed(seed)
-        plan = _plan(peft_config, current_key, base)
+        form = weight_form(base, parameter_name)
+        plan = plan_form(peft_config, current_key, form)
         arguments = {
             "lora_alpha": peft_config.options_for(current_key).alpha,
             "lora_dropout": peft_config.lora_dropout,
             "generator": generator,
             "inference_mode": peft_config.inference_mode,
         }
-        if isinstance(target, NdLoraLayer):
-            target.update_layer(adapter_name, plan, **arguments)
+        existing = self._existing_layer(target, parameter_name)
+        if existing is not None:
+            existing.update_layer(adapter_name, plan, **arguments)
             return
-        layer = NdLoraLinear(target, adapter_name, plan, **arguments, **get_quantization_kwargs(self.model))
+        layer = LAYER_KINDS[form.kind](
+            target,
+            adapter_name,
+            plan,
+            parameter_name=parameter_name,
+            **arguments,
+            **get_quantization_kwargs(self.model),
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _existing_layer(target: nn.Module, parameter_name: str | None) -> NdLoraLayer | None:
+        """The layer to which a further adapter is added, among nested wrappers the one of that parameter."""
+        while isinstance(target, NdLoraLayer):
+            if target.parameter_name == parameter_name:
+                return target
+            target = target.base_layer
+        return None
 
     def _add_modules_to_save_to_tie(self, peft_config: NdLoraConfig, tied_weight_keys: list[str]) -> None:
         """For `ensure_weight_tying`: of the tied modules the embedding is trained; PEFT gives the others its copy."""
@@ -275,9 +355,7 @@ def _pass_names(adapter_names, module, args, kwargs):
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _check_bases(
-    matched: list[tuple[str, nn.Module]], plans: list[tuple[str, LayerAdapter]], config: NdLoraConfig
-) -> None:
+def _check_bases(plans: list[tuple[Target, LayerAdapter]], config: NdLoraConfig) -> None:
     """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
     from ndlora_plugins.integrations.peft.fingerprint import (
         FingerprintedLayer,
@@ -285,47 +363,53 @@ def _check_bases(
         make_fingerprint,
     )
 
-    reads_weight = any(plan.recomputed for _, plan in plans)
     layers = [
         FingerprintedLayer(
-            name,
+            target.name,
             (plan.layout.out_features, plan.layout.in_features),
-            _readable_weight(base, plan),
-            _storage(base),
+            _readable_weight(target, plan),
+            _storage(target),
         )
-        for (name, base), (_, plan) in zip(matched, plans, strict=True)
+        for target, plan in plans
     ]
     if config.base_fingerprint is not None:
         compare_fingerprint(
             config.base_fingerprint,
             layers,
-            reads_weight=reads_weight,
+            reads_weight=any(plan.recomputed for _, plan in plans),
             base_name=config.base_model_name_or_path,
         )
     else:
         config._session_fingerprint = make_fingerprint(layers)
+    forms = [(target, weight_form(target.base, target.parameter_name)) for target, _ in plans]
+    config._session_weight_forms = {
+        target.path: {"name": target.name, "kind": form.kind, "shape": list(form.shape)}
+        for target, form in forms
+        if form.kind != "linear"
+    }
 
 
-def _readable_weight(base: nn.Module, plan: LayerAdapter) -> torch.Tensor | Callable[[], torch.Tensor] | None:
+def _readable_weight(target: Target, plan: LayerAdapter) -> torch.Tensor | Callable[[], torch.Tensor] | None:
     """The weight (out, in), or a function that dequantises it; None if it is not there to be read in passing: on
     "meta", sharded, or quantised and not needed for the start.
     """
-    weight = getattr(base, "weight", None)
+    weight = getattr(target.base, target.parameter_name or "weight", None)
     if weight is not None and (weight.is_meta or hasattr(weight, "ds_id")):
         return None
-    backend = quantization_backend(base)
-    if backend is not None:
-        return partial(base_weight, base, backend) if plan.recomputed else None
-    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+    form, backend = weight_form(target.base, target.parameter_name), quantization_backend(target.base)
+    if backend is not None and target.parameter_name is None:
+        return (lambda: form.matrix(base_weight(target.base, backend))) if plan.recomputed else None
+    if weight is None or tuple(weight.shape) != form.shape or not weight.is_floating_point():
         return None
-    return weight_out_in(base, weight)
+    return form.matrix(weight)
 
 
-def _storage(base: nn.Module) -> str:
+def _storage(target: Target) -> str:
     """What a fingerprint calls the way the weight is stored."""
-    backend = quantization_backend(base)
+    backend = quantization_backend(target.base) if target.parameter_name is None else None
     if backend is None:
-        return str(getattr(getattr(base, "weight", None), "dtype", "unknown")).removeprefix("torch.")
+        weight = getattr(target.base, target.parameter_name or "weight", None)
+        return str(getattr(weight, "dtype", "unknown")).removeprefix("torch.")
     return backend.backend_name.removeprefix("bnb ")
 
 
@@ -358,12 +442,16 @@ def _warn_unmatched(option: str, entry: str, names: list[str]) -> None:
     )
 
 
-def _warn_of_lopsided(plans: Iterable[tuple[str, LayerAdapter]]) -> None:
+def _warn_of_lopsided(plans: Iterable[tuple[Target, LayerAdapter]]) -> None:
     """One warning that names the layers, worst first."""
     from ndlora_plugins.modes import LOPSIDED_RATIO
 
     lopsided = sorted(
-        ((plan.lopsidedness, name, plan) for name, plan in plans if plan.lopsidedness > LOPSIDED_RATIO),
+        (
+            (plan.lopsidedness, target.name, plan)
+            for target, plan in plans
+            if plan.lopsidedness > LOPSIDED_RATIO
+        ),
         key=lambda found: (-found[0], found[1]),
     )
     if not lopsided:

@@ -21,8 +21,9 @@ from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.directories import local_directory
 from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, check_adapter_file
 from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
-from ndlora_plugins.integrations.peft.model import plan_model
+from ndlora_plugins.integrations.peft.model import plan_form, plan_model
 from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.weights import WeightForm
 
 __all__ = ["AdapterReader", "KEY_PREFIX", "ReadLayer", "listed", "read_adapter"]
 
@@ -53,8 +54,8 @@ def read_adapter(adapter: str | Path, base: BaseFiles | None = None) -> Iterator
     reader = AdapterReader(adapter)
     if base is not None:
         reader.check_base(base)
-    for name in reader.shapes:
-        yield reader.read(name, base)
+    for path in reader.shapes:
+        yield reader.read(path, base)
 
 
 class AdapterReader:
@@ -63,7 +64,7 @@ class AdapterReader:
     Attributes:
         directory: where it is.
         config: its `NdLoraConfig`.
-        shapes: layer -> "ndlora_factors.down" and the like -> shape.
+        shapes: layer, as the file names it -> "ndlora_factors.down" and the like -> shape.
         others: every other key (`modules_to_save`, token rows, biases), as it stands in the file -> shape.
     """
 
@@ -96,62 +97,78 @@ class AdapterReader:
         options = replace(self.config.options_for(""), rank=1, in_modes=None, out_modes=None)
         return plan_layer(options, 1, 1, layer="").recomputed
 
-    def plan(self, layer: str, base: BaseFiles | None = None) -> LayerAdapter:
+    def name(self, path: str) -> str:
+        """Of a layer in the model: its name in the file, or that of the parameter that is adapted in its place."""
+        return (self.config.weight_forms or {}).get(path, {"name": path})["name"]
+
+    def form(self, path: str) -> WeightForm | None:
+        """Of the base weight, where it is known without the base model: of all but linear layers."""
+        entry = (self.config.weight_forms or {}).get(path)
+        if entry is None:
+            return None
+        return WeightForm(entry["kind"], tuple(entry["shape"]), transposed=entry["kind"] == "embedding")
+
+    def plan(self, path: str, base: BaseFiles | None = None) -> LayerAdapter:
         """The plan of one layer; features come from the base model if given, else from the factors' shapes.
 
         Raises:
             NdLoraValueError: they do not tell, or a factor is missing, unknown or of another shape.
         """
-        features = base.features(layer) if base is not None else self._features(layer)
-        if features is None and base is not None:
+        name, form = self.name(path), self.form(path)
+        if base is not None:
+            found = base.form(name)
+            if found is None or form not in (None, found):
+                raise NdLoraValueError(
+                    f"The base model in {base.directory} has no {form.kind if form else 'linear'} layer {name!r}"
+                    f"{f' of shape {list(form.shape)}' if form else ''}, which the adapter has. Name the model that "
+                    f"the adapter was trained on ({self.config.base_model_name_or_path})."
+                )
+            form = found
+        form = form or self._linear_form(path)
+        if form is None:
             raise NdLoraValueError(
-                f"The base model in {base.directory} has no linear layer {layer!r}, which the adapter has. "
-                f"Name the model that the adapter was trained on ({self.config.base_model_name_or_path})."
-            )
-        if features is None:
-            raise NdLoraValueError(
-                f"The tensors of layer {layer!r} in {self.path} ({', '.join(self.shapes[layer])}) do not "
+                f"The tensors of layer {name!r} in {self.path} ({', '.join(self.shapes[path])}) do not "
                 f"say how wide the layer is. Name the base model."
             )
-        plan = plan_layer(self.config.options_for(layer), *features, layer=layer)
+        plan = plan_form(self.config, name, form)
         expected = {f"{_GROUPS[0]}.{factor.name}": factor.shape for factor in plan.trained}
         if not plan.recomputed:
             expected |= {f"{_GROUPS[1]}.{factor.name}": factor.shape for factor in plan.frozen}
-        found = self.shapes[layer]
-        for name in sorted({*expected, *found}, key=[*expected, *found].index):
-            if expected.get(name) != found.get(name):
-                needs = "has no such tensor" if name not in expected else f"needs {list(expected[name])}"
-                holds = "has none" if name not in found else f"has shape {list(found[name])}"
+        found = self.shapes[path]
+        for tensor in sorted({*expected, *found}, key=[*expected, *found].index):
+            if expected.get(tensor) != found.get(tensor):
+                needs = "has no such tensor" if tensor not in expected else f"needs {list(expected[tensor])}"
+                holds = "has none" if tensor not in found else f"has shape {list(found[tensor])}"
                 raise NdLoraValueError(
-                    f"{name!r} of layer {layer!r} {holds} in {self.path}; the adapter's configuration "
+                    f"{tensor!r} of layer {name!r} {holds} in {self.path}; the adapter's configuration "
                     f"{needs}. Save the adapter again."
                 )
         return plan
 
-    def _features(self, layer: str) -> tuple[int, int] | None:
-        """(in_features, out_features) by the names that the methods give their factors, else as "
-        "fingerprinted."""
-        shapes = {name.partition(".")[2]: shape for name, shape in self.shapes[layer].items()}
+    def _linear_form(self, path: str) -> WeightForm | None:
+        """By the names that the methods give their factors, else as fingerprinted."""
+        shapes = {name.partition(".")[2]: shape for name, shape in self.shapes[path].items()}
         modes = [shape for name, shape in shapes.items() if name.startswith("mode_") and len(shape) == 3]
         if modes:
             sizes = torch.tensor(modes).prod(0)  # (terms, out_mode, in_mode) of each, multiplied
-            return int(sizes[2]), int(sizes[1])
+            return WeightForm("linear", (int(sizes[1]), int(sizes[2])))
         if len(shapes.get("down", ())) == len(shapes.get("up", ())) == 2:
-            return shapes["down"][1], shapes["up"][0]
-        known = (self.config.base_fingerprint or {}).get(layer)
+            return WeightForm("linear", (shapes["up"][0], shapes["down"][1]))
+        known = (self.config.base_fingerprint or {}).get(path)
         if known is not None:
-            return known["shape"][1], known["shape"][0]
+            return WeightForm("linear", tuple(known["shape"]))
         # what is saved of an adapter that recomputes the rest does not depend on them: the smallest will do
-        return (self.config.options_for(layer).rank,) * 2 if self.reads_base else None
+        rank = self.config.options_for(path).rank
+        return WeightForm("linear", (rank, rank)) if self.reads_base else None
 
-    def read(self, layer: str, base: BaseFiles | None = None) -> ReadLayer:
+    def read(self, path: str, base: BaseFiles | None = None) -> ReadLayer:
         """Plan and tensors of one layer; `base` as in `read_adapter`."""
-        plan = self.plan(layer, base)
-        tensors = self.tensors(layer)
+        plan, name = self.plan(path, base), self.name(path)
+        tensors = self.tensors(path)
         trained = {factor.name: tensors[f"{_GROUPS[0]}.{factor.name}"] for factor in plan.trained}
         if not plan.recomputed:
             return ReadLayer(
-                layer, plan, trained, {f.name: tensors[f"{_GROUPS[1]}.{f.name}"] for f in plan.frozen}
+                name, plan, trained, {f.name: tensors[f"{_GROUPS[1]}.{f.name}"] for f in plan.frozen}
             )
         if base is None:
             raise NdLoraValueError(
@@ -159,10 +176,10 @@ class AdapterReader:
                 f"base weights: name the base model (--base)."
             )
         dtype = next(iter(trained.values())).dtype
-        weight = base.weight(layer)
+        weight = base.weight(name)
         weight = weight.to(self._trained_storage() or weight.dtype)
         frozen = plan.initialize(weight)[1]
-        return ReadLayer(layer, plan, trained, {name: value.to(dtype) for name, value in frozen.items()})
+        return ReadLayer(name, plan, trained, {name: value.to(dtype) for name, value in frozen.items()})
 
     def _trained_storage(self) -> torch.dtype | None:
         """The dtype that the base weights had in training; None where they were quantised, or nobody "
@@ -171,10 +188,10 @@ class AdapterReader:
         dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         return dtypes.get(kinds.pop()) if len(kinds) == 1 else None
 
-    def tensors(self, layer: str) -> dict[str, Tensor]:
+    def tensors(self, path: str) -> dict[str, Tensor]:
         """What the file holds of one layer: "ndlora_factors.down" and the like."""
         with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(f"{KEY_PREFIX}{layer}.{name}") for name in self.shapes[layer]}
+            return {name: file.get_tensor(f"{KEY_PREFIX}{path}.{name}") for name in self.shapes[path]}
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, by its name in the file."""
@@ -215,7 +232,7 @@ class AdapterReader:
         saved = self.config.base_fingerprint or {}
         layers = []
         for name in saved:
-            if base.features(name) is not None:
+            if base.form(name) is not None:
                 weight = base.weight(name)
                 kind = str(weight.dtype).removeprefix("torch.")
                 layers.append(FingerprintedLayer(name, tuple(weight.shape), weight, kind))
@@ -228,17 +245,14 @@ class AdapterReader:
         Raises:
             NdLoraValueError: some are not in the file.
         """
+        found = {self.name(path) for path in self.shapes}
         if base is None:
-            expected, by, found = (
-                self.config.base_fingerprint or {},
-                "its fingerprint of the base model",
-                self.shapes,
-            )
+            expected, by = self.config.base_fingerprint or {}, "its fingerprint of the base model"
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NdLoraWarning)
                 expected, by = dict(plan_model(base.model, self.config)), "its target_modules"
-            found = {base.full_name(name) for name in self.shapes}
+            found = {base.full_name(name) for name in found}
         missing = [name for name in expected if name not in found]
         if missing:
             raise NdLoraValueError(

@@ -176,9 +176,15 @@ def _lokr_error(layer: ReadLayer, first: Tensor, second: Tensor) -> float:
 def _layers(reader: AdapterReader, files: BaseFiles | None) -> Iterable[ReadLayer]:
     """All of them, one at a time; each is planned, and so checked, before the first is computed."""
     files = files if reader.reads_base else None  # else planned by its own tensors
-    for name in reader.shapes:
-        reader.plan(name, files)
-    return (reader.read(name, files) for name in reader.shapes)
+    for path in reader.shapes:
+        reader.plan(path, files)
+        form = reader.form(path)
+        if form is not None and form.kind != "linear":
+            raise NdLoraValueError(
+                f"{reader.name(path)!r} is a {form.kind}: stock adapters are written of linear layers only. Export "
+                f"to='merged', or load the model with its adapter and call merge_and_unload()."
+            )
+    return (reader.read(path, files) for path in reader.shapes)
 
 
 def _common_fields(reader: AdapterReader, layers: Iterable[str]) -> dict:

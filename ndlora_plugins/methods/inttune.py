@@ -26,5 +26,8 @@ class IntTune(NLora):
         # B0 (N0 + dN) A0 - B0 N0 A0 = B0 dN A0
         return {"down": start["down"], "core": change["core"], "up": start["up"]}
 
+    def anchored_product(self, layout, start, change):
+        return self.product(layout, self.anchored(layout, start, change))
+
     def anchored_layout(self, layout):
         return layout

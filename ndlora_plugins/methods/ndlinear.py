@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
-from ndlora_plugins.contraction import apply_modes, kronecker, plan_contraction
-from ndlora_plugins.methods.base import Factor, Method
+from ndlora_plugins.contraction import apply_modes, kronecker, kronecker_terms, mode_product, plan_contraction
+from ndlora_plugins.methods.base import Factor, Method, in_groups
 
 __all__ = ["NdLinear"]
 
@@ -28,7 +29,7 @@ class NdLinear(Method):
 
     def factors(self, layout):
         return tuple(
-            Factor(f"mode_{k}", (layout.rank, out_mode, in_mode), fan_in=in_mode)
+            Factor(f"mode_{k}", (layout.rank, out_mode, in_mode), fan_in=1 if layout.one_hot else in_mode)
             for k, (out_mode, in_mode) in enumerate(
                 zip(layout.out_modes, layout.in_modes, strict=True), start=1
             )
@@ -37,8 +38,43 @@ class NdLinear(Method):
     def apply(self, layout, factors, x):
         return apply_modes(x, self._modes(layout, factors))
 
+    def product(self, layout, factors):
+        product = mode_product(layout.in_modes, layout.out_modes, layout.rank)
+        return product, tuple(self._modes(layout, factors))
+
     def delta(self, layout, factors):
         return kronecker(self._modes(layout, factors))
+
+    def lookup(self, layout, factors, indices):
+        # a column of a Kronecker product is the Kronecker product of columns
+        rows = None
+        for mode, index in zip(
+            self._modes(layout, factors),
+            torch.unravel_index(indices.reshape(-1), layout.in_modes),
+            strict=True,
+        ):
+            columns = F.embedding(index, mode.flatten(0, 1).T).unflatten(1, mode.shape[:2])
+            # (tokens, terms, out so far, 1) * (tokens, terms, 1, out_mode)
+            rows = columns if rows is None else (rows.unsqueeze(3) * columns.unsqueeze(2)).flatten(2)
+        return rows.sum(1).reshape(*indices.shape, layout.out_features)
+
+    def convolve(self, layout, factors, x, convolution):
+        modes = self._modes(layout, factors)
+        kernel = [size for size in layout.trailing if size > 1]
+        channels = len(modes) - len(kernel)
+        if in_groups(layout, x) or [mode.shape[1:] for mode in modes[channels:]] != [(1, k) for k in kernel]:
+            return super().convolve(layout, factors, x, convolution)
+        # each term: one small kernel for all channels, then the channels mode by mode
+        kernels = kronecker_terms(modes[channels:]) if kernel else x.new_ones(layout.rank)
+        planes = x.flatten(0, 1).unsqueeze(1)
+        planes = convolution(planes, kernels.reshape(layout.rank, 1, *layout.trailing))
+        planes = planes.unflatten(0, x.shape[:2])  # (batch, channels, terms, *size)
+        y = None
+        for term in range(layout.rank):
+            one = [mode[term : term + 1] for mode in modes[:channels]]
+            update = apply_modes(planes[:, :, term].movedim(1, -1), one)
+            y = update if y is None else y + update
+        return y.movedim(-1, 1)
 
     def delta_norm(self, layout, factors):
         # <kron(A_1, .., A_N), kron(B_1, .., B_N)> = prod_k <A_k, B_k>, for every pair of terms

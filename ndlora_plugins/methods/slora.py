@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
+from ndlora_plugins.low_rank import AnchoredCoreProduct, CoreProduct
 from ndlora_plugins.methods.base import Factor, Method
 
 __all__ = ["SLora"]
@@ -27,14 +27,23 @@ class SLora(Method):
 
     def factors(self, layout):
         return (
-            Factor("down", (layout.rank, layout.in_features), fan_in=layout.in_features),
+            Factor(
+                "down", (layout.rank, layout.in_features), fan_in=1 if layout.one_hot else layout.in_features
+            ),
             Factor("core", (layout.rank, layout.rank), fan_in=layout.rank),
             Factor("up", (layout.out_features, layout.rank), fan_in=layout.rank),
         )
 
     def apply(self, layout, factors, x):
-        # (tokens, in) -> (tokens, rank) -> (tokens, rank) -> (tokens, out)
-        return F.linear(F.linear(F.linear(x, factors["down"]), factors["core"]), factors["up"])
+        product, tensors = self.product(layout, factors)
+        return product.plain(x, tensors)
+
+    def product(self, layout, factors):
+        return CoreProduct(layout.in_features, layout.out_features), _in_order(factors)
+
+    def anchored_product(self, layout, start, change):
+        tensors = _in_order(change) + _in_order(start)
+        return AnchoredCoreProduct(layout.in_features, layout.out_features), tensors
 
     def delta(self, layout, factors):
         return factors["up"] @ (factors["core"] @ factors["down"])
@@ -62,3 +71,7 @@ class SLora(Method):
 
     def multiply_adds(self, layout):
         return layout.rank * (layout.in_features + layout.rank + layout.out_features)
+
+
+def _in_order(factors):
+    return factors["down"], factors["core"], factors["up"]

@@ -46,9 +46,9 @@ OPTIONS = [
 MODELS = [
     ({"target_modules": ["nothing"]}, ValueError, r"nothing.*not found in the base model"),
     (
-        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["norm"]},
         NdLoraTypeError,
-        r"'ndlinear' cannot adapt layer 'model.embed_tokens' of type Embedding",
+        r"'ndlinear' cannot adapt layer 'model.norm' of type LlamaRMSNorm",
     ),
     (
         {"modes": {"in_modes": [5, 5]}},
@@ -61,10 +61,16 @@ MODELS = [
         NdLoraValueError,
         r"at most r=24 on layer 'model.layers.0.self_attn.k_proj'.*r=32",
     ),
+    ({"target_parameters": ["experts.down_proj"]}, ValueError, r"no `target_parameters` found"),
     (
-        {"target_parameters": ["experts.down_proj"]},
+        {"method": "slora", "target_parameters": ["model.norm.weight"]},
         NdLoraTypeError,
-        r"target_parameters=\['experts.down_proj'\]",
+        r"'slora' cannot adapt the parameter 'model.norm.weight' of shape \[48\]",
+    ),
+    (
+        {"lora_dropout": 0.1, "target_parameters": ["q_proj.weight"]},
+        NdLoraValueError,
+        r"lora_dropout=0.1 cannot be used on the parameter 'model.layers.0.self_attn.q_proj.weight'",
     ),
 ]
 

@@ -1,0 +1,264 @@
+"""dW x added to the output of a layer: one autograd function for every method, with gradients of its own.
+
+What plain autograd would do besides the products themselves is what costs: a pass over (tokens, out) for the sum
+and one for the scaling, a pass over (tokens, in) for the sum of two gradients, copies for transposed axes, and
+intermediates kept for backward. A `Product` adds into what is there instead, and keeps what LoRA keeps or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ndlora_plugins.errors import NdLoraValueError
+
+__all__ = ["Product", "add_mm_", "add_product", "compute_dtype", "linear_with_product"]
+
+Kept = tuple[Tensor, ...]
+Gradients = list[Tensor | None]
+
+
+class Product:
+    """dW x for one structure of dW. Stateless: the tensors that dW is made of are handed over with every call.
+
+    Attributes:
+        in_features, out_features: of dW.
+    """
+
+    in_features: int
+    out_features: int
+
+    def plain(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """dW x by differentiable functions of torch alone: (..., in_features) -> (..., out_features)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        result: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Kept]:
+        """result + scaling * dW x.
+
+        Args:
+            x: (tokens, in_features), in the dtype to compute in.
+            tensors: of any dtype.
+            needs: for each tensor, whether `backward` will be asked for its gradient.
+            result: (tokens, out_features), changed in place; None for a new one that starts at zero.
+
+        Returns:
+            the result, and what `backward` needs besides the tensors.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self,
+        kept: Kept,
+        tensors: Sequence[Tensor],
+        grad: Tensor,
+        needs: Sequence[bool],
+        needs_x: bool,
+        grad_x: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor | None, Gradients]:
+        """The gradients of x and of the tensors.
+
+        Args:
+            grad: (tokens, out_features), of the result.
+            grad_x: (tokens, in_features) to add the gradient of x to, in place; None for a new one.
+
+        Returns:
+            the gradient of x, None unless `needs_x`; for each tensor its gradient in its dtype, or None.
+        """
+        raise NotImplementedError
+
+
+def add_mm_(result: Tensor | None, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """result + scaling * left @ right in place, or a new tensor if `result` is None; matrices."""
+    if result is None:
+        return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scaling)
+    return result.addmm_(left, right, alpha=scaling)
+
+
+def compute_dtype(x: Tensor, tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that dW x is computed in.
+
+    Under autocast it is autocast's. A bfloat16 x meets float32 tensors in bfloat16, which has float32's range:
+    no copy of x is made and kept, long sums are float32 inside. Otherwise it is the tensors' dtype. A few tokens
+    of which no gradient is wanted are cheaper to cast than the tensors.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    dtype = tensors[0].dtype
+    if x.dtype == torch.bfloat16 and dtype == torch.float32:
+        if torch.is_grad_enabled() or x.numel() > _FEW_TOKENS * x.shape[-1]:
+            return torch.bfloat16
+    return dtype
+
+
+_FEW_TOKENS = 16
+
+
+class _Update(torch.autograd.Function):
+    """F.linear(x, weight, bias) if there is a weight, or else `output` itself, plus scaling * dW x."""
+
+    @staticmethod
+    def forward(ctx, product, scaling, weight, bias, output, x, *tensors):
+        needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
+        if weight is not None:
+            result = F.linear(x, weight, bias)
+        else:
+            result = output
+            if output is not None:
+                ctx.mark_dirty(output)
+        tokens = x.reshape(-1, product.in_features)
+        result, kept = _forward(product, scaling, result, x.shape, tokens, tensors, needs)
+        # x itself and not a view of it: a second derivative needs it as autograd knows it
+        ctx.keeps_x = any(value is tokens for value in kept)
+        kept = [x if value is tokens else value for value in kept]
+        ctx.save_for_backward(weight if needs_x else None, *tensors, *kept)
+        ctx.product, ctx.scaling, ctx.count, ctx.shape = product, scaling, len(tensors), x.shape
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *saved = ctx.saved_tensors
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
+        needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
+        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
+        grad_x, grads = backward(ctx, grad, weight, tensors, kept, needs, needs_x)
+        return None, None, None, None, grad if ctx.needs_input_grad[4] else None, grad_x, *grads
+
+
+def _forward(product, scaling, result, shape, tokens, tensors, needs):
+    """`Product.forward` for a result (..., out_features)."""
+    if result is None:
+        result, kept = product.forward(tokens, tensors, needs, None, scaling)
+        return result.view(*shape[:-1], product.out_features), kept
+    # (..., out) -> (tokens, out), the same memory
+    return result, product.forward(tokens, tensors, needs, result.view(-1, product.out_features), scaling)[1]
+
+
+def _backward(ctx, grad, weight, tensors, kept, needs, needs_x):
+    # (..., out) -> (tokens, out); (..., in) -> (tokens, in)
+    grad = grad.reshape(-1, ctx.product.out_features)
+    kept = [value.reshape(-1, value.shape[-1]) for value in kept]
+    grad_x = None if weight is None else grad @ weight
+    grad_x, grads = ctx.product.backward(kept, tensors, grad, needs, needs_x, grad_x, ctx.scaling)
+    return None if grad_x is None else grad_x.view(ctx.shape), grads
+
+
+def _differentiable_backward(ctx, grad, weight, tensors, kept, needs, needs_x):
+    """The same out of plain autograd, for `create_graph=True`."""
+    if ctx.keeps_x:
+        (x,) = (value for value in kept if value.shape == ctx.shape)
+    elif any(needs):
+        raise NdLoraValueError(
+            "A second derivative (create_graph=True) of an adapter whose `down` is frozen: backward keeps the "
+            "product with `down`, not the input. Set ndlora_plugins.fused.enabled = False around the forward."
+        )
+    else:  # dW x is linear in x: any x will do
+        x = grad.new_zeros(ctx.shape, requires_grad=True)
+    wanted = [x] * needs_x + [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    y = ctx.scaling * ctx.product.plain(x, [tensor.to(x.dtype) for tensor in tensors])
+    found = list(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    grad_x = found.pop(0) if needs_x else None
+    if weight is not None:
+        grad_x = grad_x + grad @ weight
+    return grad_x, [found.pop(0) if need else None for need in needs]
+
+
+enabled = True  # False: plain autograd everywhere
+
+
+def _can_fuse(*tensors: Tensor | None) -> bool:
+    # torch.compile fuses plain functions itself; subclasses (DTensor, quantised) bring their own products
+    return (
+        enabled
+        and not torch.compiler.is_compiling()
+        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _run(product, tensors, weight, bias, output, x, scaling):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (output, x, *tensors)
+    ):
+        return _Update.apply(product, scaling, weight, bias, output, x, *tensors)
+    if weight is not None:
+        output = F.linear(x, weight, bias)
+    tokens = x.reshape(-1, product.in_features)
+    return _forward(product, scaling, output, x.shape, tokens, tensors, (False,) * len(tensors))[0]
+
+
+def add_product(
+    product: Product,
+    tensors: Sequence[Tensor],
+    output: Tensor,
+    x: Tensor,
+    scaling: float = 1.0,
+    in_place: bool = False,
+) -> Tensor:
+    """output + scaling * dW x.
+
+    Args:
+        tensors: that dW is made of; all floating, of one dtype.
+        output: (..., out_features), any floating dtype.
+        x: (..., in_features), any floating dtype.
+        in_place: whether the memory of `output` may be taken for the result: nobody else reads it and what
+            computed it does not need it for backward. Done where autograd and the dtypes allow it.
+
+    Returns:
+        (..., out_features), in output's dtype.
+    """
+    dtype = compute_dtype(x, tensors)
+    x = x.to(dtype)
+    if not _can_fuse(output, x, *tensors):
+        y = product.plain(x, [tensor.to(dtype) for tensor in tensors])
+        return (output + (y if scaling == 1 else y * scaling)).to(output.dtype)
+    if in_place and output.dtype == dtype and _may_change(output):
+        return _run(product, tensors, None, None, output, x, scaling)
+    return (output + _run(product, tensors, None, None, None, x, scaling)).to(output.dtype)
+
+
+def _may_change(output: Tensor) -> bool:
+    if not output.is_contiguous():
+        return False
+    # changing a view makes autograd copy its gradient; a leaf that needs a gradient must not be changed
+    return not torch.is_grad_enabled() or not (output._is_view() or (output.is_leaf and output.requires_grad))
+
+
+def linear_with_product(
+    product: Product,
+    tensors: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    scaling: float = 1.0,
+) -> Tensor:
+    """F.linear(x, weight, bias) + scaling * dW x; backward adds into the gradient of x as forward does.
+
+    Args:
+        tensors: that dW is made of; all floating, of one dtype.
+        weight: (out_features, in_features), frozen.
+        bias: (out_features), frozen, or None.
+        x: (..., in_features).
+
+    Returns:
+        (..., out_features).
+    """
+    dtype = compute_dtype(x, tensors)
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if frozen and x.dtype == weight.dtype == dtype and _can_fuse(weight, bias, x, *tensors):
+        return _run(product, tensors, weight, bias, None, x, scaling)
+    return add_product(product, tensors, F.linear(x, weight, bias), x, scaling, in_place=True)

@@ -1,0 +1,112 @@
+"""dW = up @ core @ down applied to activations with gradients of its own: SLoRA, NLoRA and IntTune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ndlora_plugins.fused import Product, add_mm_
+
+__all__ = ["AnchoredCoreProduct", "CoreProduct"]
+
+
+@dataclass(frozen=True)
+class CoreProduct(Product):
+    """Tensors `down` (rank, in), `core` (rank, rank), `up` (out, rank).
+
+    Keeps down x (tokens, rank) and, only if `down` trains, x.
+    """
+
+    in_features: int
+    out_features: int
+
+    def plain(self, x, tensors):
+        down, core, up = tensors
+        # (..., in) -> (..., rank) -> (..., rank) -> (..., out)
+        return F.linear(F.linear(F.linear(x, down), core), up)
+
+    def forward(self, x, tensors, needs, result, scaling):
+        down, core, up = _cast(tensors, x.dtype)
+        h = x @ down.T
+        kept = ((x,) if needs[0] else ()) + ((h,) if needs[1] or needs[2] else ())
+        return add_mm_(result, h @ core.T, up.T, scaling), kept
+
+    def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
+        down, core, up = _cast(tensors, grad.dtype)
+        grads = [None, None, None]
+        if needs[2]:
+            grads[2] = _scaled(grad.T @ (kept[-1] @ core.T), scaling, tensors[2])
+        if needs_x or needs[0] or needs[1]:
+            grad_u = grad @ up  # of u = core h
+        if needs[1]:
+            grads[1] = _scaled(grad_u.T @ kept[-1], scaling, tensors[1])
+        if needs_x or needs[0]:
+            grad_h = grad_u @ core
+        if needs[0]:
+            grads[0] = _scaled(grad_h.T @ kept[0], scaling, tensors[0])
+        return (add_mm_(grad_x, grad_h, down, scaling) if needs_x else None), grads
+
+
+@dataclass(frozen=True)
+class AnchoredCoreProduct(Product):
+    """B N A - B0 N0 A0 of A = A0 + dA, N = N0 + dN, B = B0 + dB, telescoped so that nothing cancels.
+
+    Tensors: dA, dN, dB, A0, N0, B0, shaped as in `CoreProduct`. Two products of twice the rank:
+
+        h, d = A0 x, dA x;    result += [dB, B0] [N (h + d); dN (h + d) + N0 d]
+
+    Backward needs h + d (tokens, rank) alone, and the gradient of dA is one of `rank` rows: as LoRA's.
+    """
+
+    in_features: int
+    out_features: int
+
+    def plain(self, x, tensors):
+        down, core, up, start_down, start_core, start_up = tensors
+        d = F.linear(x, down)
+        both = F.linear(x, start_down) + d
+        return F.linear(F.linear(both, start_core + core), up) + F.linear(
+            F.linear(both, core) + F.linear(d, start_core), start_up
+        )
+
+    def forward(self, x, tensors, needs, result, scaling):
+        downs, core, cores, ups = self._joined(tensors, x.dtype)
+        rank = len(core)
+        h = x @ downs.T  # (tokens, 2 rank)
+        both = h[:, :rank] + h[:, rank:]
+        kept = ((x,) if needs[0] else ()) + ((both,) if needs[1] or needs[2] else ())
+        return add_mm_(result, h @ cores.T, ups.T, scaling), kept
+
+    def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
+        downs, core, cores, ups = self._joined(tensors, grad.dtype)
+        rank = len(core)
+        grads = [None] * len(tensors)
+        grad_u = grad @ ups  # (tokens, 2 rank)
+        if needs[2]:
+            grads[2] = _scaled(grad.T @ (kept[-1] @ core.T), scaling, tensors[2])
+        if needs[1]:
+            grads[1] = _scaled((grad_u[:, :rank] + grad_u[:, rank:]).T @ kept[-1], scaling, tensors[1])
+        if needs[0] or needs_x:
+            grad_h = grad_u @ cores
+        if needs[0]:
+            grads[0] = _scaled(grad_h[:, rank:].T @ kept[0], scaling, tensors[0])
+        return (add_mm_(grad_x, grad_h, downs, scaling) if needs_x else None), grads
+
+    @staticmethod
+    def _joined(tensors, dtype):
+        """[A0; dA] (2 rank, in), N, [[N, N], [dN, N]], [dB, B0] (out, 2 rank)."""
+        down, core, up, start_down, start_core, start_up = _cast(tensors, dtype)
+        now = start_core + core
+        cores = torch.cat([torch.cat([now, now], dim=1), torch.cat([core, now], dim=1)])
+        return torch.cat([start_down, down]), now, cores, torch.cat([up, start_up], dim=1)
+
+
+def _cast(tensors, dtype):
+    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
+
+
+def _scaled(gradient, scaling, tensor):
+    gradient = gradient.to(tensor.dtype)
+    return gradient if scaling == 1 else gradient.mul_(scaling)

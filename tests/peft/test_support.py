@@ -1,0 +1,304 @@
+"""What works where: every method on every kind of layer and base. docs/support.md shows the table of this file.
+
+`python -P tests/peft/test_support.py` writes it anew.
+"""
+
+import pathlib
+import re
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, convert_to_lora, get_peft_model
+from transformers import BitsAndBytesConfig, TorchAoConfig
+
+from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.errors import NdLoraError
+from ndlora_plugins.integrations.peft.export import export_adapter
+
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "support.md"
+METHODS = {
+    "ndlinear": {"method": "ndlinear"},
+    "slora": {"method": "slora", "r": 2},
+    "nlora": {"method": "nlora", "r": 2},
+    "inttune": {"method": "inttune", "r": 2},
+}
+ALL, NONE = tuple(METHODS), ()
+STEPS = [
+    "start",
+    "train",
+    "save, load",
+    "merge, unmerge",
+    "a batch of several adapters",
+    "weighted sum",
+    "PEFT's convert_to_lora",
+    "export lora",
+    "export lokr",
+    "export merged",
+]
+# kind of layer -> for which methods each of the steps works; elsewhere it is refused with the reason
+LINEAR = [ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ("ndlinear",), ALL]
+OTHER = [ALL, ALL, ALL, ALL, ALL, ALL, NONE, NONE, NONE, ALL]
+SUPPORT = {
+    "linear": LINEAR,
+    "linear, Conv1D": [ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, NONE, ALL],
+    "linear, bitsandbytes 4-bit": LINEAR,
+    "linear, bitsandbytes 8-bit": LINEAR,
+    "linear, torchao int8": LINEAR,
+    "embedding": OTHER,
+    "convolution, 1-D": OTHER,
+    "convolution, 2-D": OTHER,
+    "convolution, depthwise": OTHER,
+    "convolution, 3-D": OTHER,
+    "experts": [ALL, ALL, ALL, ALL, NONE, NONE, NONE, NONE, NONE, NONE],
+}
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+TEXT = {**SMALL, "num_key_value_heads": 4, "vocab_size": 64}
+IDS = {"input_ids": torch.arange(20).view(2, 10)}
+# kind -> model class, its configuration, how it is loaded, input, what is adapted
+BASES = {
+    "linear": ("LlamaForCausalLM", TEXT, {}, IDS, {}),
+    "linear, Conv1D": (
+        "GPT2LMHeadModel",
+        {"n_embd": 48, "n_layer": 1, "n_head": 4, "vocab_size": 64},
+        {},
+        IDS,
+        {},
+    ),
+    "linear, bitsandbytes 4-bit": (
+        "LlamaForCausalLM",
+        TEXT,
+        {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
+        IDS,
+        {},
+    ),
+    "linear, bitsandbytes 8-bit": (
+        "LlamaForCausalLM",
+        TEXT,
+        {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        IDS,
+        {},
+    ),
+    "linear, torchao int8": ("LlamaForCausalLM", TEXT, "torchao", IDS, {}),
+    "embedding": ("LlamaForCausalLM", TEXT, {}, IDS, {"target_modules": ["embed_tokens"]}),
+    "convolution, 1-D": (
+        "WhisperForAudioClassification",
+        {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "num_mel_bins": 8,
+            "max_source_positions": 6,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 16,
+        },
+        {},
+        {"input_features": torch.linspace(-1, 1, 2 * 8 * 12).view(2, 8, 12)},
+        {"target_modules": ["conv1", "conv2"]},
+    ),
+    "convolution, 2-D": (
+        "ViTForImageClassification",
+        {**SMALL, "image_size": 16, "patch_size": 4},
+        {},
+        {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 256).view(2, 3, 16, 16)},
+        {"target_modules": ["projection"]},
+    ),
+    "convolution, depthwise": (
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16, "patch_size": 2},
+        {},
+        {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 256).view(2, 3, 16, 16)},
+        {"target_modules": ["dwconv", "depthwise_conv"], "r": 1},
+    ),
+    "convolution, 3-D": (
+        "VideoMAEForVideoClassification",
+        {**SMALL, "image_size": 8, "patch_size": 4, "num_frames": 4},
+        {},
+        {"pixel_values": torch.linspace(-1, 1, 2 * 4 * 3 * 64).view(2, 4, 3, 8, 8)},
+        {"target_modules": ["projection"]},
+    ),
+    "experts": (
+        "MixtralForCausalLM",
+        {**TEXT, "num_local_experts": 4},
+        {},
+        IDS,
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A function that saves a base model once and returns where."""
+    saved = {}
+
+    def save(kind):
+        if kind not in saved:
+            name, options, *_ = BASES[kind]
+            torch.manual_seed(0)
+            make = getattr(transformers, name)
+            saved[kind] = tmp_path_factory.mktemp("base")
+            make(make.config_class(**options)).save_pretrained(saved[kind])
+        return saved[kind]
+
+    return save
+
+
+def torchao():
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+
+
+class Case:
+    """One method on one kind of layer, as its steps see it."""
+
+    def __init__(self, kind, method, directory, work, shake):
+        name, _, options, self.inputs, targets = BASES[kind]
+        self.kind, self.base, self.work, self.shake = kind, directory, work, shake
+        self.make, self.options = getattr(transformers, name), torchao() if options == "torchao" else options
+        self.config = {"random_seed": 0, **METHODS[method], **targets}
+        # of an output of about 1: what rounding a merged weight to 4 or 8 bits may cost
+        self.tolerance = 0.3 if self.options else 1e-4
+
+    def load(self):
+        return self.make.from_pretrained(self.base, **self.options).eval()
+
+    def model(self):
+        return get_peft_model(self.load(), NdLoraConfig(**self.config)).eval()
+
+    def trained(self):
+        return self.shake(self.model(), scale=0.02).eval()
+
+    def saved(self):
+        if not (self.work / "adapter").exists():
+            self.trained().save_pretrained(self.work / "adapter", save_embedding_layers=False)
+        return self.work / "adapter"
+
+    def output(self, model, **more):
+        with torch.no_grad():
+            return model(**self.inputs, **more).logits.float()
+
+
+def start(case):
+    torch.testing.assert_close(case.output(case.model()), case.output(case.load()))
+
+
+def train(case):
+    model = case.model().train()
+    model(**case.inputs).logits.square().mean().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
+
+
+def save_and_load(case):
+    expected = case.output(case.trained())
+    loaded = PeftModel.from_pretrained(case.load(), case.saved()).eval()
+    torch.testing.assert_close(case.output(loaded), expected)
+
+
+def merge(case):
+    model = case.trained()
+    expected = case.output(model)
+    model.merge_adapter()
+    torch.testing.assert_close(case.output(model), expected, atol=case.tolerance, rtol=1e-3)
+    model.unmerge_adapter()
+    torch.testing.assert_close(case.output(model), expected, atol=case.tolerance, rtol=1e-3)
+
+
+def mixed_batch(case):
+    model = case.trained()
+    mixed = case.output(model, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed[0], case.output(model)[0])
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], case.output(model)[1])
+
+
+def weighted_sum(case):
+    model = case.trained()
+    expected = case.output(model)
+    model.add_weighted_adapter(["default", "default"], [0.25, 0.75], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(case.output(model), expected, atol=1e-4, rtol=1e-3)
+
+
+def convert(case):
+    if not case.trained().supports_lora_conversion():
+        raise NdLoraError
+    convert_to_lora(case.trained(), rank=2)
+
+
+def export(to):
+    def step(case):
+        report = export_adapter(
+            case.saved(),
+            case.work / to,
+            to,
+            base=str(case.base),
+            rank=4 if to == "lora" and "ndlinear" in case.config.values() else None,
+        )
+        assert report.layers
+
+    return step
+
+
+RUN = dict(
+    zip(
+        STEPS,
+        [
+            start,
+            train,
+            save_and_load,
+            merge,
+            mixed_batch,
+            weighted_sum,
+            convert,
+            export("lora"),
+            export("lokr"),
+            export("merged"),
+        ],
+        strict=True,
+    )
+)
+
+
+def works(step, case):
+    try:
+        RUN[step](case)
+    except NdLoraError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", BASES)
+def test_cells(kind, method, directory, tmp_path, shake):
+    case = Case(kind, method, directory(kind), tmp_path, shake)
+    found = {step: works(step, case) for step in STEPS}
+    assert found == {step: method in cell for step, cell in zip(STEPS, SUPPORT[kind], strict=True)}
+
+
+def table():
+    lines = [f"| | {' | '.join(STEPS)} |", f"|---{'|---' * len(STEPS)}|"]
+    for kind, cells in SUPPORT.items():
+        texts = ["all" if cell == ALL else ", ".join(cell) or "refused" for cell in cells]
+        lines.append(f"| {kind} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+GENERATED = re.compile(r"(<!-- support: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def test_the_page_shows_the_table():
+    assert GENERATED.search(PAGE.read_text()).group() == GENERATED.sub(
+        lambda found: found[1] + table() + found[2], GENERATED.search(PAGE.read_text()).group()
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(GENERATED.sub(lambda found: found[1] + table() + found[2], PAGE.read_text()))
