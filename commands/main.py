@@ -92,12 +92,7 @@ def plan(
             table.add_section()
         table.add_row(*row)
     console.print(table)
-    ratio = budget.lora_parameters / budget.parameters
-    comparison = f"{ratio:.2f}x fewer" if ratio >= 1 else f"{1 / ratio:.2f}x more"
-    console.print(
-        f"{budget.parameters:,} trainable parameters, {comparison} than LoRA r={lora_rank}; {budget.saved:,} "
-        f"numbers in the adapter file; {budget.frozen:,} frozen numbers held beside them."
-    )
+    console.print(budget.summary)
 
 
 @app.command()

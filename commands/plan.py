@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from importlib import metadata
 from typing import Any
-
-import torch
 
 from ndlora_plugins.budget import Budget, make_budget
 from ndlora_plugins.errors import NdLoraValueError
@@ -28,7 +25,9 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
     Raises:
         NdLoraValueError: no model can be made of `model`, an option cannot work, or nothing matches.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 
     config = NdLoraConfig(**options)
     path = os.path.dirname(model) or "." if model.endswith(".json") else model
@@ -39,13 +38,7 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
             f"{model!r} is neither a directory with a transformers config.json nor a model on the hub that can be "
             f"reached: {str(error).splitlines()[0]}"
         ) from error
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            network = AutoModelForCausalLM.from_config(model_config)
-        except ValueError:  # not a causal language model
-            network = AutoModel.from_config(model_config)
-    layers = plan_model(network, config)
+    layers = plan_model(model_on_meta(model_config), config)
     if not layers:
         raise NdLoraValueError(
             f"target_modules={config.target_modules!r} match no layer of {model!r}. Leave them out to adapt every "

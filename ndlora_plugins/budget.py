@@ -78,6 +78,16 @@ class Budget:
     def lora_parameters(self) -> int:
         return sum(row.count * row.lora_parameters for row in self.rows)
 
+    @property
+    def summary(self) -> str:
+        """One sentence on the totals."""
+        ratio = self.lora_parameters / self.parameters
+        comparison = f"{ratio:.2f}x fewer" if ratio >= 1 else f"{1 / ratio:.2f}x more"
+        return (
+            f"{self.parameters:,} trainable parameters, {comparison} than LoRA r={self.lora_rank}; {self.saved:,} "
+            f"numbers in the adapter file; {self.frozen:,} frozen numbers held beside them."
+        )
+
     def table(self) -> tuple[Sequence[str], list[Sequence[str]]]:
         """Header and rows as text, the totals last: for any printer of tables."""
         header = (

@@ -14,6 +14,12 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "step(name, host=, method=): what it runs, for the tables of tests/test_hosts.py"
+    )
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test starts from the same global generator."""
@@ -39,6 +45,41 @@ def make_llama():
             return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_tiny_model():
+    """A function that saves a tiny random Llama, with a tokenizer trained on `texts`, as any model is saved."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def save(directory, texts, chat_template=None, **changes):
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        specials = ["<unk>", "<s>", "</s>", "<pad>"]
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=320, special_tokens=specials))
+        names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), specials, strict=True))
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+        fast.chat_template = chat_template
+        fast.save_pretrained(directory)
+        options = {
+            "vocab_size": len(fast),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**{**options, **changes})).save_pretrained(directory)
+        return directory
+
+    return save
 
 
 @pytest.fixture

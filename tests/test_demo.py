@@ -5,7 +5,6 @@ import re
 from dataclasses import asdict
 
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner
 
@@ -87,40 +86,17 @@ def test_final_answer(text, expected):
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A random two-layer Llama and a word-level tokenizer of the generator's words, saved to a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(True)]
-    )
+def tiny_model(save_tiny_model, tmp_path_factory):
+    """A tiny model that knows the generator's words."""
     texts = [f"Question: {problem.question}\nAnswer: {problem.answer}" for problem in generate(300, 0)]
-    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"]))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=1,
-        bos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny"), texts))
 
 
 def run_tiny(tiny_model, output, **options):
     from ndlora_plugins.commands.demo import run_demo
 
     sizes = {"steps": 2, "batch_size": 2, "held_out": 4, "exact": 2, **options}
-    return run_demo(str(tiny_model), output=output, **sizes)
+    return run_demo(tiny_model, output=output, **sizes)
 
 
 @pytest.mark.slow

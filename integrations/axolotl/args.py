@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS, build_config
+from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS, build_callback, build_config
 from ndlora_plugins.integrations.peft import NdLoraConfig
 
 __all__ = ["NdLoraArgs", "NdLoraBlock"]
@@ -23,7 +23,7 @@ def _field(name: str) -> Any:
 
 
 class NdLoraBlock(BaseModel):
-    """The fields of `NdLoraConfig` that Axolotl has no key for.
+    """The fields of `NdLoraConfig` that Axolotl has no key for, and the callback.
 
     Raises:
         pydantic.ValidationError: an unknown key (the message lists the known ones) or a wrong value.
@@ -37,6 +37,12 @@ class NdLoraBlock(BaseModel):
     modes: dict[str, Any] | None = _field("modes")
     random_seed: int | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")
+    callback: bool | dict[str, Any] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "true, or a mapping of NdLoraCallback's arguments: switches it on."
+        },
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +83,7 @@ class NdLoraArgs(BaseModel):
         if adapter == "ndlora":
             # wrong values are found here, before the data set is prepared and the model loaded
             build_config(self)
+            build_callback(self)
         elif self.ndlora is not None:
             raise NdLoraValueError(
                 f"The block `ndlora:` says nothing with adapter: {adapter}. Write `adapter: ndlora`, or take "

@@ -5,7 +5,6 @@ Axolotl finds it by the entry-point group `axolotl.cli_commands`.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
     Raises:
         NdLoraValueError: the YAML is for another adapter, a key cannot apply, or no layer matches.
     """
-    import torch
     import yaml
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
@@ -39,6 +37,7 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
     from ndlora_plugins.integrations.axolotl import implicit
     from ndlora_plugins.integrations.axolotl.keys import build_config
     from ndlora_plugins.integrations.peft.model import plan_model
+    from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 
     written = DictDefault(yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     if written.adapter != "ndlora":
@@ -48,9 +47,7 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
     options = {"trust_remote_code": bool(cfg.trust_remote_code), "revision": cfg.revision_of_model}
     model_config = AutoConfig.from_pretrained(model or cfg.base_model_config or cfg.base_model, **options)
     maker = AutoModelForSequenceClassification if cfg.reward_model else AutoModelForCausalLM
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = maker.from_config(model_config, trust_remote_code=options["trust_remote_code"])
+    network = model_on_meta(model_config, auto_class=maker, trust_remote_code=options["trust_remote_code"])
     adapter = build_config(cfg, network)
     layers = plan_model(network, adapter)
     if not layers:
@@ -83,7 +80,4 @@ def ndlora_plan(config: Path, model: str | None, lora_rank: int) -> None:
     # a table that is piped into a file is not folded at 80 columns
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
-    console.print(
-        f"{budget.parameters:,} trainable parameters (LoRA r={lora_rank}: {budget.lora_parameters:,}); "
-        f"{budget.saved:,} numbers in the adapter file; {budget.frozen:,} frozen numbers held beside them."
-    )
+    console.print(budget.summary)

@@ -9,7 +9,14 @@ from typing import Any
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 
-__all__ = ["REFUSED", "YAML_KEYS", "build_config", "refuse_what_cannot_apply", "written_fields"]
+__all__ = [
+    "REFUSED",
+    "YAML_KEYS",
+    "build_callback",
+    "build_config",
+    "refuse_what_cannot_apply",
+    "written_fields",
+]
 
 # field of NdLoraConfig -> Axolotl's key. The fields of the block `ndlora:` bear their own names.
 YAML_KEYS = {
@@ -17,6 +24,7 @@ YAML_KEYS = {
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
     "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
     "exclude_modules": "lora_exclude_modules",
     "modules_to_save": "lora_modules_to_save",
     "fan_in_fan_out": "lora_fan_in_fan_out",
@@ -48,8 +56,6 @@ REFUSED = {
     "peft.loftq_config": "LoftQ computes LoRA's two matrices; take it out, or use peft_init_lora_weights: "
     "n_lora",
     "peft_layer_replication": "it writes new layers into the model; replicate them before the training",
-    "lora_target_parameters": "bare parameters (3-D experts) are not adapted yet; take it out and adapt "
-    "linear layers with lora_target_modules",
     "lora_mlp_kernel": _KERNEL,
     "lora_qkv_kernel": _KERNEL,
     "lora_o_kernel": _KERNEL,
@@ -123,8 +129,25 @@ def written_fields(cfg: Any) -> dict[str, Any]:
     block = getattr(cfg, "ndlora", None)
     if block is not None:
         items = block.items() if isinstance(block, Mapping) else iter(block)
-        fields.update({key: _plain(value) for key, value in items if value is not None})
+        fields.update({k: _plain(value) for k, value in items if value is not None and k != "callback"})
     return fields
+
+
+def build_callback(cfg: Any) -> Any | None:
+    """The `NdLoraCallback` that the block asks for (`callback: true`, or a mapping of its arguments), or None.
+
+    Args:
+        cfg: as for `written_fields`.
+
+    Raises:
+        NdLoraValueError: an unknown argument, or a value that cannot work.
+    """
+    from ndlora_plugins.integrations.trl.callback import make_callback
+
+    asked = _plain(getattr(getattr(cfg, "ndlora", None), "callback", None))
+    if asked is None or asked is False:
+        return None
+    return make_callback({} if asked is True else asked, "ndlora.callback")
 
 
 def _plain(value: Any) -> Any:

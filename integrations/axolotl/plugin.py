@@ -13,11 +13,13 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl import merge, quantized
 from ndlora_plugins.integrations.axolotl.keys import (
     YAML_KEYS,
+    build_callback,
     build_config,
     refuse_what_cannot_apply,
     written_fields,
 )
 from ndlora_plugins.integrations.peft.registration import NAME, activate
+from ndlora_plugins.integrations.trl.card import keep_model_card
 
 __all__ = ["NdLoraPlugin"]
 
@@ -98,9 +100,18 @@ class NdLoraPlugin(BasePlugin):
         LOG.info("ndlora: method %s, %s", active.method, counts)
         return model, active
 
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Axolotl writes the model card anew after the adapter was saved: keep our part in it."""
+        if cfg.adapter == ADAPTER:
+            keep_model_card(trainer)
+
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
-        """Watch for an evaluation of an adapter that was neither loaded nor trained."""
-        return [_FreshAdapterWatch()] if cfg.adapter == ADAPTER and not cfg.lora_model_dir else []
+        """The callback that `ndlora.callback` asks for, and a watch over an evaluation of a fresh adapter."""
+        if cfg.adapter != ADAPTER:
+            return []
+        callback = build_callback(cfg)
+        callbacks = [] if callback is None else [callback]
+        return callbacks if cfg.lora_model_dir else [*callbacks, _FreshAdapterWatch()]
 
 
 def _load_saved(model: Any, cfg: Any, trainable: bool, options: dict) -> PeftModel:

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.directories import local_directory
+from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
 
 __all__ = ["INDEX_FILE", "BaseFiles", "NotInFilesError"]
@@ -163,13 +163,4 @@ def _skeleton(directory: Path, trust_remote_code: bool) -> nn.Module:
             f"The base model in {directory} is stored quantised. Name the model in 16 or 32 bit that it "
             f"was made from."
         )
-    saved_as = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        if saved_as is not None:
-            model = saved_as(config)
-        elif type(config) in AutoModelForCausalLM._model_mapping:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        else:
-            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    return model
+    return model_on_meta(config, trust_remote_code=trust_remote_code)

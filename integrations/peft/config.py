@@ -311,6 +311,13 @@ class NdLoraConfig(PeftConfig):
             fields["weight_forms"] = self._session_weight_forms
         return fields
 
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As PEFT's; beside an adapter's file README.md is brought up to date too."""
+        from ndlora_plugins.integrations.peft.model_card import write_model_card
+
+        super().save_pretrained(save_directory, **kwargs)
+        write_model_card(self, save_directory)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         """Load adapter_config.json. A tensor file beside it is checked too, so that a broken one changes no model.

@@ -5,8 +5,9 @@ from importlib import import_module
 _PUBLIC = {
     "NdLoraArguments": "sft",
     "NdLoraCallback": "callback",
+    "keep_model_card": "card",
 }
-__all__ = ["NdLoraArguments", "NdLoraCallback"]
+__all__ = ["NdLoraArguments", "NdLoraCallback", "keep_model_card"]
 
 
 def __getattr__(name: str):

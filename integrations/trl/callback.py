@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError, NdLoraWarning
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.trl.card import note_recipe
 from ndlora_plugins.integrations.trl.checks import adapted_layers, check_gradients, check_start
+from ndlora_plugins.integrations.trl.export import EndExport, make_export
 from ndlora_plugins.integrations.trl.norms import base_norm, update_norms
 from ndlora_plugins.integrations.trl.plot import check_matplotlib, draw_history
 from ndlora_plugins.integrations.trl.schedule import CoreOnly
 
-__all__ = ["NdLoraCallback"]
+__all__ = ["NdLoraCallback", "make_callback"]
 
 logger = logging.getLogger("ndlora_plugins")
 
@@ -39,12 +42,16 @@ class NdLoraCallback(TrainerCallback):
         log_norms: whether the update norms are logged.
         core_only_at: from here on only `core` trains, as IntTune does (slora and nlora): a step (int) or a
             fraction of all steps (float between 0 and 1). The optimizer's state of `core` stays as it is.
-        export: called as export(model, args) at the end of training, in the main process only.
+        export: at the end of training, in the main process only: "lora", "lokr" or "merged"; or a mapping with
+            `to` (one of these), `directory` (new; by default `<output_dir>/<to>`) and further options of
+            `export_adapter`; or a callable, called as export(model, args). A failure is a warning, so that the
+            trainer still saves the adapter.
         plot: where to write a PNG of loss and update norms at the end (needs matplotlib).
 
     Raises:
-        NdLoraValueError: a check fails (`strict`), or `core_only_at` cannot work with the model.
-        NdLoraTypeError: `export` is not callable.
+        NdLoraValueError: a check fails (`strict`), `core_only_at` cannot work with the model, or `export` is
+            unknown or has no room.
+        NdLoraTypeError: `export` is none of these.
         MissingExtraError: `plot` without matplotlib.
     """
 
@@ -53,17 +60,15 @@ class NdLoraCallback(TrainerCallback):
         strict: bool = True,
         log_norms: bool = True,
         core_only_at: int | float | None = None,
-        export: Callable[[nn.Module, TrainingArguments], Any] | None = None,
+        export: str | Mapping[str, Any] | Callable[[nn.Module, TrainingArguments], Any] | None = None,
         plot: str | Path | None = None,
     ):
-        if export is not None and not callable(export):
-            raise NdLoraTypeError(f"export={export!r}: give a callable that takes (model, args).")
         if plot is not None:
             check_matplotlib()
         self.strict = strict
         self.log_norms = log_norms
         self.schedule = None if core_only_at is None else CoreOnly(core_only_at)
-        self.export = export
+        self.export = make_export(export)
         self.plot = plot
         self._layers = []
         self._base_norms: dict[str, float] = {}
@@ -72,6 +77,13 @@ class NdLoraCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         _put_first(self)
         sharded = _is_sharded(args)
+        if isinstance(self.export, EndExport):
+            self.export.target(args)
+            if sharded:
+                raise NdLoraValueError(
+                    "export= does not work under DeepSpeed or FSDP, where no process holds the whole adapter: "
+                    "leave it out, and run `ndlora export` afterwards."
+                )
         report = check_start(model, None if sharded else optimizer)
         if state.is_world_process_zero:
             for adapter, (method, layers, numbers) in report.adapters.items():
@@ -86,6 +98,7 @@ class NdLoraCallback(TrainerCallback):
                 logger.info("beside the adapters %s numbers train", f"{report.besides:,}")
         self._complain(report.problems)
         self._layers = adapted_layers(model)
+        note_recipe(model, args, state)
         self._gradients_pending = not sharded
         if self.schedule is not None:
             self.schedule.begin(self._layers, state.max_steps, sharded)
@@ -135,7 +148,15 @@ class NdLoraCallback(TrainerCallback):
         if self.plot is not None:
             draw_history(state.log_history, self.plot)
         if self.export is not None:
-            self.export(model, args)
+            try:
+                self.export(model, args)
+            except Exception as error:  # whatever it is, the trainer has yet to save the adapter
+                warnings.warn(
+                    f"NdLoraCallback: the export failed, the training did not ({type(error).__name__}: {error}) "
+                    f"Save the adapter and run `ndlora export` on it.",
+                    NdLoraWarning,
+                    stacklevel=2,
+                )
 
     def _complain(self, problems: tuple[str, ...]) -> None:
         if not problems:
@@ -144,6 +165,24 @@ class NdLoraCallback(TrainerCallback):
         if self.strict:
             raise NdLoraValueError(message)
         warnings.warn(message, NdLoraWarning, stacklevel=3)
+
+
+def make_callback(options: Mapping[str, Any], where: str) -> NdLoraCallback:
+    """The callback from a mapping of its arguments, as a YAML has it.
+
+    Args:
+        where: what messages call the mapping.
+
+    Raises:
+        NdLoraValueError: no mapping, an unknown argument, or a value that cannot work.
+    """
+    if not isinstance(options, Mapping):
+        raise NdLoraValueError(f"{where}: {options!r}: give a mapping of NdLoraCallback's arguments.")
+    known = list(inspect.signature(NdLoraCallback).parameters)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise NdLoraValueError(f"{where}: unknown options {unknown}. Known: {', '.join(known)}.")
+    return NdLoraCallback(**options)
 
 
 def _put_first(callback: TrainerCallback) -> None:

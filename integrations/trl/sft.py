@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ import yaml
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.trl.callback import NdLoraCallback
+from ndlora_plugins.integrations.trl.callback import NdLoraCallback, make_callback
+from ndlora_plugins.integrations.trl.card import keep_model_card
 
 try:
     import trl
@@ -110,14 +110,15 @@ def make_config(
     if "use_peft" in given and not model.use_peft:
         raise NdLoraValueError("use_peft: false, but `ndlora sft` always trains an adapter: take it out.")
     options = _as_mapping(ndlora)
-    callback = options.pop("callback", None) or {}
+    callback = make_callback(options.pop("callback", None) or {}, "ndlora.callback")
     known = {f.name for f in fields(NdLoraConfig) if f.init and f.name not in _INTERNAL} | set(
         _TAKEN_OVER.values()
     )
-    _check_names("ndlora", options, known)
-    _check_names("ndlora.callback", callback, set(inspect.signature(NdLoraCallback).parameters) - {"export"})
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise NdLoraValueError(f"ndlora: unknown options {unknown}. Known: {', '.join(sorted(known))}.")
     taken = {ours: getattr(model, theirs) for theirs, ours in _TAKEN_OVER.items() if theirs in given}
-    return NdLoraConfig(**{"task_type": model.lora_task_type, **taken, **options}), NdLoraCallback(**callback)
+    return NdLoraConfig(**{"task_type": model.lora_task_type, **taken, **options}), callback
 
 
 def _as_mapping(ndlora: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -133,14 +134,6 @@ def _as_mapping(ndlora: str | Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(ndlora, Mapping):
         raise NdLoraValueError(f"ndlora: {ndlora!r}: give a method's name or a mapping of options.")
     return dict(ndlora)
-
-
-def _check_names(where: str, options: Mapping[str, Any], known: set[str]) -> None:
-    if not isinstance(options, Mapping):
-        raise NdLoraValueError(f"{where}: {options!r}: give a mapping of options.")
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise NdLoraValueError(f"{where}: unknown options {unknown}. Known: {', '.join(sorted(known))}.")
 
 
 def _given(argv: Sequence[str]) -> set[str]:
@@ -171,6 +164,7 @@ def _train(script, training, model, mixture, config: NdLoraConfig, callback: NdL
         peft_config=config,
         callbacks=[callback],
     )
+    keep_model_card(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if training.push_to_hub:

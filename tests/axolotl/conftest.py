@@ -1,4 +1,4 @@
-"""A tiny real model, tokenizer and data set in a directory, and the real command line in a subprocess."""
+"""Data sets for a tiny real model, the least YAML, and the real command line in a subprocess."""
 
 import json
 import os
@@ -11,42 +11,18 @@ import pytest
 WORDS = (
     "add take has apples pears and more is plus minus the how many now one two three four five six".split()
 )
+# Axolotl's frame around an instruction, which the tokenizer is to know as words
+ALPACA = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction: ### Response: ",
+] * 4
 COMMAND = Path(sys.executable).with_name("axolotl")
 
 
-def make_tiny_model(directory: Path, seed: int = 0) -> Path:
-    """A random Llama (2 layers, 32 wide, gated MLP of 48) with a word tokenizer, saved as any model is."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    specials = ["<unk>", "<s>", "</s>", "<pad>"]
-    vocabulary = {word: index for index, word in enumerate([*specials, *WORDS, "user", "assistant", ":"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    fast.chat_template = (
-        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant : {% endif %}"
-    )
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    fast.save_pretrained(directory)
-    return directory
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 def write_data(path: Path, rows: int = 24) -> Path:
@@ -86,7 +62,7 @@ def base_yaml(tiny: Path, data: Path, output: Path) -> dict:
         "datasets": [{"path": str(data), "ds_type": "json", "type": "alpaca"}],
         "dataset_prepared_path": str(output.parent / "prepared"),
         "output_dir": str(output),
-        "sequence_len": 64,
+        "sequence_len": 128,
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "max_steps": 3,
@@ -102,8 +78,9 @@ def base_yaml(tiny: Path, data: Path, output: Path) -> dict:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+def tiny(save_tiny_model, tmp_path_factory):
+    texts = [" ".join(WORDS), "user : assistant :", *ALPACA]
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model", texts, TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +134,7 @@ def axolotl():
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=280,
+            timeout=900,
         )
         assert (done.returncode == 0) is ok, done.stdout[-6000:]
         return done.stdout

@@ -46,6 +46,8 @@ def adapter_line_alone(axolotl, least, tmp_path_factory):
     return config, directory, axolotl("train", config, directory, launcher="accelerate")
 
 
+@pytest.mark.step("train", method="ndlinear")
+@pytest.mark.step("val_set_size", method="ndlinear")
 def test_the_adapter_line_alone_trains(adapter_line_alone):
     _, directory, printed = adapter_line_alone
     saved = saved_config(directory / "out")
@@ -54,12 +56,25 @@ def test_the_adapter_line_alone_trains(adapter_line_alone):
     assert "uses a fresh adapter" not in printed
 
 
+@pytest.mark.step("merge-lora, shard by shard", method="ndlinear")
 def test_merge_lora_by_default(axolotl, adapter_line_alone, tiny):
     config, directory, _ = adapter_line_alone
     assert "merged 14 layers" in axolotl("merge-lora", config, directory)
     assert_trained_and_merged(tiny, directory / "out")
 
 
+@pytest.mark.step("train")
+@pytest.mark.step("merge-lora, shard by shard")
+@pytest.mark.parametrize("method", ["slora", "nlora", "inttune"])
+def test_every_method_trains_and_merges(method, axolotl, tiny, least, tmp_path):
+    config = {**least(tmp_path / "out"), "learning_rate": 0.05, "lora_r": 4, "ndlora": {"method": method}}
+    axolotl("train", config, tmp_path)
+    assert saved_config(tmp_path / "out")["method"] == method
+    assert "merged 14 layers" in axolotl("merge-lora", config, tmp_path)
+    assert_trained_and_merged(tiny, tmp_path / "out")
+
+
+@pytest.mark.step("evaluate", method="ndlinear")
 def test_evaluate_uses_the_adapter_it_is_given_and_warns_without(axolotl, adapter_line_alone):
     config, directory, _ = adapter_line_alone
     losses = []
@@ -70,6 +85,7 @@ def test_evaluate_uses_the_adapter_it_is_given_and_warns_without(axolotl, adapte
     assert losses[1] < losses[0]
 
 
+@pytest.mark.step("inference", method="ndlinear")
 def test_inference_uses_the_adapter_it_is_given(axolotl, adapter_line_alone):
     config, directory, _ = adapter_line_alone
     options = (f"--lora-model-dir={directory / 'out'}",)
@@ -77,6 +93,9 @@ def test_inference_uses_the_adapter_it_is_given(axolotl, adapter_line_alone):
     assert "uses a fresh adapter" not in printed and "method ndlinear" in printed
 
 
+@pytest.mark.step("Axolotl's own keys, plugin listed", method="nlora")
+@pytest.mark.step("sample packing, gradient checkpointing", method="nlora")
+@pytest.mark.step("merge-lora, merge_method: legacy", method="nlora")
 def test_axolotls_keys_and_the_block_with_the_plugin_listed(axolotl, tiny, least, tmp_path):
     config = {
         **least(tmp_path / "out"),
@@ -122,6 +141,8 @@ def test_axolotls_keys_and_the_block_with_the_plugin_listed(axolotl, tiny, least
     assert_trained_and_merged(tiny, tmp_path / "out")
 
 
+@pytest.mark.step("load_in_4bit", method="inttune")
+@pytest.mark.step("lora_model_dir as the start of a training", method="inttune")
 def test_a_4_bit_base_and_a_second_training_that_goes_on(axolotl, least, tmp_path):
     config = {**least(tmp_path / "one"), "load_in_4bit": True, "ndlora": {"method": "inttune"}}
     config["learning_rate"] = 0.05
@@ -138,6 +159,8 @@ def test_a_4_bit_base_and_a_second_training_that_goes_on(axolotl, least, tmp_pat
     assert any((before[name] != after[name]).any() for name in before)
 
 
+@pytest.mark.step("load_in_8bit", method="slora")
+@pytest.mark.step("resume equals uninterrupted", method="slora")
 def test_resuming_equals_not_stopping_on_an_8_bit_base(axolotl, least, tmp_path):
     config = {
         **least(tmp_path / "whole"),
@@ -167,6 +190,7 @@ def test_resuming_equals_not_stopping_on_an_8_bit_base(axolotl, least, tmp_path)
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+@pytest.mark.step("rl: dpo", method="slora")
 def test_preference_tuning(axolotl, tiny, least, preferences, tmp_path):
     config = {
         **least(tmp_path / "out"),

@@ -18,6 +18,7 @@ with warnings.catch_warnings():
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl import implicit
 from ndlora_plugins.integrations.axolotl.plugin import NdLoraPlugin
+from ndlora_plugins.integrations.trl import NdLoraCallback
 
 LEAST = {
     "base_model": "unused",
@@ -39,6 +40,8 @@ WRONG_BLOCKS = [
     ({"num_modes": "many"}, ("num_modes", "integer")),
     ({"num_modes": 1}, ("num_modes", "at least 2")),
     ({"modes": {"rows": [2]}}, ("modes", "in_modes")),
+    ({"callback": {"loud": True}}, ("ndlora.callback", "loud", "strict")),
+    ({"callback": {"export": "onnx"}}, ("onnx", "merged")),
 ]
 
 
@@ -158,6 +161,12 @@ def test_adapter_dtype_is_passed_on(tiny):
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     model, _ = NdLoraPlugin().load_adapter(base, cfg)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("callback, added", [(None, 0), (False, 0), (True, 1), ({"log_norms": False}, 1)])
+def test_the_callback_is_switched_on_by_its_key(callback, added):
+    callbacks = NdLoraPlugin().add_callbacks_post_trainer(validate(ndlora={"callback": callback}), None)
+    assert sum(isinstance(one, NdLoraCallback) for one in callbacks) == added
 
 
 def test_a_saved_adapter_goes_on_training(tiny, tmp_path):

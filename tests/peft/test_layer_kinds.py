@@ -234,6 +234,15 @@ def test_dropout_and_autocast(case):
     assert model(x).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["embedding", "conv2d"])
+def test_compiles_into_one_graph(case, shake):
+    model, x = adapted("ndlinear", case)
+    torch._dynamo.reset()
+    expected = shake(model)(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 # --- experts ---------------------------------------------------------------------------------------------------
 
 

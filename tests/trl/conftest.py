@@ -19,6 +19,33 @@ TEMPLATE = (
 )
 
 
+# method -> NdLoraConfig's arguments
+METHODS = {
+    "ndlinear": {"r": 2},
+    "slora": {"method": "slora", "r": 4},
+    "nlora": {"init_lora_weights": "n_lora", "r": 4},
+    "inttune": {"method": "inttune", "r": 8},
+}
+
+
+@pytest.fixture(params=METHODS)
+def method_name(request):
+    """Each method's name."""
+    return request.param
+
+
+@pytest.fixture
+def method(method_name):
+    """Each method, as arguments of NdLoraConfig."""
+    return METHODS[method_name]
+
+
+@pytest.fixture(scope="session")
+def all_methods():
+    """Method -> NdLoraConfig's arguments."""
+    return METHODS
+
+
 @pytest.fixture
 def one_thread():
     """More threads only get into each other's way in matrices of 32 x 48."""
@@ -45,41 +72,10 @@ def problems():
 
 
 @pytest.fixture(scope="session")
-def base(problems, tmp_path_factory):
+def base(problems, save_tiny_model, tmp_path_factory):
     """Directory of the base model and its tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    texts = [f"{problem['question']} {problem['answer']}" for problem in problems]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special)
-    tokenizer.train_from_iterator([*texts, "user: assistant:"], trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    wrapped.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(wrapped),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            bos_token_id=wrapped.bos_token_id,
-            eos_token_id=wrapped.eos_token_id,
-            pad_token_id=wrapped.pad_token_id,
-        )
-    )
-    directory = tmp_path_factory.mktemp("base")
-    model.save_pretrained(directory)
-    wrapped.save_pretrained(directory)
-    return str(directory)
+    texts = [f"user: {problem['question']} assistant: {problem['answer']}" for problem in problems]
+    return str(save_tiny_model(tmp_path_factory.mktemp("base"), texts, TEMPLATE, initializer_range=0.2))
 
 
 @pytest.fixture
@@ -163,6 +159,17 @@ def fingerprint():
 def losses():
     """Function from a trainer to its logged losses."""
     return lambda trainer: [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="session")
+def losses_of():
+    """Function from a checkpoint's directory to its logged losses."""
+
+    def read(checkpoint):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    return read
 
 
 @pytest.fixture

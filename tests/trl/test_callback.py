@@ -143,6 +143,7 @@ def test_steps_without_any_gradient_are_no_fault_but_a_training_of_them_is_told(
         trainer.train()
 
 
+@pytest.mark.step("NdLoraCallback: update norms", host="Trainer")
 @pytest.mark.parametrize(("method", "numbers"), METHODS.values(), ids=METHODS)
 def test_update_norms_are_those_of_the_materialised_updates(method, numbers, make):
     trainer = make(method, NdLoraCallback())

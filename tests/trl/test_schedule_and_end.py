@@ -3,14 +3,23 @@
 import pytest
 import torch
 
-from ndlora_plugins.errors import MissingExtraError, NdLoraTypeError, NdLoraValueError
+from ndlora_plugins.errors import MissingExtraError, NdLoraTypeError, NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.trl import NdLoraCallback
 
 # wrong arguments of the callback -> error, words of it
 ARGUMENTS = {
-    "export": ({"export": "lora"}, NdLoraTypeError, "export='lora'"),
+    "export to nowhere": ({"export": "onnx"}, NdLoraValueError, "'lora', 'lokr', 'merged'"),
+    "export without a kind": ({"export": {"directory": "x"}}, NdLoraValueError, "`to` has to be one of"),
+    "export's option": ({"export": {"to": "lora", "ranks": 4}}, NdLoraValueError, r"\['ranks'\]. Known: to,"),
+    "export of another type": ({"export": 3}, NdLoraTypeError, "export=3: give one of"),
     "negative step": ({"core_only_at": -1}, NdLoraValueError, "core_only_at=-1"),
     "fraction above one": ({"core_only_at": 1.5}, NdLoraValueError, "core_only_at=1.5"),
+}
+# method and export -> the export, NdLoraConfig's arguments, for which it is exact
+EXPORTS = {
+    "inttune-lora": ("lora", {"method": "inttune", "r": 8}),
+    "ndlinear-lokr": ("lokr", {"r": 1}),
+    "nlora-merged": ("merged", {"method": "nlora", "r": 4}),
 }
 
 
@@ -57,6 +66,7 @@ def test_from_the_given_step_on_only_the_cores_train(core_only_at, make, snapsho
     assert core.requires_grad and _factor(trainer.model, "up")._backward_hooks in (None, {})
 
 
+@pytest.mark.step("NdLoraCallback: core_only_at, resumed", host="Trainer", method="nlora")
 def test_resume_inside_the_core_only_part_equals_the_uninterrupted_run(make, losses, tmp_path):
     method = {"init_lora_weights": "n_lora", "r": 4}
     steps = {"save_strategy": "steps", "save_steps": 3}
@@ -79,7 +89,53 @@ def test_a_method_without_a_core_is_refused(make):
         make({"r": 1}, NdLoraCallback(core_only_at=2)).train()
 
 
-def test_export_and_plot_come_at_the_end(make, tmp_path):
+@pytest.mark.step("NdLoraCallback: export", host="Trainer")
+@pytest.mark.parametrize(("kind", "method"), EXPORTS.values(), ids=EXPORTS)
+def test_the_export_is_the_trained_model(kind, method, make, base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trainer = make(method, NdLoraCallback(export=kind))
+    trainer.train()
+    written = f"{trainer.args.output_dir}/{kind}"
+    loaded = AutoModelForCausalLM.from_pretrained(written if kind == "merged" else base)
+    if kind != "merged":
+        loaded = PeftModel.from_pretrained(loaded, written)
+        assert loaded.peft_config["default"].peft_type == kind.upper()
+    tokens = torch.tensor([[5, 20, 33, 47]])
+    with torch.no_grad():
+        expected = trainer.model.eval()(tokens).logits
+        torch.testing.assert_close(loaded.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mapping_names_the_directory_and_the_adapter_that_transformers_added(make, model, tmp_path):
+    from ndlora_plugins import NdLoraConfig
+
+    model.add_adapter(NdLoraConfig(method="slora", r=2, target_modules=["q_proj"]), adapter_name="mine")
+    export = {"to": "lora", "directory": str(tmp_path / "plain")}
+    make({}, NdLoraCallback(export=export)).train()
+    assert (tmp_path / "plain/adapter_model.safetensors").is_file()
+
+
+def test_an_export_that_fails_loses_nothing(make, tmp_path):
+    trainer = make({"r": 2}, NdLoraCallback(export="lokr"))
+    with pytest.warns(NdLoraWarning, match="the export failed, the training did not .*`ndlora export`"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    trainer.save_model(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_an_export_over_something_is_refused_before_the_first_step(make, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").touch()
+    trainer = make({"r": 1}, NdLoraCallback(export={"to": "lora", "directory": tmp_path / "there"}))
+    with pytest.raises(NdLoraValueError, match="exists already"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_callable_and_plot_come_at_the_end(make, tmp_path):
     pytest.importorskip("matplotlib")
     exported = []
     callback = NdLoraCallback(export=lambda *given: exported.append(given), plot=tmp_path / "plots/run.png")

@@ -15,21 +15,13 @@ from ndlora_plugins.integrations.trl import NdLoraCallback
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 
-# method -> NdLoraConfig's arguments
-METHODS = {
-    "ndlinear": {"r": 2},
-    "slora": {"method": "slora", "r": 4},
-    "nlora": {"init_lora_weights": "n_lora", "r": 4},
-    "inttune": {"method": "inttune", "r": 8},
-}
-# what a user switches on in SFTConfig -> form of the data, further arguments, methods
+# what a user switches on in SFTConfig -> form of the data, further arguments
 WAYS = {
-    "plain": ("text", {"max_length": 64}, METHODS),
-    "packing": ("text", {"max_length": 64, "packing": True, "packing_strategy": "wrapped"}, METHODS),
-    "assistant only": ("messages", {"max_length": 128, "assistant_only_loss": True}, METHODS),
-    "bfloat16 and checkpointing": ("messages", {"bf16": True, "gradient_checkpointing": True}, ["nlora"]),
+    "plain": ("text", {"max_length": 64}),
+    "packing": ("text", {"max_length": 64, "packing": True, "packing_strategy": "wrapped"}),
+    "assistant only": ("messages", {"max_length": 128, "assistant_only_loss": True}),
+    "bfloat16 and checkpointing": ("messages", {"bf16": True, "gradient_checkpointing": True}),
 }
-CASES = {f"{way}, {method}": (way, method) for way in WAYS for method in WAYS[way][2]}
 # in a process of its own, which imports PEFT only
 RELOAD = """
 import sys, json, torch
@@ -67,10 +59,12 @@ def logits_of(model, tokens):
         return model.eval()(torch.tensor([tokens], device=model.device)).logits[0, -1]
 
 
-@pytest.mark.parametrize(("way", "method"), CASES.values(), ids=CASES)
-def test_trains_and_leaves_the_base_weights_as_they_are(way, method, train, losses, model, fingerprint):
-    form, more, _ = WAYS[way]
-    trainer = train(METHODS[method], form, **more)
+@pytest.mark.step("train", host="SFTTrainer")
+@pytest.mark.parametrize(("form", "more"), WAYS.values(), ids=WAYS)
+def test_trains_and_leaves_the_base_weights_as_they_are(
+    form, more, method, train, losses, model, fingerprint
+):
+    trainer = train(method, form, **more)
     history = losses(trainer)
     assert len(history) == 4 and all(map(math.isfinite, history))
     assert history[-1] < history[0]
@@ -80,7 +74,7 @@ def test_trains_and_leaves_the_base_weights_as_they_are(way, method, train, loss
     assert fingerprint(trainer.model) == fingerprint(model)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.step("save, load under another seed", host="SFTTrainer")
 def test_a_saved_adapter_gives_the_same_logits_under_another_seed(method, train, base, model, tmp_path):
     from peft import PeftModel
 
@@ -94,8 +88,9 @@ def test_a_saved_adapter_gives_the_same_logits_under_another_seed(method, train,
         assert not torch.equal(logits_of(reloaded, tokens), logits_of(trainer.model, tokens))
 
 
+@pytest.mark.step("load where we are never imported", host="SFTTrainer", method="nlora")
 def test_a_process_that_does_not_import_us_loads_the_adapter(train, base, tmp_path):
-    trainer = train(METHODS["nlora"])
+    trainer = train({"method": "nlora", "r": 4})
     trainer.save_model(tmp_path / "adapter")
     tokens = [5, 20, 33, 47]
     done = subprocess.run(
@@ -112,7 +107,7 @@ def test_a_process_that_does_not_import_us_loads_the_adapter(train, base, tmp_pa
     torch.testing.assert_close(torch.tensor(json.loads(printed.removeprefix("LOGITS"))), expected)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.step("resume equals uninterrupted", host="SFTTrainer")
 def test_resuming_equals_an_uninterrupted_run(method, train, losses, tmp_path):
     whole = train(method, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "whole"))
     resumed = train(method, resume=str(tmp_path / "whole/checkpoint-2"), output_dir=str(tmp_path / "resumed"))
@@ -122,7 +117,7 @@ def test_resuming_equals_an_uninterrupted_run(method, train, losses, tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("method", [METHODS["ndlinear"], METHODS["inttune"]], ids=["ndlinear", "inttune"])
+@pytest.mark.step("added chat tokens", host="SFTTrainer")
 def test_added_chat_tokens_train_and_are_saved(method, train, base, tokenizer, losses, model, tmp_path):
     from peft import PeftModel
 

@@ -32,6 +32,7 @@ REFUSED = {
         {"callback": {"loud": True}},
         r"ndlora.callback: unknown options \['loud'\]",
     ),
+    "unknown export": ({}, {"callback": {"export": "onnx"}}, "'lora', 'lokr', 'merged'"),
     "dora": ({"use_dora": True}, None, "use_dora=True"),
     "no adapter": ({"use_peft": False}, None, "always trains an adapter"),
     "broken JSON": ({}, "{method: slora", "no JSON object"),
@@ -79,13 +80,17 @@ def test_a_yaml_trains_and_saves(write, tmp_path):
     from ndlora_plugins.integrations.trl.sft import main
 
     path = write(
-        {"ndlora": {"method": "nlora", "r": 4, "callback": {"core_only_at": 0.5}}, "lora_dropout": 0.1}
+        {
+            "ndlora": {"method": "nlora", "r": 4, "callback": {"core_only_at": 0.5, "export": "lora"}},
+            "lora_dropout": 0.1,
+        }
     )
     main(["--config", path, "--max_steps", "2", "--lora_target_modules", "q_proj", "v_proj"])
     saved = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert saved["peft_type"] == "NDLORA" and saved["method"] == "nlora" and saved["r"] == 4
     assert saved["lora_dropout"] == 0.1 and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "out/lora/adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
 def test_an_unknown_key_of_the_yaml_is_named(write):

@@ -11,14 +11,7 @@ from ndlora_plugins.integrations.trl import NdLoraCallback
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 
-# method -> NdLoraConfig's arguments
-METHODS = {
-    "ndlinear": {"r": 2},
-    "slora": {"method": "slora", "r": 4},
-    "nlora": {"init_lora_weights": "n_lora", "r": 4},
-    "inttune": {"method": "inttune", "r": 8},
-}
-# the same, from a start that moves the model
+# method -> NdLoraConfig's arguments, from a start that moves the model
 MOVED = {
     "ndlinear": {"r": 2, "init_lora_weights": False},
     "slora": {"method": "slora", "r": 4, "init_lora_weights": False},
@@ -80,14 +73,14 @@ def outputs_of(model):
         return model.eval()(torch.tensor([[5, 20, 33, 47]])).logits
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("name", TRAINERS)
-def test_trains_saves_and_loads(name, method, make_trainer, model_for, fingerprint, losses, tmp_path):
+@pytest.mark.step("train, save, load")
+@pytest.mark.parametrize("host", TRAINERS)
+def test_trains_saves_and_loads(host, method, make_trainer, model_for, fingerprint, losses, tmp_path):
     from peft import PeftModel
 
-    form, task, more = TRAINERS[name]
+    form, task, more = TRAINERS[host]
     config = NdLoraConfig(task_type=task, random_seed=1, **method)
-    trainer = make_trainer(name, form, task, more, model=model_for(task), peft_config=config)
+    trainer = make_trainer(host, form, task, more, model=model_for(task), peft_config=config)
     trainer.train()
     assert len(losses(trainer)) == 2 and all(map(math.isfinite, losses(trainer)))
     assert trainer.state.log_history[1]["ndlora/default/update_norm"] > 0
@@ -98,19 +91,19 @@ def test_trains_saves_and_loads(name, method, make_trainer, model_for, fingerpri
     assert not torch.equal(outputs_of(reloaded), outputs_of(model_for(task)))
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("name", REFERENCE)
-def test_a_trained_adapter_becomes_the_reference(name, method, make_trainer, model_for):
+@pytest.mark.step("a trained adapter as its own reference")
+@pytest.mark.parametrize("host", REFERENCE)
+def test_a_trained_adapter_becomes_the_reference(host, method, make_trainer, model_for):
     from peft import get_peft_model
 
-    form, task, more = REFERENCE[name]
+    form, task, more = REFERENCE[host]
     trained = get_peft_model(model_for(task), NdLoraConfig(task_type=task, random_seed=1, **method))
     with torch.no_grad():
         for key, parameter in trained.named_parameters():
             if "ndlora_factors" in key:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     before = outputs_of(trained)
-    trainer = make_trainer(name, form, task, more, model=trained)
+    trainer = make_trainer(host, form, task, more, model=trained)
     assert sorted(trainer.model.peft_config) == ["default", "ref"]
     trainer.train()
     assert not torch.equal(outputs_of(trainer.model), before)
@@ -118,7 +111,7 @@ def test_a_trained_adapter_becomes_the_reference(name, method, make_trainer, mod
     assert torch.equal(outputs_of(trainer.model), before)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.step("get_peft_model and add_adapter train alike", host="Trainer")
 def test_plain_trainer_with_peft_and_with_transformers_mixin(method, model, options, losses):
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -138,13 +131,14 @@ def test_plain_trainer_with_peft_and_with_transformers_mixin(method, model, opti
     assert second.state.log_history[0]["ndlora/mixin/update_norm"] > 0
 
 
-@pytest.mark.parametrize("method", MOVED)
+@pytest.mark.step("what TRL hands to vLLM (which was not run)", host="GRPOTrainer")
+@pytest.mark.parametrize("method", MOVED.values(), ids=MOVED)
 def test_what_trl_hands_to_vllm_is_the_merged_model(method, model):
     # names as in github.com/huggingface/trl, trl/generation/vllm_generation.py, `_iter_named_params`
     from peft import get_peft_model
 
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    adapted = get_peft_model(model, NdLoraConfig(**MOVED[method]))
+    adapted = get_peft_model(model, NdLoraConfig(**method))
     expected = outputs_of(adapted)
     adapted.merge_adapter()
     handed = {

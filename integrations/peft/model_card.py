@@ -1,0 +1,202 @@
+"""The README.md beside a saved adapter: what it is, how to load it, what it was made with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+
+from ndlora_plugins.errors import NdLoraWarning
+from ndlora_plugins.integrations.peft.files import ADAPTER_FILE
+from ndlora_plugins.integrations.peft.registration import METHOD_NAME, PREFIX
+
+if TYPE_CHECKING:
+    from ndlora_plugins.integrations.peft.config import NdLoraConfig
+
+__all__ = ["note_training", "write_model_card"]
+
+_BEGIN = "<!-- ndlora: this part is written anew at each save, all else is left as it is -->"
+_END = "<!-- end of ndlora -->"
+_ADAPTER_TAG = "base_model:adapter:"  # PEFT's, with the base model's name behind it
+# fields that are said elsewhere in the card, or say nothing of the recipe
+_NOT_LISTED = {
+    "auto_mapping",
+    "base_fingerprint",
+    "base_model_name_or_path",
+    "inference_mode",
+    "method",
+    "peft_type",
+    "peft_version",
+    "random_seed",
+    "revision",
+    "schema_version",
+    "task_type",
+    "weight_forms",
+}
+# task -> transformers' class of the base model
+_MODEL_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_TEXT = """\
+## NDLORA adapter
+
+An adapter for {base}, made with [PEFT](https://github.com/huggingface/peft) and the package
+`ndlora-plugins`: {counts}. Method `{method}`: {summary} ({source}).
+
+With `pip install ndlora-plugins`, and no import of it:
+
+```python
+from peft import PeftModel
+from transformers import {model_class}
+
+base = {model_class}.from_pretrained("{base_name}")
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_ADAPTER")
+```
+
+Without it, export the adapter once where the package is installed. The command says how exact the result is:
+
+```bash
+ndlora export PATH_OF_THIS_ADAPTER --to lora --output plain-lora --base "{base_name}"
+```
+
+`plain-lora` is a stock LoRA adapter for PEFT and servers; `--to merged` writes the whole model.
+
+| recipe | |
+|---|---|
+{recipe}
+"""
+
+
+def note_training(config: NdLoraConfig, values: Mapping[str, Any]) -> None:
+    """Let cards that are written later in this session name these too: learning rate, steps, and the like."""
+    config._session_training = dict(values)
+
+
+def write_model_card(config: NdLoraConfig, directory: str | Path) -> None:
+    """Put our part into `directory`/README.md, and there only: after the first heading, or where it stood before.
+
+    The header gets `library_name` and our tags, and loses a base model that is a directory of
+    this machine, which the hub refuses. A card that cannot be read is left as it is, with a warning: no save fails
+    for its card.
+
+    Args:
+        config: of the adapter.
+        directory: where the adapter's file is already; without it (the configuration alone is saved) nothing happens.
+    """
+    directory = Path(directory)
+    if not any((directory / name).is_file() for name in (ADAPTER_FILE, "adapter_model.bin")):
+        return
+    path = directory / "README.md"
+    try:
+        card = (
+            ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData()}\n---\n# Adapter\n")
+        )
+        _complete_header(card.data, config)
+        card.text = _put_in(card.text, _our_part(config, directory))
+        card.save(path)
+    except Exception as error:
+        warnings.warn(
+            f"{path} was left as it is: {type(error).__name__}: {error}. The adapter itself was saved.",
+            NdLoraWarning,
+            stacklevel=2,
+        )
+
+
+def _complete_header(data: ModelCardData, config: NdLoraConfig) -> None:
+    data.library_name = "peft"  # as PEFT itself has it; TRL writes "transformers"
+    tags = [
+        tag
+        for tag in data.tags or []
+        if not tag.startswith(_ADAPTER_TAG) or _is_on_hub(tag.removeprefix(_ADAPTER_TAG))
+    ]
+    data.tags = list(dict.fromkeys([*tags, METHOD_NAME, config.method]))
+    named = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
+    named = [name for name in named if _is_on_hub(name)]
+    if not named and _is_on_hub(config.base_model_name_or_path):
+        named = [config.base_model_name_or_path]
+    data.base_model = named[0] if len(named) == 1 else named or None
+
+
+def _is_on_hub(name: str | None) -> bool:
+    """Whether a name can be one of the hub's; whether the hub has it is not asked."""
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _put_in(text: str, part: str) -> str:
+    before, begin, rest = text.partition(_BEGIN)
+    if begin and _END in rest:
+        return before + part + rest.partition(_END)[2]
+    lines = text.splitlines(keepends=True)
+    heading = next((i + 1 for i, line in enumerate(lines) if line.startswith("# ")), 0)
+    return f"{''.join(lines[:heading]).rstrip()}\n\n{part}\n\n{''.join(lines[heading:]).lstrip()}"
+
+
+def _our_part(config: NdLoraConfig, directory: Path) -> str:
+    from ndlora_plugins.registry import methods
+
+    base, method = config.base_model_name_or_path, methods()[config.method].value
+    on_hub = _is_on_hub(base)
+    recipe = {**_options(config), **(getattr(config, "_session_training", None) or {})}
+    text = _TEXT.format(
+        method=method.name,
+        summary=method.summary,
+        source=method.source,
+        base=f"[{base}](https://huggingface.co/{base})" if on_hub else "a model that is not named here",
+        base_name=base if on_hub else "PATH_OF_THE_BASE_MODEL",
+        counts=_counts(directory / ADAPTER_FILE),
+        model_class=_MODEL_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoModel"),
+        recipe="\n".join(f"| {name} | {_cell(value)} |" for name, value in recipe.items()),
+    )
+    return f"{_BEGIN}\n{text}{_END}"
+
+
+def _options(config: NdLoraConfig) -> dict[str, Any]:
+    """The options of an adapter, those that are off or empty left out."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in _NOT_LISTED and getattr(config, field.name) not in (None, False, {}, [])
+    }
+
+
+def _cell(value: Any) -> str:
+    value = sorted(value) if isinstance(value, set) else value
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _counts(file: Path) -> str:
+    if not file.is_file():
+        return "saved as a pickle file"
+    layers, numbers, others = set(), 0, 0
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():
+            size = 1
+            for length in tensors.get_slice(key).get_shape():
+                size *= length
+            layer, ours, _ = key.partition(f".{PREFIX}")
+            if ours:
+                layers.add(layer)
+                numbers += size
+            else:
+                others += size
+    beside = f", and {others:,} of whole modules or tokens beside them" if others else ""
+    return f"{numbers:,} numbers in {len(layers)} layers{beside}"

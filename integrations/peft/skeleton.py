@@ -1,0 +1,36 @@
+"""Models without weights, for planning and for reading their files."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+__all__ = ["model_on_meta"]
+
+
+def model_on_meta(
+    config: PretrainedConfig, *, auto_class: type | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of a configuration on the "meta" device, its weights tied as they will be.
+
+    Args:
+        auto_class: such as `AutoModelForSequenceClassification`. By default the class that the configuration
+            names, else the causal language model, else the bare model.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if auto_class is None and named is None:
+        auto_class = (
+            AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+        )
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if auto_class is None:
+            model = named(config)
+        else:
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model

@@ -1,0 +1,79 @@
+"""The tables of docs/trl.md and docs/axolotl.md: which step was run with which method, read from the tests' marks.
+
+A cell stands for a test with `@pytest.mark.step(step, host=, method=)`; host and method may also come from the test's
+own parameters. `python tests/test_hosts.py` writes the tables of the hosts that are installed.
+"""
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = {"trl": "docs/trl.md", "axolotl": "docs/axolotl.md"}
+METHODS = ("ndlinear", "slora", "nlora", "inttune")
+GENERATED = re.compile(r"(<!-- steps: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Collector:
+    """A pytest plugin that keeps what was collected."""
+
+    def pytest_collection_finish(self, session):
+        self.items = session.items
+
+
+def steps(host):
+    """(host, step, file) -> the methods that it was run with, in the tests' order."""
+    collector = Collector()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        failed = pytest.main(["--collect-only", str(ROOT / "tests" / host)], plugins=[collector])
+    if failed:
+        raise RuntimeError(printed.getvalue())
+    found = {}
+    for item in collector.items:
+        words, given = [], {}
+        if hasattr(item, "callspec"):
+            words, given = item.callspec.id.split("-"), item.callspec.params
+        for mark in reversed([mark for mark in item.own_markers if mark.name == "step"]):
+            method = mark.kwargs.get("method") or next(word for word in words if word in METHODS)
+            trainer = mark.kwargs.get("host") or given.get("host", host)
+            way = ", ".join(word for word in words if word not in (method, trainer))
+            step = f"{mark.args[0]}: {way}" if way else mark.args[0]
+            found.setdefault((trainer, step, item.path.name), set()).add(method)
+    return found
+
+
+def table(host):
+    lines = [
+        f"| {'trainer | ' if host == 'trl' else ''}step | {' | '.join(METHODS)} | test |",
+        f"|{'---|' if host == 'trl' else ''}---|{':-:|' * len(METHODS)}---|",
+    ]
+    for (trainer, step, file), methods in sorted(steps(host).items(), key=lambda row: row[0][0]):
+        cells = [trainer] if host == "trl" else []
+        cells += [step, *("yes" if method in methods else "" for method in METHODS), f"`{file}`"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(host, made):
+    return GENERATED.sub(lambda match: match[1] + made + match[2], (ROOT / PAGES[host]).read_text())
+
+
+@pytest.mark.parametrize("host", PAGES)
+def test_the_table_of_what_was_run(host):
+    pytest.importorskip(host)
+    done = subprocess.run([sys.executable, "-P", __file__, host], capture_output=True, text=True, check=True)
+    assert (ROOT / PAGES[host]).read_text() == with_table(host, done.stdout)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(table(sys.argv[1]), end="")
+    else:
+        for installed in filter(importlib.util.find_spec, PAGES):
+            (ROOT / PAGES[installed]).write_text(with_table(installed, table(installed)))
