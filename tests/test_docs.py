@@ -71,27 +71,11 @@ def test_the_options_page():
 
 
 @pytest.fixture
-def tiny_hub(tmp_path, monkeypatch):
+def tiny_hub(tmp_path, monkeypatch, save_tiny_model):
     """A directory with a tiny model and tokenizer that takes the hub model's place."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<unk>", "<eos>", "Two", "and", "two", "is", "four", "."]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
-    )
-    directory = tmp_path / "hub"
-    fast.save_pretrained(directory)
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(words),
-            eos_token_id=1, pad_token_id=1, bos_token_id=None,
-        )
-    ).save_pretrained(directory)  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    return str(directory)
+    monkeypatch.chdir(tmp_path)  # where the snippets write
+    save_tiny_model(tmp_path / "hub", ["Two and two is four."])
+    return str(tmp_path / "hub")
 
 
 def run_snippet(code, tiny_hub):
