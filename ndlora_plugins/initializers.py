@@ -159,6 +159,26 @@ def _n_lora(method: Method, layout: Layout, weight: Tensor | None, generator: Ge
     }
 
 
+def _n_lora_step(
+    method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None
+) -> Values:
+    """The slices of `_n_lora`, scaled as if they were LoRA's: down as Kaiming-uniform, core so that it keeps lengths.
+
+    The derivation is that of `first_step_gain`. Where the core alone trains, its rank * rank numbers step at once and
+    the output moves by rank * rank / out_features times the columns' length, where LoRA's moves by its rank.
+    """
+    slices = _n_lora(method, layout, weight.float(), generator)
+    rank = layout.rank
+    core_alone = [factor.name for factor in method.factors(layout) if factor.trainable] == ["core"]
+    lengths = {
+        "down": math.sqrt(rank / 3),
+        "core": math.sqrt(rank),
+        "up": math.sqrt(rank)
+        * (_REFERENCE_RANK * layout.out_features / rank**2 if core_alone else 1 / math.sqrt(3)),
+    }
+    return {name: value * (lengths[name] / value.norm().clamp(min=1e-30)) for name, value in slices.items()}
+
+
 builtin_initializers = (
     Initializer(
         "zero_mode",
@@ -217,6 +237,16 @@ builtin_initializers = (
         reads_weight=True,
         starts_at_zero=False,
         function=_n_lora,
+        max_rank=lambda layout: min(layout.in_features, layout.out_features),
+    ),
+    Initializer(
+        "n_lora_step",
+        "n_lora's slices, scaled so that the learning rate of a LoRA recipe holds",
+        "arXiv 2502.14482; _n_lora_step in ndlora_plugins/initializers.py; docs/quality.md",
+        ("nlora", "inttune"),
+        reads_weight=True,
+        starts_at_zero=False,
+        function=_n_lora_step,
         max_rank=lambda layout: min(layout.in_features, layout.out_features),
     ),
     Initializer(

@@ -1,0 +1,263 @@
+"""Tables and a picture of the runs that are done. `python -m benchmarks.quality.report` writes docs/quality.md anew."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import sweep
+from benchmarks.quality.runs import read_results
+
+__all__ = ["Row", "front", "page", "recipe_table", "rows", "sweep_table", "table", "write_files"]
+
+BASELINE = "lora-r8"
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
+_GENERATED = re.compile(r"(<!-- (\w+) (\w+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting at its best learning rate.
+
+    Attributes:
+        losses: held-out loss in nats a token, one a seed.
+        curve: (step, loss on the followed problems), the mean over the seeds.
+        at_edge: the best rate is still the lowest or highest that was tried.
+    """
+
+    setting: str
+    ours: bool
+    options: dict[str, Any]
+    parameters: int
+    learning_rate: float
+    losses: dict[int, float]
+    curve: list[tuple[int, float]]
+    exact_match: float | None
+    seconds_a_step: float
+    peak_memory: int | None
+    at_edge: bool
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(self.losses.values())
+
+    @property
+    def spread(self) -> float | None:
+        """The standard error over the seeds; None for one seed."""
+        return standard_error(list(self.losses.values()))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """A row for each setting with a finished sweep's start (four rates), by number of parameters."""
+    found = []
+    for name in dict.fromkeys(result["setting"]["name"] for result in results):
+        own = sweep.of_setting(results, name)
+        rates = sorted({result["learning_rate"] for result in own if result["seed"] == sweep.SEEDS[0]})
+        best = sweep.best_rate(own)
+        if best is None or len(rates) < 4:
+            continue
+        runs = [r for r in own if r["learning_rate"] == best and r["held_out_loss"] is not None]
+        exact = [r["exact_match"] for r in runs if r["exact_match"] is not None]
+        peaks = [r["peak_memory_bytes"] for r in runs if r["peak_memory_bytes"] is not None]
+        found.append(
+            Row(
+                setting=name,
+                ours=runs[0]["setting"]["peft_type"] == "NDLORA",
+                options=runs[0]["setting"]["options"],
+                parameters=runs[0]["parameters"],
+                learning_rate=best,
+                losses={r["seed"]: r["held_out_loss"] for r in runs},
+                curve=[
+                    (points[0][0], statistics.mean(loss for _, loss in points))
+                    for points in zip(*(r["curve"] for r in runs), strict=True)
+                ],
+                exact_match=statistics.mean(exact) if exact else None,
+                seconds_a_step=statistics.median(r["seconds_a_step"] for r in runs),
+                peak_memory=max(peaks, default=None),
+                at_edge=best in (rates[0], rates[-1]),
+            )
+        )
+    return sorted(found, key=lambda row: (row.parameters, row.setting))
+
+
+def front(found: Iterable[Row]) -> list[Row]:
+    """The rows that no other one beats in both parameters and loss: the Pareto front."""
+    kept: list[Row] = []
+    for row in sorted(found, key=lambda row: (row.parameters, row.loss)):
+        if not kept or row.loss < kept[-1].loss:
+            kept.append(row)
+    return kept
+
+
+def difference(row: Row, baseline: Row) -> tuple[float, float | None]:
+    """Mean and standard error of the loss less the baseline's, seed by seed: both saw the same problems in turn."""
+    differences = [row.losses[seed] - baseline.losses[seed] for seed in row.losses if seed in baseline.losses]
+    return statistics.mean(differences), standard_error(differences)
+
+
+def steps_to_reach(row: Row, baseline: Row) -> int | None:
+    """The first followed step at which the row's loss is at most the baseline's last one; None if never."""
+    return next((step for step, loss in row.curve if loss <= baseline.curve[-1][1]), None)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one line a setting."""
+    found = rows(results)
+    baseline = next((row for row in found if row.setting == BASELINE), None)
+    on_front = {row.setting for row in front(found)}
+    lines = [
+        "| setting | parameters | best learning rate | held-out loss | less LoRA r=8's | seeds | exact match | "
+        "steps to LoRA r=8's last loss | s a step | peak GB |\n",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+    ]
+    for row in found:
+        name = f"**{row.setting}**" if row.setting in on_front else row.setting
+        less = reached = ""
+        if baseline is not None:
+            less = _plus_minus(*difference(row, baseline), signed=True)
+            reached = str(steps_to_reach(row, baseline) or "-")
+        cells = [
+            name,
+            f"{row.parameters:,}",
+            f"{row.learning_rate:g}" + (" (edge)" if row.at_edge else ""),
+            _plus_minus(row.loss, row.spread),
+            less,
+            str(len(row.losses)),
+            "" if row.exact_match is None else f"{row.exact_match:.1%}",
+            reached,
+            f"{row.seconds_a_step:.2f}",
+            "" if row.peak_memory is None else f"{row.peak_memory / 1e9:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)
+
+
+def sweep_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the held-out loss of every setting at every learning rate, at the sweep's seed."""
+    rates = sorted({result["learning_rate"] for result in results})
+    lines = [
+        "| setting | " + " | ".join(f"{rate:g}" for rate in rates) + " |\n",
+        "|---|" + "---:|" * len(rates) + "\n",
+    ]
+    for name in dict.fromkeys(result["setting"]["name"] for result in results):
+        own = sweep.of_setting(results, name)
+        best = sweep.best_rate(own)
+        losses = {r["learning_rate"]: r["held_out_loss"] for r in own if r["seed"] == sweep.SEEDS[0]}
+        cells = [_swept(losses, rate, best) for rate in rates]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |\n")
+    return "".join(lines)
+
+
+def _swept(losses: dict[float, float | None], rate: float, best: float | None) -> str:
+    if rate not in losses:
+        return ""
+    loss = losses[rate]
+    text = "diverged" if loss is None else f"{loss:.4f}"
+    return f"**{text}**" if rate == best else text
+
+
+def _plus_minus(mean: float, error: float | None, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def recipe_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: every setting on the Pareto front as a configuration, with its learning rate, and LoRA r=8 below."""
+    found = rows(results)
+    baseline = [row for row in found if row.setting == BASELINE]
+    best = [row for row in front(found) if row.setting != BASELINE]
+    lines = [
+        "| configuration | parameters | learning rate | held-out loss |\n",
+        "|---|---:|---:|---:|\n",
+    ]
+    for row in [*best, *baseline]:
+        options = ", ".join(f"{name}={value!r}" for name, value in row.options.items()).replace("'", '"')
+        lines.append(
+            f"| {row.setting}: `{options}` | {row.parameters:,} | {row.learning_rate:g} | "
+            f"{_plus_minus(row.loss, row.spread)} |\n"
+        )
+    return "".join(lines)
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG: held-out loss against trainable parameters, with the Pareto front."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = rows(results)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, no global state
+    axes, names = figure.subplots(1, 2, width_ratios=(4, 1))
+    for ours, marker, colour, label in (
+        (True, "o", "tab:blue", "ndlora"),
+        (False, "s", "tab:orange", "PEFT's own"),
+    ):
+        some = [row for row in found if row.ours == ours]
+        if some:
+            axes.errorbar(
+                [row.parameters for row in some],
+                [row.loss for row in some],
+                yerr=[row.spread or 0 for row in some],
+                fmt=marker,
+                color=colour,
+                capsize=3,
+                label=label,
+            )
+    best = front(found)
+    axes.step(
+        [row.parameters for row in best],
+        [row.loss for row in best],
+        where="post",
+        color="grey",
+        linewidth=1,
+        label="Pareto front",
+    )
+    for number, row in enumerate(found, start=1):
+        axes.annotate(
+            number, (row.parameters, row.loss), xytext=(4, 4), textcoords="offset points", fontsize=8
+        )
+    names.text(
+        0, 1, "\n".join(f"{n}  {row.setting}" for n, row in enumerate(found, start=1)), va="top", fontsize=8
+    )
+    names.axis("off")
+    axes.set(
+        xscale="log",
+        xlabel="trainable parameters",
+        ylabel="held-out loss (nats a token), each at its own best learning rate",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def write_files(folder: Path) -> None:
+    """results.md and loss.png beside the runs of one task."""
+    results = read_results(folder)
+    (folder / "results.md").write_text(table(results) + "\n" + sweep_table(results))
+    draw(results, folder / "loss.png")
+
+
+_PARTS = {"table": table, "recipes": recipe_table, "sweep": sweep_table}
+
+
+def page(text: str) -> str:
+    """docs/quality.md with its generated parts made anew; a part is marked `<!-- PART TASK: ... -->`."""
+    return _GENERATED.sub(lambda m: m[1] + _PARTS[m[2]](read_results(RESULTS / m[3])) + m[4], text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
+    for folder in sorted(RESULTS.iterdir()):
+        write_files(folder)
