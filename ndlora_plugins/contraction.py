@@ -186,10 +186,11 @@ class _Step:
 def _sum_over_batch(products: Tensor) -> Tensor:
     """(batch, rows, columns) -> (rows, columns) in at least float32."""
     batch, rows, columns = products.shape
+    wide = torch.promote_types(products.dtype, torch.float32)
     if batch <= 16:
-        return products.sum(0, dtype=torch.promote_types(products.dtype, torch.float32))
+        return products.sum(0, dtype=wide)
     # as a product: several times as fast as `sum`, and its sums are float32 inside
-    return (products.new_ones(1, batch) @ products.view(batch, -1)).view(rows, columns)
+    return (products.new_ones(1, batch) @ products.view(batch, -1)).view(rows, columns).to(wide)
 
 
 _NUMBERS_AT_A_TIME = 1 << 20
@@ -206,26 +207,28 @@ class ModeProduct(Product):
         chains: steps one after the other; what the chains give is added. Two modes take all their terms through
             one chain, more modes have a chain a term.
         tokens_at_a_time: in either direction.
+        two_matrices: two modes and one term.
     """
 
     in_features: int
     out_features: int
     chains: tuple[tuple[_Step, ...], ...]
     tokens_at_a_time: int
+    two_matrices: bool
 
     def plain(self, x, tensors):
         return apply_modes(x, tensors)
 
     def forward(self, x, tensors, needs, result, scaling):
-        if True not in needs and result is not None and len(self.chains) == 1 and x.shape[0] <= self.tokens_at_a_time:
-            (*steps, last), y = self.chains[0], x
-            for step in steps:
-                y = step.apply(step.matrix(tensors[step.mode], x.dtype), y)
-            last.add_to(result, last.matrix(tensors[last.mode], x.dtype), y, 1, scaling)
-            return result, ()
         beta = 1
         if result is None:
             result, beta = x.new_empty(x.shape[0], self.out_features), 0
+        if self.two_matrices and x.shape[0] == 1 and True not in needs:
+            # generation: (in_1, in_2) -> (out_1, out_2) in as few calls as can be
+            first, second = tensors if tensors[0].dtype == x.dtype else [t.to(x.dtype) for t in tensors]
+            y = x.view(first.shape[2], second.shape[2]) @ second[0].T
+            result.view(first.shape[1], second.shape[1]).addmm_(first[0], y, beta=beta, alpha=scaling)
+            return result, ()
         first = self._first(needs)
         kept = [x] if first == 0 else []
         for term, chain in enumerate(self.chains):
@@ -320,7 +323,9 @@ def mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: i
             sizes[k] = out_modes[k]
         chains = (tuple(chain),) * terms
     tokens = max(1, _NUMBERS_AT_A_TIME // max(plan.largest_intermediate, 1))
-    return ModeProduct(math.prod(in_modes), math.prod(out_modes), chains, tokens)
+    return ModeProduct(
+        math.prod(in_modes), math.prod(out_modes), chains, tokens, len(in_modes) == 2 and terms == 1
+    )
 
 
 def kronecker(factors: Sequence[Tensor]) -> Tensor:

@@ -52,7 +52,7 @@ class Product:
             result: (tokens, out_features), changed in place; None for a new one that starts at zero.
 
         Returns:
-            the result, and what `backward` needs besides the tensors.
+            the result, and what `backward` needs besides the tensors: x first, if it is needed.
         """
         raise NotImplementedError
 
@@ -156,7 +156,7 @@ def _backward(ctx, grad, weight, tensors, kept, needs, needs_x):
 def _differentiable_backward(ctx, grad, weight, tensors, kept, needs, needs_x):
     """The same out of plain autograd, for `create_graph=True`."""
     if ctx.keeps_x:
-        (x,) = (value for value in kept if value.shape == ctx.shape)
+        x = kept[0]
     elif any(needs):
         raise NdLoraValueError(
             "A second derivative (create_graph=True) of an adapter whose `down` is frozen: backward keeps the "

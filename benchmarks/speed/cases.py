@@ -1,0 +1,212 @@
+"""What is measured: single layers of three models, their start, a training step, and generation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from benchmarks.speed.measure import interleaved, kept_bytes, peak_bytes, summary
+from benchmarks.speed.variants import BASELINE, OURS, VARIANTS, adapt
+from ndlora_plugins import NdLoraConfig
+
+__all__ = ["LAYERS", "TOKENS", "Case", "cases"]
+
+# model -> (in_features, out_features) of its projections
+LAYERS = {
+    "SmolLM2-135M": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
+    "Qwen3-1.7B": ((2048, 2048), (2048, 1024), (2048, 6144), (6144, 2048)),
+    "Llama-3-8B": ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
+}
+TOKENS = (256, 1024, 4096)
+_OTHERS = (BASELINE, "VeRA", "LoKr", "reference NdLinear", "NdLinear")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: its name in the results, its results, and how to get them."""
+
+    name: str
+    run: Callable[[torch.device, float], dict]
+
+
+class OneLayer(nn.Module):
+    """A module that adapters can be put on."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.layer = nn.Linear(in_features, out_features, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """All of them, or the few and small ones of a quick run."""
+    for tokens in TOKENS[:1] if quick else TOKENS:
+        for model, shapes in list(LAYERS.items())[: 1 if quick else None]:
+            for shape in shapes[: 1 if quick else None]:
+                for dtype in DTYPES:
+                    yield _layer(model, *shape, tokens, dtype)
+    for tokens in () if quick else TOKENS[:2]:
+        for dtype in DTYPES:
+            yield _layer("Llama-3-8B", 4096, 4096, tokens, dtype, 128, ("no adapter", BASELINE, *OURS[1:]))
+    for size, rank in ((256, 8),) if quick else ((4096, 8), (4096, 128)):
+        yield _start(size, rank)
+    for dtype in DTYPES:
+        yield _step(dtype, "LoRA", ("no adapter", BASELINE, *OURS), layers=1 if quick else 30)
+        yield _step(dtype, "others", _OTHERS, layers=1 if quick else 30)
+    for dtype in DTYPES:
+        yield _generation(dtype, layers=1 if quick else 30, new_tokens=4 if quick else 16)
+
+
+def _layer(
+    model: str,
+    in_features: int,
+    out_features: int,
+    tokens: int,
+    dtype: str,
+    rank: int = 8,
+    variants=tuple(VARIANTS),
+) -> Case:
+    """Whole layer, forward alone and forward + backward with gradients of x and the adapter."""
+
+    def run(device: torch.device, seconds: float) -> dict:
+        torch.manual_seed(0)
+        base = OneLayer(in_features, out_features, DTYPES[dtype], device)
+        x = torch.randn(1, tokens, in_features, device=device).to(DTYPES[dtype]).requires_grad_()
+        grad = torch.randn(1, tokens, out_features, device=device).to(DTYPES[dtype])
+        models = {variant: adapt(variant, base, ["layer"], rank) for variant in variants}
+
+        def both(model: nn.Module) -> None:
+            x.grad = None
+            model.zero_grad()
+            model(x).backward(grad)
+
+        def forward(model: nn.Module) -> None:
+            with torch.no_grad():
+                model(x)
+
+        works = {
+            f"{what.__name__} {variant}": (lambda what=what, model=model: what(model))
+            for what in (both, forward)
+            for variant, model in models.items()
+        }
+        times = interleaved(works, device, seconds, least=5 if tokens < 4096 else 3)
+        return {
+            what.__name__: summary({v: times[f"{what.__name__} {v}"] for v in variants}, BASELINE)
+            for what in (both, forward)
+        } | {"kept": {v: kept_bytes(model, lambda model=model: model(x)) for v, model in models.items()}}
+
+    ranked = "" if rank == 8 else f", r={rank}"
+    return Case(f"layer, {model}, {in_features} -> {out_features}, {tokens} tokens, {dtype}{ranked}", run)
+
+
+def _start(size: int, rank: int) -> Case:
+    """Making an adapter on one float32 layer, by get_peft_model."""
+    starts = {
+        "n_lora": lambda: NdLoraConfig(init_lora_weights="n_lora", r=rank, target_modules=["layer"]),
+        "ndlinear": lambda: NdLoraConfig(target_modules=["layer"]),
+        "LoRA": lambda: LoraConfig(r=rank, target_modules=["layer"]),
+        "pissa_niter_4": lambda: LoraConfig(
+            init_lora_weights="pissa_niter_4", r=rank, target_modules=["layer"]
+        ),
+        "pissa": lambda: LoraConfig(init_lora_weights="pissa", r=rank, target_modules=["layer"]),
+    }
+
+    def run(device: torch.device, seconds: float) -> dict:
+        torch.manual_seed(0)
+        found = {}
+        for name, config in starts.items():
+            times = []
+            for _ in range(1 if name == "pissa" else 5):
+                model = OneLayer(size, size, torch.float32, device)
+                start = time.perf_counter()
+                get_peft_model(model, config())
+                times.append(time.perf_counter() - start)
+            found[name] = sorted(times)[len(times) // 2] * 1e3
+        return {"ms": found}
+
+    return Case(f"start, {size} x {size}, r={rank}", run)
+
+
+def _smollm2(dtype: torch.dtype, device: torch.device, layers: int) -> nn.Module:
+    """SmolLM2-135M's architecture with random weights, which cost what trained ones cost."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    return LlamaForCausalLM(config).to(device, dtype)
+
+
+def _step(dtype: str, beside: str, variants: tuple[str, ...], layers: int) -> Case:
+    """Forward, backward and AdamW of 2 x 256 tokens, adapters on all linear layers."""
+
+    def run(device: torch.device, seconds: float) -> dict:
+        base = _smollm2(DTYPES[dtype], device, layers)
+        tokens = torch.randint(0, 49152, (2, 256), device=device)
+        models, works = {}, {}
+        for variant in variants:
+            model = models[variant] = adapt(variant, base, TARGETS).train()
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            if not parameters:  # the embedding's output stands for what trains
+                model.enable_input_require_grads()
+                parameters = [nn.Parameter(torch.zeros(1, device=device))]
+            optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+            works[variant] = lambda model=model, optimizer=optimizer: step(model, optimizer)
+
+        def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def loss(model: nn.Module) -> torch.Tensor:
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+        # the peak's step is the one that warms up
+        peak = {variant: peak_bytes(work, device) for variant, work in works.items()}
+        times = interleaved(works, device, seconds * 5, least=3, warm_up=False)
+        return {
+            "step": summary(times, BASELINE),
+            "kept": {v: kept_bytes(model, lambda model=model: loss(model)) for v, model in models.items()},
+            "peak": peak,
+        }
+
+    return Case(f"training step beside {beside}, SmolLM2-135M, 2 x 256 tokens, {dtype}", run)
+
+
+def _generation(dtype: str, layers: int, new_tokens: int) -> Case:
+    """Greedy generation with a cache, one sequence, adapters not merged."""
+
+    def run(device: torch.device, seconds: float) -> dict:
+        base = _smollm2(DTYPES[dtype], device, layers).eval()
+        tokens = torch.randint(0, 49152, (1, 32), device=device)
+        works = {}
+        for variant in ("no adapter", BASELINE, *OURS):
+            model = adapt(variant, base, TARGETS).eval()
+            works[variant] = lambda model=model: model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return {"generation": summary(interleaved(works, device, seconds * 5), BASELINE)}
+
+    return Case(f"generation, SmolLM2-135M, 32 + 16 tokens, {dtype}", run)

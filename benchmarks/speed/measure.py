@@ -1,0 +1,104 @@
+"""How things are measured: time, bytes kept for backward, peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+__all__ = ["interleaved", "kept_bytes", "peak_bytes", "summary"]
+
+
+def interleaved(
+    works: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    least: int = 5,
+    most: int = 200,
+    warm_up: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each work, round after round, every work once a round: what disturbs one disturbs its neighbour."""
+
+    def timed(work: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    if warm_up:
+        for work in works.values():
+            work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or (time.perf_counter() < end and rounds < most):
+        for name, work in works.items():
+            times[name].append(timed(work))
+        rounds += 1
+    return times
+
+
+def summary(times: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
+    """For each work the median in ms, and the ratio to the baseline of the same round: median and quartiles."""
+    found = {}
+    for name, values in times.items():
+        ratios = [value / other for value, other in zip(values, times[baseline], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        found[name] = {
+            "ms": round(statistics.median(values) * 1e3, 4),
+            "ratio": round(median, 4),
+            "ratio_low": round(low, 4),
+            "ratio_high": round(high, 4),
+            "rounds": len(values),
+        }
+    return found
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that a forward keeps for backward: distinct storages, the model's own tensors left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # alive until the sum: no address is used twice
+    del result
+    return sum(kept.values())
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """How far memory rises while `work` runs: the allocator's on CUDA, else the process's (Linux with glibc only)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that was freed before counts as there
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts anew
+        before = _status("VmRSS")
+        work()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))

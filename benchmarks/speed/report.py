@@ -1,0 +1,313 @@
+"""From the JSON of a run: the bars with what was measured, the tables of docs/speed.md, a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.speed.cases import DTYPES, LAYERS, cases
+from benchmarks.speed.variants import BASELINE, OURS, VARIANTS
+
+__all__ = ["BARS", "Bar", "bars_table", "draw", "layers_table", "models_table", "write_docs"]
+
+_LAYER = re.compile(
+    r"layer, (?P<model>.+), (?P<shape>\d+ -> \d+), (?P<tokens>\d+) tokens, (?P<dtype>\w+)(, r=(?P<rank>\d+))?"
+)
+_LARGE = ("Qwen3-1.7B", "Llama-3-8B")
+_GENERATED = re.compile(r"(<!-- speed: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _layers(found: dict, *, models=tuple(LAYERS), dtypes=tuple(DTYPES), rank=None) -> Iterable[dict]:
+    for name, case in found["cases"].items():
+        match = _LAYER.fullmatch(name)
+        if match and match["model"] in models and match["dtype"] in dtypes and match["rank"] == rank:
+            yield case
+
+
+def _ratios(cases: Iterable[dict], variant: str, other: str = BASELINE, what: str = "both") -> list[float]:
+    return [case[what][variant]["ratio"] / case[what][other]["ratio"] for case in cases]
+
+
+def _kept(found: dict, dtype: str, variants: Iterable[str]) -> list[float]:
+    cases = _layers(found, dtypes=(dtype,))
+    return [case["kept"][variant] / case["kept"][BASELINE] for case in cases for variant in variants]
+
+
+def _model(found: dict, kind: str, dtype: str, variant: str, other: str = BASELINE) -> list[float]:
+    return [
+        ratio
+        for name, case in found["cases"].items()
+        if name.startswith(kind) and name.endswith(dtype)
+        if {variant, other} <= case["step" if kind == "training step" else kind].keys()
+        for ratio in _ratios([case], variant, other, "step" if kind == "training step" else kind)
+    ]
+
+
+def _start(found: dict, other: str) -> list[float]:
+    case = found["cases"].get("start, 4096 x 4096, r=128")
+    return [case["ms"]["n_lora"] / case["ms"][other]] if case else []
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure that must not be exceeded: in the mean, and by the worst."""
+
+    work: str
+    ratios: Callable[[dict], list[float]]
+    mean: float | None = None
+    worst: float | None = None
+
+
+BARS = (
+    *(
+        Bar(
+            f"whole layer, NdLinear / LoRA r=8, Qwen3-1.7B and Llama-3-8B, {dtype}",
+            lambda found, dtype=dtype: _ratios(_layers(found, models=_LARGE, dtypes=(dtype,)), "NdLinear"),
+            mean,
+            worst,
+        )
+        for dtype, mean, worst in (("float32", 1.00, 1.06), ("bfloat16", 1.03, 1.08))
+    ),
+    *(
+        Bar(
+            f"whole layer, NdLinear / LoRA r=8, SmolLM2-135M, {dtype}",
+            lambda found, dtype=dtype: _ratios(
+                _layers(found, models=("SmolLM2-135M",), dtypes=(dtype,)), "NdLinear"
+            ),
+            mean,
+        )
+        for dtype, mean in (("float32", 1.02), ("bfloat16", 1.10))
+    ),
+    Bar("whole layer, NdLinear / LoKr", lambda f: _ratios(_layers(f), "NdLinear", "LoKr"), 0.40, 0.50),
+    Bar(
+        "whole layer, NdLinear / reference",
+        lambda f: _ratios(_layers(f), "NdLinear", "reference NdLinear"),
+        0.92,
+        1.00,
+    ),
+    *(
+        Bar(
+            f"whole layer, {variant} / LoRA, r={rank or 8}",
+            lambda found, variant=variant, rank=rank: _ratios(_layers(found, rank=rank), variant),
+            mean,
+        )
+        for variant, mean in (("SLoRA", 1.03), ("NLoRA", 1.08), ("IntTune", 0.97))
+        for rank in (None, "128")
+    ),
+    *(
+        Bar(
+            f"kept for backward, NdLinear, SLoRA, NLoRA / LoRA r=8, {dtype}",
+            lambda found, dtype=dtype: _kept(found, dtype, OURS[:3]),
+            worst=worst,
+        )
+        for dtype, worst in (("float32", 1.0), ("bfloat16", 0.7))
+    ),
+    Bar(
+        "kept for backward, IntTune / LoRA r=8",
+        lambda f: _kept(f, "float32", ("IntTune",)) + _kept(f, "bfloat16", ("IntTune",)),
+        worst=0.1,
+    ),
+    *(
+        Bar(
+            f"training step, SmolLM2-135M, NdLinear / {other}, {dtype}",
+            lambda found, dtype=dtype, other=other: _model(found, "training step", dtype, "NdLinear", other),
+            mean,
+        )
+        for other, dtype, mean in (
+            (BASELINE, "float32", 1.00),
+            (BASELINE, "bfloat16", 0.94),
+            ("LoKr", "float32", 0.55),
+            ("LoKr", "bfloat16", 0.55),
+        )
+    ),
+    Bar("start of one 4096 x 4096 layer, r=128, n_lora / pissa", lambda f: _start(f, "pissa"), 1 / 2000),
+    Bar(
+        "start of one 4096 x 4096 layer, r=128, n_lora / pissa_niter_4",
+        lambda f: _start(f, "pissa_niter_4"),
+        1 / 100,
+    ),
+    *(
+        Bar(
+            f"generation, SmolLM2-135M, not merged, {variant} / LoRA, {dtype}",
+            lambda found, dtype=dtype, variant=variant: _model(found, "generation", dtype, variant),
+            1.00,
+        )
+        for variant in OURS
+        for dtype in DTYPES
+    ),
+)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value >= 0.02 else f"1/{1 / value:,.0f}"
+
+
+def bars_table(found: dict) -> str:
+    """Every bar: what it asks for, what was measured, and how many cases that is."""
+    lines = [
+        "| work | bar: mean (worst) | measured: mean (worst) | cases | |",
+        "|---|---|---|---|---|",
+    ]
+    for bar in BARS:
+        ratios = bar.ratios(found)
+        asked = " ".join(
+            part
+            for part in (_figure(bar.mean), f"({_figure(bar.worst)})" if bar.worst is not None else "")
+            if part
+        )
+        if not ratios:
+            lines.append(f"| {bar.work} | {asked} | | 0 | not measured |")
+            continue
+        mean, worst = statistics.mean(ratios), max(ratios)
+        met = (bar.mean is None or mean <= bar.mean) and (bar.worst is None or worst <= bar.worst)
+        lines.append(
+            f"| {bar.work} | {asked} | {_figure(mean)} ({_figure(worst)}) | {len(ratios)} | "
+            f"{'met' if met else '**missed**'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def layers_table(found: dict) -> str:
+    """Ratios to LoRA r=8 in the mean over shapes and tokens, with the least and the largest."""
+    groups = [(model, dtype) for model in LAYERS for dtype in DTYPES]
+    groups = [group for group in groups if list(_layers(found, models=group[:1], dtypes=group[1:]))]
+    lines = [
+        "| | " + " | ".join(f"{model} {dtype}" for model, dtype in groups) + " |",
+        "|---|" + "---|" * len(groups),
+    ]
+    for title, what in (("forward + backward", "both"), ("forward", "forward")):
+        for variant in VARIANTS:
+            cells = []
+            for model, dtype in groups:
+                ratios = _ratios(_layers(found, models=(model,), dtypes=(dtype,)), variant, what=what)
+                cells.append(f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            lines.append(f"| {title}, {variant} | " + " | ".join(cells) + " |")
+    for variant in VARIANTS:
+        if variant != "no adapter":
+            cells = [
+                f"{statistics.mean(_alone(_layers(found, models=group[:1], dtypes=group[1:]), variant)):.2f}"
+                for group in groups
+            ]
+            lines.append(f"| adapter alone, forward + backward, {variant} | " + " | ".join(cells) + " |")
+    for variant in VARIANTS:
+        cells = [
+            f"{statistics.mean(c['kept'][variant] / c['kept'][BASELINE] for c in _layers(found, models=group[:1], dtypes=group[1:])):.2f}"  # noqa: E501
+            for group in groups
+        ]
+        lines.append(f"| kept for backward, {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _alone(cases: Iterable[dict], variant: str) -> list[float]:
+    """What the adapter adds to the bare layer, against what LoRA adds."""
+    bare = "no adapter"
+    return [
+        (case["both"][variant]["ms"] - case["both"][bare]["ms"])
+        / (case["both"][BASELINE]["ms"] - case["both"][bare]["ms"])
+        for case in cases
+    ]
+
+
+def models_table(found: dict) -> str:
+    """A training step and generation: ratio to LoRA r=8 with its quartiles, ms, and memory."""
+    lines = ["| | ratio (quartiles) | ms | kept for backward | peak memory |", "|---|---|---|---|---|"]
+    for name, case in found["cases"].items():
+        for what in ("step", "generation"):
+            for variant, figures in case.get(what, {}).items():
+                spread = f"{figures['ratio_low']:.2f} to {figures['ratio_high']:.2f}"
+                memory = [
+                    f"{case[kind][variant] / 1e6:,.0f} MB" if case.get(kind, {}).get(variant) else ""
+                    for kind in ("kept", "peak")
+                ]
+                lines.append(
+                    f"| {name}: {variant} | {figures['ratio']:.2f} ({spread}) | {figures['ms']:,.0f} | "
+                    + " | ".join(memory)
+                    + " |"
+                )
+        for variant, milliseconds in case.get("ms", {}).items():
+            lines.append(f"| {name}: {variant} | | {milliseconds:,.1f} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def write_docs(text: str, found: dict) -> str:
+    """The page with its tables made anew from the results."""
+    machine = found["machine"]
+    missing = [case.name for case in cases() if case.name not in found["cases"]]
+    sentence = (
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}; "
+        f"{len(found['cases'])} cases of {len(found['cases']) + len(missing)}.\n"
+        + (
+            f"\n<details><summary>Not measured</summary>\n\n{'; '.join(missing)}.\n</details>\n"
+            if missing
+            else ""
+        )
+    )
+    made = {
+        "machine": lambda: sentence,
+        "bars": lambda: bars_table(found),
+        "layers": lambda: layers_table(found),
+        "models": lambda: models_table(found),
+    }
+    return _GENERATED.sub(lambda match: match[1] + made[match[2]]() + match[3], text)
+
+
+def draw(found: dict, path: Path) -> None:
+    """Ratio to LoRA against tokens, one line a variant, mean over the shapes; a panel for model and dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        len(DTYPES), len(LAYERS), figsize=(13, 7), sharex=True, layout="constrained", squeeze=False
+    )
+    colours = dict(zip(VARIANTS, plt.get_cmap("tab10").colors, strict=False))
+    for row, dtype in zip(panels, DTYPES, strict=True):
+        for panel, model in zip(row, LAYERS, strict=True):
+            points: dict[str, dict[int, list[float]]] = {}
+            for name, case in found["cases"].items():
+                match = _LAYER.fullmatch(name)
+                if match and (match["model"], match["dtype"], match["rank"]) == (model, dtype, None):
+                    for variant, figures in case["both"].items():
+                        points.setdefault(variant, {}).setdefault(int(match["tokens"]), []).append(
+                            figures["ratio"]
+                        )
+            for variant, values in points.items():
+                tokens = sorted(values)
+                panel.plot(
+                    tokens,
+                    [statistics.mean(values[count]) for count in tokens],
+                    marker="o",
+                    label=variant,
+                    color=colours[variant],
+                    linewidth=2.5 if variant in OURS else 1,
+                    linestyle="-" if variant in OURS else "--",
+                )
+            panel.set_title(f"{model}, {dtype}")
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log", base=2)
+            panel.grid(alpha=0.3)
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    figure.supxlabel("tokens")
+    figure.supylabel("time of forward + backward of the whole layer, ratio to LoRA r=8")
+    handles = {}
+    for panel in panels.flat:
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside right upper")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _main() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page, results = root / "docs" / "speed.md", root / "benchmarks" / "speed" / "results" / "cpu.json"
+    page.write_text(write_docs(page.read_text(), json.loads(results.read_text())))
+
+
+if __name__ == "__main__":
+    _main()

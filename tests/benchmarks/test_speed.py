@@ -1,0 +1,87 @@
+"""The speed benchmark runs and goes on where it stopped; the page says what its results say. No time is asserted."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # the benchmarks are not installed
+
+from benchmarks.speed import report  # noqa: E402
+from benchmarks.speed.cases import OneLayer  # noqa: E402
+from benchmarks.speed.measure import interleaved, kept_bytes, summary  # noqa: E402
+from benchmarks.speed.variants import OURS, VARIANTS, ReferenceNdLinear, adapt, shake  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+PAGE = ROOT / "docs" / "speed.md"
+RESULTS = ROOT / "benchmarks" / "speed" / "results" / "cpu.json"
+
+
+def benchmark(*arguments):
+    command = [sys.executable, "-m", "benchmarks.speed", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_page_says_what_the_results_say():
+    assert PAGE.read_text() == report.write_docs(PAGE.read_text(), json.loads(RESULTS.read_text()))
+
+
+@pytest.mark.slow
+def test_a_quick_run_and_its_continuation(tmp_path):
+    path = tmp_path / "speed.json"
+    only_one = ["--quick", "--device", "cpu", "--seconds", "0.01"]
+    benchmark(str(path), *only_one, "--only", "576 -> 576, 256 tokens, float32")
+    first = json.loads(path.read_text())
+    (case,) = first["cases"].values()
+    assert set(case["both"]) == set(case["forward"]) == set(case["kept"]) == set(VARIANTS)
+    assert path.with_suffix(".png").stat().st_size > 0
+    benchmark(str(path), *only_one, "--only", "576, 256 tokens")
+    second = json.loads(path.read_text())
+    assert len(second["cases"]) == 2
+    assert second["cases"].items() >= first["cases"].items()  # measured once
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_its_adapter_alone_around_the_shared_weight(variant):
+    base = OneLayer(24, 18, torch.float32, torch.device("cpu"))
+    model = adapt(variant, base, ["layer"], rank=4)
+    model(torch.randn(3, 24, requires_grad=True)).sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert bool(trained) == (variant != "no adapter")
+    assert all(p.grad.abs().sum() > 0 for p in trained)
+    assert any(p is base.layer.weight for p in model.parameters())
+
+
+def test_the_reference_is_the_kronecker_product():
+    layer = shake(ReferenceNdLinear(torch.nn.Linear(24, 18, bias=False)))
+    x = torch.randn(2, 5, 24)
+    delta = torch.kron(layer.modes[0].weight, layer.modes[1].weight)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ delta.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", OURS)
+def test_no_method_keeps_more_for_backward_than_lora(variant, dtype):
+    base = OneLayer(576, 576, dtype, torch.device("cpu"))
+    x = torch.randn(1, 256, 576, dtype=dtype, requires_grad=True)
+    kept = {}
+    for name in ("LoRA", variant):
+        model = adapt(name, base, ["layer"])
+        kept[name] = kept_bytes(model, lambda model=model: model(x))
+    limit = 0.1 if variant == "IntTune" else 1.0 if dtype == torch.float32 else 0.7
+    assert kept[variant] <= limit * kept["LoRA"]
+
+
+def test_rounds_are_interleaved_and_summed_up():
+    order = []
+    works = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = interleaved(works, torch.device("cpu"), seconds=0, least=2)
+    assert order == ["a", "b"] * 3  # one round to warm up
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    figures = summary({"a": [1.0, 2.0, 4.0], "b": [1.0, 1.0, 1.0]}, "b")
+    assert figures["a"] == {"ms": 2000.0, "ratio": 2.0, "ratio_low": 1.5, "ratio_high": 3.0, "rounds": 3}
