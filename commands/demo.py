@@ -42,10 +42,10 @@ class Recipe:
 
 RECIPES = {
     "lora": Recipe(rank=8, learning_rate=1e-3),
-    "ndlinear": Recipe(rank=1, learning_rate=5e-3),
-    "slora": Recipe(rank=8, learning_rate=2e-3),
-    "nlora": Recipe(rank=8, learning_rate=5e-4),
-    "inttune": Recipe(rank=64, learning_rate=3e-4),
+    "ndlinear": Recipe(rank=1, learning_rate=2e-3),
+    "slora": Recipe(rank=8, learning_rate=1e-3),
+    "nlora": Recipe(rank=8, learning_rate=3e-4),
+    "inttune": Recipe(rank=64, learning_rate=1e-3),
 }
 _START_TOLERANCE = 1e-3  # nats a token: an adapter that has learned nothing must leave the model as it is
 
@@ -78,11 +78,16 @@ for adapter in task["adapters"]:
 def _peft_config(method: str) -> PeftConfig:
     """Every method adapts the same layers: all linear ones but the output head."""
     recipe = RECIPES[method]
-    common = {"r": recipe.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    common = {
+        "r": recipe.rank,
+        "lora_alpha": 2 * recipe.rank,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
     if method == "lora":
         from peft import LoraConfig
 
-        return LoraConfig(lora_alpha=2 * recipe.rank, **common)
+        return LoraConfig(**common)
     from ndlora_plugins import NdLoraConfig
 
     return NdLoraConfig(method=method, **common)

@@ -21,6 +21,8 @@ from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 __all__ = [
     "Bench",
     "answers",
+    "batch_of",
+    "encode",
     "exact_match",
     "fingerprints",
     "held_out_loss",
@@ -67,7 +69,7 @@ def prepare(
         training, kept = generate(wanted, seed), generate(held_out, seed, held_out=True)
     else:
         usable = [
-            problem for problem in problems if sum(map(len, _encode(tokenizer, problem))) <= _MAX_TOKENS
+            problem for problem in problems if sum(map(len, encode(tokenizer, problem))) <= _MAX_TOKENS
         ]
         kept, training = usable[:held_out], usable[held_out:]
         if not training:
@@ -78,9 +80,9 @@ def prepare(
             )
         training = (training * (wanted // len(training) + 1))[:wanted]
     batches = [
-        _batch(tokenizer, training[start : start + batch_size]) for start in range(0, wanted, batch_size)
+        batch_of(tokenizer, training[start : start + batch_size]) for start in range(0, wanted, batch_size)
     ]
-    longest = max(len(_encode(tokenizer, problem)[1]) for problem in kept)
+    longest = max(len(encode(tokenizer, problem)[1]) for problem in kept)
     return Bench(name, loaded, tokenizer, batches, kept, min(exact, len(kept)), longest + _ROOM)
 
 
@@ -143,15 +145,15 @@ def prompt(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer:"
 
 
-def _encode(tokenizer: Any, problem: Problem) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Any, problem: Problem) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the answer, which ends in the end-of-text token."""
     answer = tokenizer(f" {problem.answer}", add_special_tokens=False)["input_ids"]
     return tokenizer(prompt(problem))["input_ids"], [*answer, tokenizer.eos_token_id]
 
 
-def _batch(tokenizer: Any, problems: Sequence[Problem]) -> dict[str, torch.Tensor]:
+def batch_of(tokenizer: Any, problems: Sequence[Problem]) -> dict[str, torch.Tensor]:
     """Tensors of (problems, tokens), padded on the left; the labels are -100 outside the answers."""
-    pairs = [_encode(tokenizer, problem) for problem in problems]
+    pairs = [encode(tokenizer, problem) for problem in problems]
     width = max(len(question) + len(answer) for question, answer in pairs)
     rows: dict[str, list[list[int]]] = {
         "input_ids": [],
@@ -193,7 +195,7 @@ def held_out_loss(bench: Bench, model: torch.nn.Module, *, batch_size: int = 16)
     problems = sorted(bench.held_out, key=lambda problem: len(problem.question))  # for little padding
     total, tokens = 0.0, 0
     for start in range(0, len(problems), batch_size):
-        batch = _batch(bench.tokenizer, problems[start : start + batch_size])
+        batch = batch_of(bench.tokenizer, problems[start : start + batch_size])
         total += loss(bench, model, batch, reduction="sum").item()
         tokens += int((batch["labels"] != -100).sum())
     return total / tokens

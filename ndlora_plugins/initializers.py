@@ -75,8 +75,13 @@ def first_step_gain(layout: Layout) -> float:
     moves it by c * in_mode_1 / sqrt(3)^(N-1), spread over out_mode_2 ... out_mode_N and so divided by the root of
     their product. The gain makes the two equal: a LoRA recipe's learning rate holds for any modes and terms, as it
     does for any rank with rsLoRA (arXiv 2312.03732).
+
+    For an index, an embedding's input, LoRA starts with N(0, 1) and moves the output by c * r, a Kronecker term by
+    c * sqrt(out_mode_1) / sqrt(3)^(N-1).
     """
     others = len(layout.in_modes) - 1
+    if layout.one_hot:
+        return _REFERENCE_RANK * math.sqrt(3) ** others / (layout.rank * math.sqrt(layout.out_modes[0]))
     spread = math.sqrt(math.prod(layout.out_modes[1:]))
     lora = math.sqrt(2 / math.pi) * _REFERENCE_RANK / math.sqrt(3)
     return lora * spread * math.sqrt(3) ** others / (layout.rank * layout.in_modes[0])

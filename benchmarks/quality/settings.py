@@ -77,7 +77,7 @@ SETTINGS = (
     _core("inttune", 64, 3e-5),
     _core("inttune", 128, 1e-3, "inttune-r128-step", init_lora_weights="n_lora_step", lora_alpha=256),
     _core("inttune", 8, 1e-3, "inttune-r8-step", init_lora_weights="n_lora_step", lora_alpha=16),
-    _ndlinear("ndlinear", 1, 3e-3, init_lora_weights="zero_mode"),
+    _ndlinear("ndlinear-zero-mode", 1, 3e-3, init_lora_weights="zero_mode"),
     _ndlinear("ndlinear-random-anchored", 1, 1e-3, init_lora_weights="ndlinear", lora_alpha=4),
     _ndlinear("ndlinear-2terms-kronecker", 2, 1e-3, init_lora_weights="kronecker", lora_alpha=4),
     _ndlinear("ndlinear-3modes-kronecker", 1, 1e-3, num_modes=3, init_lora_weights="kronecker", lora_alpha=2),
@@ -90,7 +90,7 @@ SETTINGS = (
     _ndlinear(
         "ndlinear-first12-kronecker", 1, 1e-3, ("first", 12), init_lora_weights="kronecker", lora_alpha=2
     ),
-    _ndlinear("ndlinear-4terms", 4, 1e-3, init_lora_weights="zero_mode"),
+    _ndlinear("ndlinear-4terms-zero-mode", 4, 1e-3, init_lora_weights="zero_mode"),
     Setting("lokr-full", "LOKR", {"r": 1024, "alpha": 1024, "decompose_factor": -1}, 3e-3),
     Setting("lokr-factor4", "LOKR", {"r": 32, "alpha": 32, "decompose_factor": 4}, 3e-3),
     Setting("pissa-r8", "LORA", _lora(8, init_lora_weights="pissa"), 3e-5),

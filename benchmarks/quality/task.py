@@ -75,7 +75,7 @@ def load_problems(task: Task, data: Path | None, tokenizer: Any) -> tuple[list[P
         training, held_out = problems[: -task.lines_held_out], problems[-task.lines_held_out :]
 
     def short(problem: Problem) -> bool:
-        return sum(map(len, finetune._encode(tokenizer, problem))) <= task.max_tokens
+        return sum(map(len, finetune.encode(tokenizer, problem))) <= task.max_tokens
 
     training, held_out = list(filter(short, training)), list(filter(short, held_out))[: task.held_out]
     if len(training) < wanted or len(held_out) < task.held_out:
@@ -101,7 +101,7 @@ def bench_for(task: Task, bench: finetune.Bench, training: Sequence[Problem], se
     wanted = task.steps * task.batch_size
     drawn = random.Random(seed).sample(list(training), wanted)
     batches = [
-        finetune._batch(bench.tokenizer, drawn[start : start + task.batch_size])
+        finetune.batch_of(bench.tokenizer, drawn[start : start + task.batch_size])
         for start in range(0, wanted, task.batch_size)
     ]
     return replace(bench, batches=batches)
@@ -158,7 +158,7 @@ class LastBlocks:
             key=lambda problem: len(problem.question),
         )
         for start in range(0, len(missing), 8):
-            batch = finetune._batch(tokenizer, missing[start : start + 8])
+            batch = finetune.batch_of(tokenizer, missing[start : start + 8])
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             with torch.inference_mode():
                 hidden = self.whole.get_decoder()(**inputs, output_hidden_states=True).hidden_states[lower]
@@ -170,7 +170,7 @@ class LastBlocks:
 
     @torch.inference_mode()
     def _check(self, tokenizer: Any, problems: Sequence[Problem]) -> None:
-        batch = finetune._batch(tokenizer, problems)
+        batch = finetune.batch_of(tokenizer, problems)
         bench = finetune.Bench("", self.whole, tokenizer, [], [], 0, 0)
         losses = [finetune.loss(bench, model, batch).item() for model in (self.whole, self.model)]
         if not abs(losses[0] - losses[1]) <= 1e-3 * losses[0]:
@@ -190,7 +190,7 @@ class _Memory(torch.nn.Module):
 
     @staticmethod
     def key(tokenizer: Any, problem: Problem) -> tuple[int, ...]:
-        question, answer = finetune._encode(tokenizer, problem)
+        question, answer = finetune.encode(tokenizer, problem)
         return (*question, *answer)
 
     def forward(self, input_ids: Tensor) -> Tensor:

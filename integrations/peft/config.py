@@ -88,7 +88,8 @@ class NdLoraConfig(PeftConfig):
         default=True,
         metadata={
             "help": "True: the method's own start, which leaves the model's function as it is. False: random and "
-            "not zero (for tests). 'ndlinear': the reference's. 's_lora', 'n_lora', or one of a plugin."
+            "not zero (for tests). Or a name: 'lora_step', 'kronecker', 'zero_mode', 'ndlinear' (the reference's), "
+            "'s_lora', 'n_lora', 'n_lora_step', or one of a plugin; `ndlora methods` says what each is."
         },
     )
     anchor: str | None = field(

@@ -15,6 +15,7 @@ class IntTune(NLora):
 
     name = "inttune"
     summary = "NLoRA with down and up frozen: rank x rank numbers a layer"
+    default_initializer = "n_lora_step"
 
     def factors(self, layout):
         return tuple(replace(factor, trainable=factor.name == "core") for factor in super().factors(layout))

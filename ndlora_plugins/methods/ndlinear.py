@@ -24,7 +24,7 @@ class NdLinear(Method):
     summary = "structured N-dimensional update: a small matrix for each mode of the layer"
     source = "arXiv 2503.17353"
     default_rank = 1
-    default_initializer = "zero_mode"
+    default_initializer = "lora_step"
     uses_modes = True
 
     def factors(self, layout):

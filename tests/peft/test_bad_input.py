@@ -27,7 +27,7 @@ OPTIONS = [
         {"method": "inttune", "init_lora_weights": "s_lora"},
         r"'s_lora' cannot start method='inttune'.*never get a gradient",
     ),
-    ({"method": "ndlinear", "init_lora_weights": "n_lora"}, r"cannot start method='ndlinear'.*'zero_mode'"),
+    ({"method": "ndlinear", "init_lora_weights": "n_lora"}, r"cannot start method='ndlinear'.*'lora_step'"),
     ({"r": 0}, r"r=0: a rank must be an integer of at least 1"),
     ({"r": 2.5}, r"r=2.5: a rank must be an integer"),
     ({"rank_pattern": {"q_proj": 0}}, r"q_proj=0: a rank must be"),

@@ -12,7 +12,13 @@ from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
-METHODS = ["ndlinear", "slora", "nlora", "inttune"]
+# the noise that stands for a training is of one size, so inttune starts from the slices as they are
+METHODS = {
+    "ndlinear": {},
+    "slora": {},
+    "nlora": {},
+    "inttune": {"init_lora_weights": "n_lora"},
+}
 # base -> largest change of an output, of a norm of about 1, that rounding the merged weights may cause
 MERGE_ERROR = {"4bit": 0.3, "8bit": 0.03, "torchao": 0.03}
 # base -> the same for loading again: bitsandbytes computes in 16 bit, or less, in some modes
@@ -65,6 +71,7 @@ def kind(request):
 @pytest.fixture(params=METHODS)
 def config(request):
     def make(**options):
+        options = {**METHODS[request.param], **options}
         return NdLoraConfig(method=request.param, r=4, target_modules=["first", "second"], **options)
 
     return make
