@@ -68,9 +68,7 @@ def prepare(
     if problems is None:
         training, kept = generate(wanted, seed), generate(held_out, seed, held_out=True)
     else:
-        usable = [
-            problem for problem in problems if sum(map(len, encode(tokenizer, problem))) <= _MAX_TOKENS
-        ]
+        usable = [problem for problem in problems if sum(map(len, encode(tokenizer, problem))) <= _MAX_TOKENS]
         kept, training = usable[:held_out], usable[held_out:]
         if not training:
             raise NdLoraValueError(
