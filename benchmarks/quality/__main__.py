@@ -68,7 +68,8 @@ def main(
         _print_plan(chosen, results, task, console)
         return
     try:
-        _run_all(chosen, results, chosen_task, data, model, cache, device, console)
+        with torch.device(device):
+            _run_all(chosen, results, chosen_task, data, model, cache, device, console)
     except NdLoraError as error:
         raise SystemExit(f"Error: {error}") from error
     report.write_files(results / task)
@@ -95,7 +96,6 @@ def _run_all(
     if not _missing(settings, results, task):
         console.print("nothing is missing")
         return
-    torch.set_default_device(device)
     loaded, tokenizer, name = finetune.load_model(model)
     for result in read_results(results / task.name):
         if result["task"] != describe(task, name):

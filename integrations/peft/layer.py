@@ -144,7 +144,9 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(trained, frozen) of one adapter, of one dtype."""
-        trained = dict(self.ndlora_factors[adapter].items())
+        trained = self.ndlora_factors[
+            adapter
+        ]._parameters  # as it is: ParameterDict.items() costs microseconds
         if adapter not in self.ndlora_frozen:
             return trained, {}
         holder = self.ndlora_frozen[adapter]

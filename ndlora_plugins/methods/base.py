@@ -117,7 +117,7 @@ class Method:
         down, up = low_rank
         # (k, in_channels, *kernel), then a matrix over the channels
         y = convolution(x, down.reshape(len(down), -1, *layout.trailing))
-        return torch.matmul(up, y.flatten(2)).unflatten(2, y.shape[2:])
+        return torch.matmul(up, y.flatten(2)).view(len(y), len(up), *y.shape[2:])
 
     def low_rank(self, layout: Layout, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """dW = up @ down exactly, as (down (k, in_features), up (out_features, k)); None if no small k exists."""

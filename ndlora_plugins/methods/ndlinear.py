@@ -53,7 +53,7 @@ class NdLinear(Method):
             torch.unravel_index(indices.reshape(-1), layout.in_modes),
             strict=True,
         ):
-            columns = F.embedding(index, mode.flatten(0, 1).T).unflatten(1, mode.shape[:2])
+            columns = F.embedding(index, mode.flatten(0, 1).T).view(-1, *mode.shape[:2])
             # (tokens, terms, out so far, 1) * (tokens, terms, 1, out_mode)
             rows = columns if rows is None else (rows.unsqueeze(3) * columns.unsqueeze(2)).flatten(2)
         return rows.sum(1).reshape(*indices.shape, layout.out_features)
@@ -68,7 +68,7 @@ class NdLinear(Method):
         kernels = kronecker_terms(modes[channels:]) if kernel else x.new_ones(layout.rank)
         planes = x.flatten(0, 1).unsqueeze(1)
         planes = convolution(planes, kernels.reshape(layout.rank, 1, *layout.trailing))
-        planes = planes.unflatten(0, x.shape[:2])  # (batch, channels, terms, *size)
+        planes = planes.view(*x.shape[:2], *planes.shape[1:])  # (batch, channels, terms, *size)
         y = None
         for term in range(layout.rank):
             one = [mode[term : term + 1] for mode in modes[:channels]]

@@ -21,7 +21,8 @@ METHODS = {
     "ndlinear": {"method": "ndlinear"},
     "slora": {"method": "slora", "r": 2},
     "nlora": {"method": "nlora", "r": 2},
-    "inttune": {"method": "inttune", "r": 2},
+    # the slices as they are: the noise that stands for a training is of one size
+    "inttune": {"method": "inttune", "r": 2, "init_lora_weights": "n_lora"},
 }
 ALL, NONE = tuple(METHODS), ()
 STEPS = [
@@ -224,7 +225,9 @@ def weighted_sum(case):
     expected = case.output(model)
     model.add_weighted_adapter(["default", "default"], [0.25, 0.75], "sum")
     model.set_adapter("sum")
-    torch.testing.assert_close(case.output(model), expected, atol=1e-4, rtol=1e-3)
+    # bitsandbytes rounds the activations too, in some modes
+    atol = 5e-3 if case.options else 1e-4
+    torch.testing.assert_close(case.output(model), expected, atol=atol, rtol=1e-3)
 
 
 def convert(case):
