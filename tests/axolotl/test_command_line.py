@@ -145,7 +145,7 @@ def test_axolotls_keys_and_the_block_with_the_plugin_listed(axolotl, tiny, least
 @pytest.mark.step("lora_model_dir as the start of a training", method="inttune")
 def test_a_4_bit_base_and_a_second_training_that_goes_on(axolotl, least, tmp_path):
     config = {**least(tmp_path / "one"), "load_in_4bit": True, "ndlora": {"method": "inttune"}}
-    config["learning_rate"] = 0.05
+    config["learning_rate"] = 0.005
     config["lora_r"] = 4
     first = logged_losses(axolotl("train", config, tmp_path))
     storage = {layer["storage"] for layer in saved_config(tmp_path / "one")["base_fingerprint"].values()}
