@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
 
-__all__ = ["Product", "add_mm_", "add_product", "compute_dtype", "linear_with_product"]
+__all__ = ["FEW_TOKENS", "Product", "add_mm_", "add_product", "compute_dtype", "linear_with_product"]
 
 Kept = tuple[Tensor, ...]
 Gradients = list[Tensor | None]
@@ -96,12 +96,12 @@ def compute_dtype(x: Tensor, tensors: Sequence[Tensor]) -> torch.dtype:
         return torch.get_autocast_dtype(x.device.type)
     dtype = tensors[0].dtype
     if x.dtype == torch.bfloat16 and dtype == torch.float32:
-        if torch.is_grad_enabled() or x.numel() > _FEW_TOKENS * x.shape[-1]:
+        if torch.is_grad_enabled() or x.numel() > FEW_TOKENS * x.shape[-1]:
             return torch.bfloat16
     return dtype
 
 
-_FEW_TOKENS = 16
+FEW_TOKENS = 16  # up to so many, what is done to the tensors costs more than what is done to x
 
 
 class _Update(torch.autograd.Function):
@@ -181,11 +181,11 @@ def _can_fuse(*tensors: Tensor | None) -> bool:
     return (
         enabled
         and not torch.compiler.is_compiling()
-        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, type(None)))
 
 
 def _run(product, tensors, weight, bias, output, x, scaling):
@@ -219,14 +219,21 @@ def add_product(
     Returns:
         (..., out_features), in output's dtype.
     """
-    dtype = compute_dtype(x, tensors)
+    return _add(product, tensors, output, x, scaling, in_place, compute_dtype(x, tensors))
+
+
+def _add(product, tensors, output, x, scaling, in_place, dtype):
+    """`add_product`, computed in `dtype`."""
+    given = output.dtype
     x = x.to(dtype)
     if not _can_fuse(output, x, *tensors):
         y = product.plain(x, [tensor.to(dtype) for tensor in tensors])
-        return (output + (y if scaling == 1 else y * scaling)).to(output.dtype)
+        return (output + (y if scaling == 1 else y * scaling)).to(given)
+    if given != dtype == torch.promote_types(given, dtype):
+        output, in_place = output.to(dtype), True  # a copy
     if in_place and output.dtype == dtype and _may_change(output):
-        return _run(product, tensors, None, None, output, x, scaling)
-    return (output + _run(product, tensors, None, None, None, x, scaling)).to(output.dtype)
+        return _run(product, tensors, None, None, output, x, scaling).to(given)
+    return (output + _run(product, tensors, None, None, None, x, scaling)).to(given)
 
 
 def _may_change(output: Tensor) -> bool:
@@ -261,4 +268,4 @@ def linear_with_product(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if frozen and x.dtype == weight.dtype == dtype and _can_fuse(weight, bias, x, *tensors):
         return _run(product, tensors, weight, bias, None, x, scaling)
-    return add_product(product, tensors, F.linear(x, weight, bias), x, scaling, in_place=True)
+    return _add(product, tensors, F.linear(x, weight, bias), x, scaling, True, dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ndlora_plugins.fused import Product, add_mm_
+from ndlora_plugins.fused import FEW_TOKENS, Product, add_mm_
 
 __all__ = ["AnchoredCoreProduct", "CoreProduct"]
 
@@ -72,6 +72,12 @@ class AnchoredCoreProduct(Product):
         )
 
     def forward(self, x, tensors, needs, result, scaling):
+        if len(x) <= FEW_TOKENS and True not in needs:  # joining the tensors would cost more than it saves
+            down, core, up, start_down, start_core, start_up = _cast(tensors, x.dtype)
+            d = x @ down.T
+            both = x @ start_down.T + d
+            result = add_mm_(result, both @ (start_core + core).T, up.T, scaling)
+            return add_mm_(result, torch.addmm(d @ start_core.T, both, core.T), start_up.T, scaling), ()
         downs, core, cores, ups = self._joined(tensors, x.dtype)
         rank = len(core)
         h = x @ downs.T  # (tokens, 2 rank)

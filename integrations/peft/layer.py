@@ -144,12 +144,11 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(trained, frozen) of one adapter, of one dtype."""
-        trained = self.ndlora_factors[
-            adapter
-        ]._parameters  # as it is: ParameterDict.items() costs microseconds
-        if adapter not in self.ndlora_frozen:
+        # `_modules` and `_parameters`: attributes of a module and ParameterDict.items() cost microseconds
+        trained = self._modules["ndlora_factors"]._modules[adapter]._parameters
+        holder = self._modules["ndlora_frozen"]._modules.get(adapter)
+        if holder is None:
             return trained, {}
-        holder = self.ndlora_frozen[adapter]
         frozen = holder.tensors()
         reference = next(iter(trained.values()))
         stale = [
@@ -353,10 +352,9 @@ class NdLoraLinear(NdLoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `NdLoraLayer.forward`; a plain `nn.Linear` and its first adapter go through one function."""
-        base = self.base_layer
+        base, factors = self._modules["base_layer"], self._modules["ndlora_factors"]._modules
         if args or kwargs or self.merged_adapters or self._disable_adapters or not _is_plain_linear(base):
             return super().forward(x, *args, **kwargs)
-        factors = self.ndlora_factors
         first, *others = [name for name in self.active_adapters if name in factors] or [None]
         if first is None or (self.training and not isinstance(self.ndlora_dropout[first], nn.Identity)):
             return super().forward(x)
