@@ -42,7 +42,7 @@ class Recipe:
 
 RECIPES = {
     "lora": Recipe(rank=8, learning_rate=1e-3),
-    "ndlinear": Recipe(rank=1, learning_rate=2e-3),
+    "ndlinear": Recipe(rank=1, learning_rate=1e-3),
     "slora": Recipe(rank=8, learning_rate=1e-3),
     "nlora": Recipe(rank=8, learning_rate=3e-4),
     "inttune": Recipe(rank=64, learning_rate=1e-3),
@@ -80,7 +80,7 @@ def _peft_config(method: str) -> PeftConfig:
     recipe = RECIPES[method]
     common = {
         "r": recipe.rank,
-        "lora_alpha": 2 * recipe.rank,
+        "lora_alpha": 16,
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }

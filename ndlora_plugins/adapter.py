@@ -29,7 +29,7 @@ class AdapterOptions:
     Attributes:
         method, init_lora_weights: as `registry.method_and_initializer` takes them.
         rank: None for the method's default.
-        alpha: scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`; None for alpha = rank.
+        alpha: scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`; None for the start's own, else rank.
         anchor: "snapshot", "none", or None for "snapshot" exactly where the start would move the model.
         num_modes: into how many modes in and out features are split where `in_modes`, `out_modes` do not say it;
             experts and the axes of a kernel are modes of their own beside them.
@@ -268,7 +268,9 @@ def plan_layer(
             f"{layer!r} with its weight of {out_features} x {in_features} (out x in), but r={rank}. Lower r, or "
             f"give this layer a smaller one in rank_pattern."
         )
-    alpha = rank if options.alpha is None else options.alpha
+    alpha = options.alpha
+    if alpha is None:
+        alpha = initializer.default_alpha or rank
     scaling = alpha / (math.sqrt(rank) if options.use_rslora else rank)
     return LayerAdapter(method, initializer, layout, scaling, resolve_anchor(options.anchor, initializer))
 
@@ -314,14 +316,15 @@ def _modes(
             f"{num_modes} modes for layer {layer!r}{beside}: at least {least} {'is' if least == 1 else 'are'} needed."
         )
     # (experts, out) x (in, height, width): an axis of one side has a mode of size 1 on the other
-    ones = {"in_modes": (len(before), 0), "out_modes": (0, len(after))}
-    axes = {"in_modes": ((), after), "out_modes": (before, ())}
+    sides = {
+        "in_modes": (in_features, (1,) * len(before), after),
+        "out_modes": (out_features, before, (1,) * len(after)),
+    }
     found = []
-    for side, features in (("in_modes", in_features), ("out_modes", out_features)):
+    for side, (features, first, last) in sides.items():
         if given[side] is not None:
             found.append(check_modes(tuple(given[side]), features, side, layer))
-            continue
-        first, last = axes[side]
-        split = balanced_modes(features // math.prod((*first, *last)), num_modes)
-        found.append((1,) * ones[side][0] + first + split + last + (1,) * ones[side][1])
+        else:
+            split = balanced_modes(features // math.prod((*first, *last)), num_modes)
+            found.append((*first, *split, *last))
     return found[0], found[1]

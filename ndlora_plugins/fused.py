@@ -178,11 +178,7 @@ enabled = True  # False: plain autograd everywhere
 
 def _can_fuse(*tensors: Tensor | None) -> bool:
     # torch.compile fuses plain functions itself; subclasses (DTensor, quantised) bring their own products
-    return (
-        enabled
-        and not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, tensors))
-    )
+    return enabled and not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, type(None)))

@@ -31,6 +31,7 @@ class Initializer:
         function: (method, layout, weight, generator) -> a value for every factor, float32 (or the weight's
             dtype). `weight` is (out_features, in_features), or None unless `reads_weight`.
         max_rank: the largest rank that a layout allows, or None for any.
+        default_alpha: the alpha that it is made for; None for the rank.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Initializer:
     function: Callable[[Method, Layout, Tensor | None, Generator | None], Values]
     refuses: Mapping[str, str] = field(default_factory=dict, hash=False)
     max_rank: Callable[[Layout], int] | None = None
+    default_alpha: float | None = None
 
 
 def kaiming_uniform(factor: Factor, generator: Generator | None = None) -> Tensor:
@@ -62,8 +64,8 @@ def _random_but_zero(zero: str):
     return start
 
 
-# LoRA of this rank and the same scaling is what the learning rates of the starts below are matched to
-_REFERENCE_RANK = 8
+# what LoRA recipes have with r=8, and the starts below in place of alpha = rank
+_RECIPE_ALPHA = 16
 
 
 def first_step_gain(layout: Layout) -> float:
@@ -71,20 +73,19 @@ def first_step_gain(layout: Layout) -> float:
 
     Adam's first step changes every number by the learning rate, with its gradient's sign. In units of the learning
     rate and of x's root mean square, the output of LoRA (up zero, down Kaiming-uniform) then moves along its gradient
-    by c * c * r / sqrt(3), with c = sqrt(2 / pi) the mean of |a normal number|. With mode 1 zero, a Kronecker term
-    moves it by c * in_mode_1 / sqrt(3)^(N-1), spread over out_mode_2 ... out_mode_N and so divided by the root of
-    their product. The gain makes the two equal: a LoRA recipe's learning rate holds for any modes and terms, as it
-    does for any rank with rsLoRA (arXiv 2312.03732).
+    by alpha * c * c / sqrt(3), with c = sqrt(2 / pi) the mean of |a normal number|, whatever its rank. With mode 1
+    zero, Kronecker terms move it by alpha * c * in_mode_1 / sqrt(3)^(N-1), spread over out_mode_2 ... out_mode_N and
+    so divided by the root of their product, whatever their number. The gain makes the two equal: the learning rate
+    and the alpha of a LoRA recipe hold for any modes and terms.
 
-    For an index, an embedding's input, LoRA starts with N(0, 1) and moves the output by c * r, a Kronecker term by
-    c * sqrt(out_mode_1) / sqrt(3)^(N-1).
+    For an index, an embedding's input, LoRA starts with N(0, 1) and moves the output by alpha * c, Kronecker terms by
+    alpha * c * sqrt(out_mode_1) / sqrt(3)^(N-1).
     """
-    others = len(layout.in_modes) - 1
+    others = math.sqrt(3) ** (len(layout.in_modes) - 1)
     if layout.one_hot:
-        return _REFERENCE_RANK * math.sqrt(3) ** others / (layout.rank * math.sqrt(layout.out_modes[0]))
+        return others / math.sqrt(layout.out_modes[0])
     spread = math.sqrt(math.prod(layout.out_modes[1:]))
-    lora = math.sqrt(2 / math.pi) * _REFERENCE_RANK / math.sqrt(3)
-    return lora * spread * math.sqrt(3) ** others / (layout.rank * layout.in_modes[0])
+    return math.sqrt(2 / math.pi) / math.sqrt(3) * others * spread / layout.in_modes[0]
 
 
 def _lora_step(method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None) -> Values:
@@ -170,7 +171,7 @@ def _n_lora_step(
     """The slices of `_n_lora`, scaled as if they were LoRA's: down as Kaiming-uniform, core so that it keeps lengths.
 
     The derivation is that of `first_step_gain`. Where the core alone trains, its rank * rank numbers step at once and
-    the output moves by rank * rank / out_features times the columns' length, where LoRA's moves by its rank.
+    the output moves by alpha * rank / out_features times the columns' length.
     """
     slices = _n_lora(method, layout, weight.float(), generator)
     rank = layout.rank
@@ -178,8 +179,7 @@ def _n_lora_step(
     lengths = {
         "down": math.sqrt(rank / 3),
         "core": math.sqrt(rank),
-        "up": math.sqrt(rank)
-        * (_REFERENCE_RANK * layout.out_features / rank**2 if core_alone else 1 / math.sqrt(3)),
+        "up": layout.out_features / math.sqrt(rank) if core_alone else math.sqrt(rank / 3),
     }
     return {name: value * (lengths[name] / value.norm().clamp(min=1e-30)) for name, value in slices.items()}
 
@@ -196,12 +196,13 @@ builtin_initializers = (
     ),
     Initializer(
         "lora_step",
-        "zero_mode, scaled so that the learning rate of a LoRA recipe holds whatever the modes and terms",
+        "zero_mode, scaled so that the learning rate and alpha of a LoRA recipe hold whatever the modes and terms",
         "first_step_gain in ndlora_plugins/initializers.py; docs/quality.md",
         ("ndlinear",),
         reads_weight=False,
         starts_at_zero=True,
         function=_lora_step,
+        default_alpha=_RECIPE_ALPHA,
     ),
     Initializer(
         "kronecker",
@@ -212,6 +213,7 @@ builtin_initializers = (
         starts_at_zero=False,
         function=_kronecker,
         max_rank=_kronecker_terms,
+        default_alpha=_RECIPE_ALPHA,
     ),
     Initializer(
         "ndlinear",
@@ -246,13 +248,14 @@ builtin_initializers = (
     ),
     Initializer(
         "n_lora_step",
-        "n_lora's slices, scaled so that the learning rate of a LoRA recipe holds",
+        "n_lora's slices, scaled so that the learning rate and alpha of a LoRA recipe hold",
         "arXiv 2502.14482; _n_lora_step in ndlora_plugins/initializers.py; docs/quality.md",
         ("nlora", "inttune"),
         reads_weight=True,
         starts_at_zero=False,
         function=_n_lora_step,
         max_rank=lambda layout: min(layout.in_features, layout.out_features),
+        default_alpha=_RECIPE_ALPHA,
     ),
     Initializer(
         "random",

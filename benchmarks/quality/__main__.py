@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.common import write_json
 from benchmarks.quality import report, sweep
-from benchmarks.quality.runs import Run, describe, path_of, read_results, run, write
+from benchmarks.quality.runs import Run, describe, path_of, read_results, run
 from benchmarks.quality.settings import SETTINGS, Setting
 from benchmarks.quality.task import TASKS, LastBlocks, Task, bench_for, load_problems
 from ndlora_plugins.commands import finetune
@@ -125,7 +126,7 @@ def _run_all(
                     bar, completed=step, loss=loss
                 ),
             )
-        write(result, path_of(results, task, wanted))
+        write_json(result, path_of(results, task, wanted))
         console.print(
             f"{label}: held-out loss {result['held_out_loss']}, {result['parameters']:,} parameters, "
             f"{result['seconds_a_step']} s a step; at least {len(runs) - 1} runs to go",

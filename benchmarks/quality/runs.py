@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -17,14 +16,14 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from benchmarks.common import begin_peak, peak_memory
 from benchmarks.quality.settings import Setting, peft_config
 from benchmarks.quality.task import LastBlocks, Task
 from ndlora_plugins.commands import finetune
 
-__all__ = ["Run", "describe", "path_of", "read_results", "run", "write"]
+__all__ = ["Run", "describe", "path_of", "read_results", "run"]
 
 _PACKAGES = ("ndlora-plugins", "torch", "peft", "transformers")
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,6 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write beside, then move into place: a file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(path)
-
-
 def run(
     wanted: Run, task: Task, bench: finetune.Bench, blocks: LastBlocks, on_step: Callable[[int, float], None]
 ) -> dict[str, Any]:
@@ -78,7 +69,7 @@ def run(
     followed = replace(bench, held_out=bench.held_out[: task.curve])
     weights = {name: value.clone() for name, value in bench.model.get_decoder().layers.state_dict().items()}
     torch.manual_seed(wanted.seed)
-    _forget_peak_memory()
+    begin_peak(bench.model.device)
     model = get_peft_model(bench.model, peft_config(wanted.setting, bench.model)).eval()
     curve = [(0, finetune.held_out_loss(followed, model))]
     losses: list[float] = []
@@ -105,7 +96,7 @@ def run(
     except _Diverged:
         model.zero_grad(set_to_none=True)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    peak = _peak_memory()
+    peak = peak_memory(bench.model.device)
     # PiSSA writes the base weight, and `unload` leaves it so
     model.unload().get_decoder().layers.load_state_dict(weights)
     return {
@@ -126,21 +117,3 @@ def run(
 
 def _rounded(value: float | None) -> float | None:
     return round(value, 5) if value is not None and math.isfinite(value) else None
-
-
-def _forget_peak_memory() -> None:
-    """Let the process's peak begin anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
-        _CLEAR.write_text("5")
-
-
-def _peak_memory() -> int | None:
-    """Bytes since then: of the GPU, else resident ones of the whole process, base model and all. None elsewhere."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if not _CLEAR.exists():
-        return None
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

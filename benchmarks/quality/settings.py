@@ -60,38 +60,29 @@ def _core(method: str, rank: int, lowest: float, name: str | None = None, **opti
 
 SETTINGS = (
     Setting("lora-r8", "LORA", _lora(8), 3e-4),
-    _ndlinear("ndlinear-kronecker", 1, 1e-3, init_lora_weights="kronecker", lora_alpha=2),
-    _ndlinear("ndlinear-lora-step", 1, 1e-3, init_lora_weights="lora_step", lora_alpha=2),
+    _ndlinear("ndlinear-1term", 1, 1e-3),
     Setting("lora-r1", "LORA", _lora(1), 1e-3),
-    _ndlinear(
-        "ndlinear-3modes-6terms-kronecker", 6, 1e-3, num_modes=3, init_lora_weights="kronecker", lora_alpha=12
-    ),
-    _ndlinear("ndlinear-4terms-kronecker", 4, 1e-3, init_lora_weights="kronecker", lora_alpha=8),
+    _ndlinear("ndlinear-4terms", 4, 1e-3),
     Setting("lora-r4", "LORA", _lora(4), 1e-3),
     _core("slora", 8, 1e-3),
-    _core("nlora", 8, 3e-4),
-    _core("nlora", 8, 3e-4, "nlora-r8-no-anchor", anchor="none"),
     _core("nlora", 8, 1e-3, "nlora-r8-step", init_lora_weights="n_lora_step", lora_alpha=16),
-    _core("inttune", 32, 1e-3, "inttune-r32-step", init_lora_weights="n_lora_step", lora_alpha=64),
-    _core("inttune", 64, 1e-3, "inttune-r64-step", init_lora_weights="n_lora_step", lora_alpha=128),
-    _core("inttune", 64, 3e-5),
-    _core("inttune", 128, 1e-3, "inttune-r128-step", init_lora_weights="n_lora_step", lora_alpha=256),
-    _core("inttune", 8, 1e-3, "inttune-r8-step", init_lora_weights="n_lora_step", lora_alpha=16),
+    _core("inttune", 64, 1e-3),
+    _ndlinear("ndlinear-3modes-6terms", 6, 1e-3, num_modes=3),
+    Setting("lokr-full", "LOKR", {"r": 1024, "alpha": 1024, "decompose_factor": -1}, 3e-3),
+    _ndlinear("ndlinear-crossed4", 1, 1e-3, ("crossed", 4)),
+    _ndlinear("ndlinear-kronecker", 1, 1e-3, init_lora_weights="kronecker"),
+    _core("inttune", 8, 1e-3),
+    _core("nlora", 8, 3e-4),
+    _ndlinear("ndlinear-2terms", 2, 1e-3),
     _ndlinear("ndlinear-zero-mode", 1, 3e-3, init_lora_weights="zero_mode"),
     _ndlinear("ndlinear-random-anchored", 1, 1e-3, init_lora_weights="ndlinear", lora_alpha=4),
-    _ndlinear("ndlinear-2terms-kronecker", 2, 1e-3, init_lora_weights="kronecker", lora_alpha=4),
-    _ndlinear("ndlinear-3modes-kronecker", 1, 1e-3, num_modes=3, init_lora_weights="kronecker", lora_alpha=2),
-    _ndlinear(
-        "ndlinear-3modes-4terms-kronecker", 4, 1e-3, num_modes=3, init_lora_weights="kronecker", lora_alpha=8
-    ),
-    _ndlinear(
-        "ndlinear-crossed4-lora-step", 1, 1e-3, ("crossed", 4), init_lora_weights="lora_step", lora_alpha=2
-    ),
-    _ndlinear(
-        "ndlinear-first12-kronecker", 1, 1e-3, ("first", 12), init_lora_weights="kronecker", lora_alpha=2
-    ),
-    _ndlinear("ndlinear-4terms-zero-mode", 4, 1e-3, init_lora_weights="zero_mode"),
-    Setting("lokr-full", "LOKR", {"r": 1024, "alpha": 1024, "decompose_factor": -1}, 3e-3),
+    _core("inttune", 32, 1e-3),
+    _core("inttune", 128, 1e-3),
+    _core("inttune", 64, 3e-5, "inttune-r64-slices", init_lora_weights="n_lora"),
+    _core("nlora", 8, 3e-4, "nlora-r8-no-anchor", anchor="none"),
+    _ndlinear("ndlinear-3modes", 1, 1e-3, num_modes=3),
+    _ndlinear("ndlinear-3modes-4terms", 4, 1e-3, num_modes=3),
+    _ndlinear("ndlinear-first12", 1, 1e-3, ("first", 12)),
     Setting("lokr-factor4", "LOKR", {"r": 32, "alpha": 32, "decompose_factor": 4}, 3e-3),
     Setting("pissa-r8", "LORA", _lora(8, init_lora_weights="pissa"), 3e-5),
     Setting("vera-r256", "VERA", {"r": 256}, 1e-2),

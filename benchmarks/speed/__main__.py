@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.common import write_json
 from benchmarks.speed import report
 from benchmarks.speed.cases import cases
 
@@ -58,7 +59,7 @@ def main(
                 break
             progress.update(bar, description=case.name)
             found["cases"][case.name] = case.run(where, seconds)
-            write(results, found)
+            write_json(found, results)
             progress.advance(bar)
     if found["cases"]:
         console.print(report.bars_table(found), markup=False)
@@ -79,14 +80,6 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "peft": version("peft"),
     }
-
-
-def write(path: Path, found: dict) -> None:
-    """In one step: a killed run leaves the last whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

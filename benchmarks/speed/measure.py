@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import statistics
@@ -10,6 +11,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
+
+from benchmarks.common import begin_peak, peak_memory
 
 __all__ = ["interleaved", "kept_bytes", "peak_bytes", "summary"]
 
@@ -80,25 +83,14 @@ def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """How far memory rises while `work` runs: the allocator's on CUDA, else the process's (Linux with glibc only)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
+    """How far memory rises while `work` runs, of what `peak_memory` counts."""
+    if device.type == "cpu":
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that was freed before counts as there
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts anew
-        before = _status("VmRSS")
-        work()
-        return _status("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # glibc only; or memory that was freed before counts as there
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = begin_peak(device)
+    work()
+    peak = peak_memory(device)
+    return None if before is None or peak is None else peak - before

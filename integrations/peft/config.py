@@ -75,7 +75,8 @@ class NdLoraConfig(PeftConfig):
     lora_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default r: scaling is 1."
+            "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default: 16, as in LoRA recipes, for "
+            "the starts 'lora_step', 'kronecker' and 'n_lora_step', which are made for it; else r: scaling is 1."
         },
     )
     lora_dropout: float = field(
@@ -228,7 +229,8 @@ class NdLoraConfig(PeftConfig):
         self.method = method.name
         self.r = method.default_rank if self.r is None else self.r
         self._check_numbers()
-        self.lora_alpha = self.r if self.lora_alpha is None else self.lora_alpha
+        if self.lora_alpha is None:
+            self.lora_alpha = initializer.default_alpha or self.r
         self.anchor = resolve_anchor(self.anchor, initializer)
         self._check_modes()
         self._check_targets()

@@ -36,10 +36,10 @@ def first_step(trained, answer, x, wanted):
 
 
 def loras_first_step(x, wanted):
-    """The same for LoRA r=8."""
+    """The same for LoRA r=8 with lora_alpha=16."""
     down = torch.nn.init.kaiming_uniform_(torch.empty(8, len(x)), a=5**0.5)
     factors = {"down": down, "up": torch.zeros(len(wanted), 8)}
-    return first_step(factors, lambda factors, x: factors["up"] @ (factors["down"] @ x), x, wanted)
+    return first_step(factors, lambda factors, x: 2 * factors["up"] @ (factors["down"] @ x), x, wanted)
 
 
 def draw(in_features, out_features):
@@ -50,10 +50,7 @@ def draw(in_features, out_features):
 @pytest.mark.parametrize("in_features, out_features, options", CASES)
 def test_the_first_step_is_loras(in_features, out_features, options):
     plan = plan_layer(
-        AdapterOptions(method="ndlinear", init_lora_weights="lora_step", **options),
-        in_features,
-        out_features,
-        "q",
+        AdapterOptions(init_lora_weights="lora_step", **options), in_features, out_features, "q"
     )
     x, wanted = draw(in_features, out_features)
     trained, frozen = plan.initialize(None)
@@ -67,7 +64,7 @@ def test_the_first_step_of_a_core_is_loras(in_features, out_features, rank):
     plan = plan_layer(options, in_features, out_features, "q")
     x, wanted = draw(in_features, out_features)
     trained, frozen = plan.initialize(0.2 * torch.randn(out_features, in_features))
-    ours = first_step(trained, lambda factors, x: plan.apply(factors, frozen, x), x, wanted)
+    ours = first_step(trained, lambda factors, x: plan.scaling * plan.apply(factors, frozen, x), x, wanted)
     assert 0.5 < ours / loras_first_step(x, wanted) < 2
 
 
@@ -80,10 +77,7 @@ def test_a_scaled_start_of_a_zero_weight_is_zero():
 @pytest.mark.parametrize("in_features, out_features, options", CASES)
 def test_the_model_starts_as_it_is(in_features, out_features, options):
     plan = plan_layer(
-        AdapterOptions(method="ndlinear", init_lora_weights="lora_step", **options),
-        in_features,
-        out_features,
-        "q",
+        AdapterOptions(init_lora_weights="lora_step", **options), in_features, out_features, "q"
     )
     assert plan.anchor == "none"
     assert torch.count_nonzero(plan.delta(*plan.initialize(None))) == 0
