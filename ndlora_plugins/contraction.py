@@ -7,6 +7,7 @@ A factor of mode k has shape (terms, out_mode_k, in_mode_k). `x` is read as a te
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ndlora_plugins.errors import MissingExtraError
 from ndlora_plugins.fused import Product
 
 __all__ = [
@@ -296,9 +298,24 @@ class ModeProduct(Product):
         return next(k for k, step in enumerate(self.chains[0]) if needs[step.mode])
 
 
+# Whether two modes on an NVIDIA GPU take the kernels of triton_modes.py. Off: they were never timed on a GPU.
+use_triton = os.environ.get("NDLORA_TRITON") == "1"
+
+
 @cache
-def mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int = 1) -> ModeProduct:
-    """The product in the cheapest order of contraction."""
+def mode_product(
+    in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int = 1, triton: bool = False
+) -> Product:
+    """The product in the cheapest order of contraction.
+
+    Args:
+        triton: whether to take the kernels of `triton_modes` where they can do it.
+
+    Raises:
+        MissingExtraError: `triton` without Triton.
+    """
+    if triton:
+        return _triton_modes().triton_mode_product(in_modes, out_modes, terms)
     plan = plan_contraction(in_modes, out_modes, terms)
     order = plan.order
     if len(in_modes) == 2:
@@ -326,6 +343,17 @@ def mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: i
     return ModeProduct(
         math.prod(in_modes), math.prod(out_modes), chains, tokens, len(in_modes) == 2 and terms == 1
     )
+
+
+def _triton_modes():
+    try:
+        from ndlora_plugins import triton_modes
+    except ImportError as error:
+        raise MissingExtraError(
+            "NDLORA_TRITON=1 asks for the Triton kernels, but triton cannot be imported. torch's CUDA builds bring it; "
+            "else `pip install triton`, or unset NDLORA_TRITON."
+        ) from error
+    return triton_modes
 
 
 def kronecker(factors: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.speed.measure import interleaved, kept_bytes, peak_bytes, summary
-from benchmarks.speed.variants import BASELINE, OURS, VARIANTS, adapt
+from benchmarks.speed.variants import BASELINE, ON_CUDA, OURS, VARIANTS, adapt
 from ndlora_plugins import NdLoraConfig
 
 __all__ = ["LAYERS", "TOKENS", "Case", "cases"]
@@ -73,11 +73,12 @@ def _layer(
     tokens: int,
     dtype: str,
     rank: int = 8,
-    variants=tuple(VARIANTS),
+    chosen: tuple[str, ...] | None = None,
 ) -> Case:
-    """Whole layer, forward alone and forward + backward with gradients of x and the adapter."""
+    """A layer, forward alone and forward + backward with gradients of x and the adapter; of all variants by default."""
 
     def run(device: torch.device, seconds: float) -> dict:
+        variants = chosen or (*VARIANTS, *(ON_CUDA if device.type == "cuda" else ()))
         torch.manual_seed(0)
         base = OneLayer(in_features, out_features, DTYPES[dtype], device)
         x = torch.randn(1, tokens, in_features, device=device).to(DTYPES[dtype]).requires_grad_()

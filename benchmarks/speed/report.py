@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.speed.cases import DTYPES, LAYERS, cases
-from benchmarks.speed.variants import BASELINE, OURS, VARIANTS
+from benchmarks.speed.variants import BASELINE, ON_CUDA, OURS, VARIANTS
 
 __all__ = ["BARS", "Bar", "bars_table", "draw", "layers_table", "models_table", "write_docs"]
 
@@ -142,6 +142,21 @@ BARS = (
 )
 
 
+# of what is measured on a GPU alone: rows of their own where it was
+_CUDA_BARS = tuple(
+    Bar(
+        f"whole layer, NdLinear by Triton / NdLinear, {dtype}",
+        lambda found, dtype=dtype: _ratios(
+            [case for case in _layers(found, dtypes=(dtype,)) if "NdLinear, Triton" in case["both"]],
+            "NdLinear, Triton",
+            "NdLinear",
+        ),
+        1.00,
+    )
+    for dtype in DTYPES
+)
+
+
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value >= 0.02 else f"1/{1 / value:,.0f}"
 
@@ -152,7 +167,7 @@ def bars_table(found: dict) -> str:
         "| work | bar: mean (worst) | measured: mean (worst) | cases | |",
         "|---|---|---|---|---|",
     ]
-    for bar in BARS:
+    for bar in (*BARS, *(bar for bar in _CUDA_BARS if bar.ratios(found))):
         ratios = bar.ratios(found)
         asked = " ".join(
             part
@@ -265,7 +280,9 @@ def draw(found: dict, path: Path) -> None:
     figure, panels = plt.subplots(
         len(DTYPES), len(LAYERS), figsize=(13, 7), sharex=True, layout="constrained", squeeze=False
     )
-    colours = dict(zip(VARIANTS, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(VARIANTS, plt.get_cmap("tab10").colors, strict=False)) | dict.fromkeys(
+        ON_CUDA, "black"
+    )
     for row, dtype in zip(panels, DTYPES, strict=True):
         for panel, model in zip(row, LAYERS, strict=True):
             points: dict[str, dict[int, list[float]]] = {}

@@ -11,10 +11,10 @@ import torch
 from peft import LoKrConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
-from ndlora_plugins import NdLoraConfig
+from ndlora_plugins import NdLoraConfig, contraction
 from ndlora_plugins.modes import balanced_modes
 
-__all__ = ["BASELINE", "OURS", "VARIANTS", "adapt", "shake"]
+__all__ = ["BASELINE", "ON_CUDA", "OURS", "VARIANTS", "adapt", "shake"]
 
 BASELINE = "LoRA"
 OURS = ("NdLinear", "SLoRA", "NLoRA", "IntTune")
@@ -80,12 +80,24 @@ VARIANTS: dict[str, Callable[[nn.Module, list[str], int], nn.Module]] = {
 }
 
 
+def _triton(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
+    """NdLinear by its Triton kernels. What forward takes, backward takes."""
+    model = VARIANTS["NdLinear"](model, targets, rank)
+    model.register_forward_pre_hook(lambda *_: setattr(contraction, "use_triton", True))
+    model.register_forward_hook(lambda *_: setattr(contraction, "use_triton", False), always_call=True)
+    return model
+
+
+# what is there on a GPU alone, beside VARIANTS
+ON_CUDA = {"NdLinear, Triton": _triton}
+
+
 def adapt(variant: str, model: nn.Module, targets: list[str], rank: int = 8) -> nn.Module:
     """A copy of `model` with the adapter on the layers named `targets`; the base weights are shared."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return shake(VARIANTS[variant](copy.deepcopy(model, shared), targets, rank))
+        return shake((VARIANTS | ON_CUDA)[variant](copy.deepcopy(model, shared), targets, rank))
 
 
 def shake(model: nn.Module) -> nn.Module:

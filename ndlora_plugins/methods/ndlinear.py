@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from ndlora_plugins import contraction
 from ndlora_plugins.contraction import apply_modes, kronecker, kronecker_terms, mode_product, plan_contraction
 from ndlora_plugins.methods.base import Factor, Method, in_groups
 
@@ -39,7 +40,7 @@ class NdLinear(Method):
         return apply_modes(x, self._modes(layout, factors))
 
     def product(self, layout, factors):
-        product = mode_product(layout.in_modes, layout.out_modes, layout.rank)
+        product = mode_product(layout.in_modes, layout.out_modes, layout.rank, contraction.use_triton)
         return product, tuple(self._modes(layout, factors))
 
     def delta(self, layout, factors):

@@ -14,7 +14,7 @@ sys.path.append(str(ROOT))  # the benchmarks are not installed
 from benchmarks.speed import report  # noqa: E402
 from benchmarks.speed.cases import OneLayer  # noqa: E402
 from benchmarks.speed.measure import interleaved, kept_bytes, summary  # noqa: E402
-from benchmarks.speed.variants import OURS, VARIANTS, ReferenceNdLinear, adapt, shake  # noqa: E402
+from benchmarks.speed.variants import ON_CUDA, OURS, VARIANTS, ReferenceNdLinear, adapt, shake  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -58,6 +58,18 @@ def test_every_variant_trains_its_adapter_alone_around_the_shared_weight(variant
     assert bool(trained) == (variant != "no adapter")
     assert all(p.grad.abs().sum() > 0 for p in trained)
     assert any(p is base.layer.weight for p in model.parameters())
+
+
+def test_the_variant_for_a_gpu_takes_the_triton_kernels_and_the_others_do_not():
+    pytest.importorskip("triton")
+    from ndlora_plugins.triton_modes import TritonModeProduct
+
+    base = OneLayer(24, 18, torch.float32, torch.device("cpu"))
+    products = [
+        adapt(variant, base, ["layer"])(torch.randn(3, 24)).grad_fn.product
+        for variant in (*ON_CUDA, "NdLinear")
+    ]
+    assert [isinstance(product, TritonModeProduct) for product in products] == [True, False]
 
 
 def test_the_reference_is_the_kronecker_product():
