@@ -228,7 +228,7 @@ class ModeProduct(Product):
         if self.two_matrices and x.shape[0] == 1 and True not in needs:
             # generation: (in_1, in_2) -> (out_1, out_2) in as few calls as can be
             first, second = tensors if tensors[0].dtype == x.dtype else [t.to(x.dtype) for t in tensors]
-            y = x.view(first.shape[2], second.shape[2]) @ second[0].T
+            y = F.linear(x.view(first.shape[2], second.shape[2]), second[0])
             result.view(first.shape[1], second.shape[1]).addmm_(first[0], y, beta=beta, alpha=scaling)
             return result, ()
         first = self._first(needs)

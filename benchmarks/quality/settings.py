@@ -65,6 +65,7 @@ SETTINGS = (
     _ndlinear("ndlinear-4terms", 4, 1e-3),
     Setting("lora-r4", "LORA", _lora(4), 1e-3),
     _core("slora", 8, 1e-3),
+    _core("slora", 8, 1e-3, "slora-r8-alpha16", lora_alpha=16),
     _core("nlora", 8, 1e-3, "nlora-r8-step", init_lora_weights="n_lora_step", lora_alpha=16),
     _core("inttune", 64, 1e-3),
     _ndlinear("ndlinear-3modes-6terms", 6, 1e-3, num_modes=3),

@@ -1,39 +1,112 @@
-"""What `add_weighted_adapter` does: a new adapter whose update is the weighted sum of those of others, exactly.
+"""What `add_weighted_adapter` does: a new adapter whose update is the weighted sum of those of others.
 
-The factors are put side by side, so the ranks add up: a sum of products is the product of the concatenations.
+It is exact where the factors are put side by side, so that the ranks add up: a sum of products is the product of the
+concatenations. The combinations whose names end in "svd" prune the updates as PEFT does (TIES, DARE, by magnitude), add
+them up and keep the leading singular vectors. Those that work on the factors are refused: a sum of factors is not the
+sum of their products, and factors that started at random have nothing in common entry by entry.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, merge_utils
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
 if TYPE_CHECKING:
+    from ndlora_plugins.integrations.peft.config import NdLoraConfig
     from ndlora_plugins.integrations.peft.model import NdLoraModel
 
-__all__ = ["add_weighted"]
+__all__ = ["Combination", "add_weighted"]
+
+_EXACT = ("cat", "linear")
+# type -> PEFT's function of the updates
+_PRUNED = {
+    "ties_svd": merge_utils.ties,
+    "dare_linear_svd": merge_utils.dare_linear,
+    "dare_ties_svd": merge_utils.dare_ties,
+    "magnitude_prune_svd": merge_utils.magnitude_prune,
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How updates are combined; the options of PEFT's `add_weighted_adapter`.
+
+    Raises:
+        NdLoraValueError: from `__init__`, for another type, or for an option that is missing or has no effect.
+    """
+
+    type: str = "cat"
+    svd_rank: int | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+    def __post_init__(self):
+        if self.type not in (*_EXACT, "svd", *_PRUNED):
+            raise NdLoraValueError(
+                f"combination_type={self.type!r}: choose 'cat' (exact, 'linear' is the same) or one that combines "
+                f"whole updates and keeps svd_rank of the sum: 'svd', {', '.join(map(repr, _PRUNED))}. A sum of the "
+                f"factors, entry by entry, would not be that of the updates."
+            )
+        if (self.density is None) == (self.type in _PRUNED):
+            needs = (
+                "needs density, the share of entries to keep" if self.density is None else "has no density"
+            )
+            raise NdLoraValueError(f"combination_type={self.type!r} {needs}: got density={self.density!r}.")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise NdLoraValueError(f"density={self.density!r}: choose a value above 0, up to 1.")
+        if self.svd_rank is not None and (self.exact or self.svd_rank < 1):
+            raise NdLoraValueError(
+                f"svd_rank={self.svd_rank!r} with combination_type={self.type!r}: leave it out, or give an integer of "
+                f"at least 1 and a type that ends in 'svd'."
+            )
+        if self.majority_sign_method not in ("total", "frequency"):
+            raise NdLoraValueError(
+                f"majority_sign_method={self.majority_sign_method!r}: choose 'total' or 'frequency'."
+            )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the sum keeps all of the updates."""
+        return self.type in _EXACT
+
+    def __call__(self, updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The combined update of matrices of one shape."""
+        weights = torch.tensor(weights, dtype=updates[0].dtype, device=updates[0].device)
+        if self.type == "svd":
+            return merge_utils.task_arithmetic(updates, weights)
+        options = [self.majority_sign_method] if "ties" in self.type else []
+        return _PRUNED[self.type](updates, weights, self.density, *options)
 
 
 def add_weighted(
-    model: NdLoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    model: NdLoraModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination: Combination,
 ) -> None:
     """Add `adapter_name` with dW = sum_i weights[i] scaling_i dW_i; it is neither active nor trainable.
+
+    Rows of trained tokens are added up likewise, as differences from the base's.
 
     Raises:
         NdLoraValueError: before anything is changed, if the sum cannot be written as one adapter.
     """
     _check(model, adapters, weights, adapter_name)
+    weighted = list(zip(adapters, weights, strict=True))
+    configs = [model.peft_config[adapter] for adapter in adapters]
+    token_indices = _union_of_tokens(configs)
     sums = {
-        name: _sum(name, layer, list(zip(adapters, weights, strict=True)))
+        name: _sum(name, layer, weighted, combination)
         for name, layer in model.model.named_modules()
         if isinstance(layer, NdLoraLayer) and any(adapter in layer.ndlora_factors for adapter in adapters)
     }
@@ -44,7 +117,6 @@ def add_weighted(
         )
     ranks = {f"^{re.escape(name)}": rank for name, (_, rank, _) in sums.items()}
     largest = max(ranks.values())
-    configs = [model.peft_config[adapter] for adapter in adapters]
     smaller = {key: rank for key, rank in ranks.items() if rank != largest}
     saved = {module for config in configs for module in config.modules_to_save or ()}
     model.peft_config[adapter_name] = replace(
@@ -62,6 +134,7 @@ def add_weighted(
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=sorted(saved) or None,
+        trainable_token_indices=token_indices,
         base_fingerprint=None,
         weight_forms=None,
     )
@@ -76,6 +149,7 @@ def add_weighted(
                 wrapper.modules_to_save[adapter_name].load_state_dict(
                     wrapper.modules_to_save[adapter].state_dict()
                 )
+        _sum_tokens(model, weighted, adapter_name)
 
 
 def _check(model: NdLoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -96,10 +170,10 @@ def _check(model: NdLoraModel, adapters: Sequence[str], weights: Sequence[float]
                 f"add_weighted_adapter does not support targeting nn.Parameter: adapter {adapter!r} has "
                 f"target_parameters={sorted(config.target_parameters)}."
             )
-        if config.trainable_token_indices or config.bias != "none":
+        if config.bias != "none":
             raise NdLoraValueError(
-                f"Adapter {adapter!r} trains more than its update (trainable_token_indices or bias), which cannot "
-                f"be added to another's."
+                f"Adapter {adapter!r} has bias={config.bias!r}: it trains the base model's own biases, which cannot be "
+                f"added to another's."
             )
     shared = [
         wrapper for wrapper in _wrappers(model) if len(set(adapters) & set(wrapper.modules_to_save)) > 1
@@ -115,11 +189,41 @@ def _wrappers(model: NdLoraModel) -> list[ModulesToSaveWrapper]:
     return [module for module in model.model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
+def _union_of_tokens(configs: Sequence[NdLoraConfig]) -> list[int] | dict[str, list[int]] | None:
+    given = [config.trainable_token_indices for config in configs if config.trainable_token_indices]
+    if not given:
+        return None
+    if all(isinstance(indices, list) for indices in given):
+        return sorted(set().union(*given))
+    if not all(isinstance(indices, dict) for indices in given):
+        raise NdLoraValueError(
+            "trainable_token_indices is a list in one adapter and a dict in another: adapters whose tokens are to be "
+            "added up must give them in the same way."
+        )
+    layers = dict.fromkeys(layer for indices in given for layer in indices)
+    return {layer: sorted(set().union(*(indices.get(layer, ()) for indices in given))) for layer in layers}
+
+
+def _sum_tokens(model: NdLoraModel, weighted: Sequence[tuple[str, float]], adapter_name: str) -> None:
+    for wrapper in model.model.modules():
+        if not isinstance(wrapper, TrainableTokensWrapper) or wrapper.token_adapter.tied_adapter:
+            continue
+        layer = wrapper.token_adapter
+        indices, rows = layer.token_indices.get(adapter_name), layer.trainable_tokens_delta
+        for adapter, weight in weighted:
+            if adapter in layer.token_indices:
+                places = [indices.index(index) for index in layer.token_indices[adapter]]
+                change = rows[adapter] - layer.trainable_tokens_original[adapter]
+                rows[adapter_name][places] += weight * change
+
+
 def _sum(
-    name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]]
+    name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]], combination: Combination
 ) -> tuple[str, int, Mapping[str, Tensor]]:
     """(method, rank, factors) of the sum on one layer."""
     weighted = [(adapter, weight) for adapter, weight in weighted if adapter in layer.ndlora_factors]
+    if not combination.exact:
+        return _approximate(name, layer, weighted, combination)
     plans = [layer.plan[adapter] for adapter, _ in weighted]
     tensors = [layer.tensors(adapter) for adapter, _ in weighted]
     scales = [weight * layer.scaling[adapter] for adapter, weight in weighted]
@@ -148,5 +252,24 @@ def _sum(
     )
     raise NdLoraValueError(
         f"The updates of {found} on layer {name!r} cannot be added up in one adapter: they must all have a low-rank "
-        f"form, or all be ndlinear with the same modes. Merge them into the base model one after the other instead."
+        f"form, or all be ndlinear with the same modes. Use combination_type='svd' with svd_rank, or merge them into "
+        f"the base model one after the other."
     )
+
+
+def _approximate(
+    name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]], combination: Combination
+) -> tuple[str, int, Mapping[str, Tensor]]:
+    """As `_sum`, by the leading singular vectors of the combined update, which is formed."""
+    plans = [layer.plan[adapter] for adapter, _ in weighted]
+    kronecker = [adapter for adapter, _ in weighted if layer.plan[adapter].method.name == "ndlinear"]
+    if kronecker and combination.svd_rank is None:
+        raise NdLoraValueError(
+            f"combination_type={combination.type!r} on layer {name!r}: the update of {kronecker[0]!r} is a Kronecker "
+            f"product, whose r says nothing about the rank to keep. Give svd_rank."
+        )
+    updates = [layer.form.matrix(layer.get_delta_weight(adapter)) for adapter, _ in weighted]
+    update = combination(updates, [weight for _, weight in weighted])
+    up, values, down = torch.linalg.svd(update, full_matrices=False)
+    rank = min(combination.svd_rank or max(plan.layout.rank for plan in plans), len(values))
+    return "slora", rank, {"down": down[:rank], "core": values[:rank].diag(), "up": up[:, :rank]}

@@ -18,7 +18,7 @@ import torch
 from peft import __version__ as peft_version
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, get_quantization_kwargs
 from torch import nn
 
 from ndlora_plugins.errors import (
@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
 
 __all__ = ["NdLoraModel", "Target", "find_targets", "plan_model"]
+
+
+# what PEFT trains in full for a task, though the configuration does not name it yet
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class Target(NamedTuple):
@@ -83,6 +91,11 @@ def _fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
         config.target_modules = "all-linear"
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
+    if all_linear:
+        whole = {*_HEADS.get(config.task_type, ()), *(config.modules_to_save or ())}
+        config.target_modules = {
+            name for name in config.target_modules if not any(f".{entry}." in f".{name}." for entry in whole)
+        }
     if all_linear and config.layers_to_transform is not None:
         # the names are full ones, and for those PEFT does not look at the index of the layer
         config.target_modules = {name for name in config.target_modules if _is_in_layers(config, name)}
@@ -140,7 +153,15 @@ def _plan(config: NdLoraConfig, target: Target) -> LayerAdapter:
             f"lora_dropout={config.lora_dropout} cannot be used on the parameter {target.name!r}: its update is added "
             f"to the parameter, which has no input. Set lora_dropout=0."
         )
-    return plan_form(config, target.name, form)
+    plan = plan_form(config, target.name, form)
+    backend = quantization_backend(target.base)
+    if plan.initializer.reads_weight and isinstance(backend, ForwardOnlyQuantizationBackend):
+        raise NdLoraTypeError(
+            f"method={config.method!r} with init_lora_weights={config.init_lora_weights!r} reads its start from the "
+            f"weight of layer {target.name!r}, which is quantised with {backend.backend_name}: PEFT cannot dequantise "
+            f"it. Use method='ndlinear' or 'slora', or load the base model in 16 or 32 bit."
+        )
+    return plan
 
 
 def plan_form(config: NdLoraConfig, name: str, form: WeightForm) -> LayerAdapter:
@@ -324,24 +345,27 @@ class NdLoraModel(BaseTuner):
         weights: list[float],
         adapter_name: str,
         combination_type: str = "cat",
-        **kwargs,
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter whose update is sum_i weights[i] times the update of adapters[i], exactly. Ranks add up.
+        """Add an adapter whose update is sum_i weights[i] times the update of adapters[i].
 
         Args:
-            combination_type: "cat" or "linear", which are the same here: the updates are added, not the factors.
+            combination_type: "cat" or "linear", which are the same here: the sum is exact, and the ranks add up. Or
+                "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": the updates are pruned,
+                added up, and the leading singular vectors kept, as an adapter of method "slora".
+            svd_rank: how many of them; the largest rank of the adapters by default, but to be given for ndlinear.
+            density: the share of the entries that pruning keeps.
+            majority_sign_method: of the two with "ties", as in `LoraModel.add_weighted_adapter`.
 
         Raises:
             NdLoraValueError: another combination type, or a sum that cannot be one adapter.
         """
-        from ndlora_plugins.integrations.peft.combine import add_weighted
+        from ndlora_plugins.integrations.peft.combine import Combination, add_weighted
 
-        if combination_type not in ("cat", "linear") or kwargs:
-            raise NdLoraValueError(
-                f"combination_type={combination_type!r}{''.join(f', {key}=...' for key in kwargs)}: NDLORA adapters "
-                f"are added up exactly, with combination_type='cat' and no further option."
-            )
-        add_weighted(self, adapters, weights, adapter_name)
+        combination = Combination(combination_type, svd_rank, density, majority_sign_method)
+        add_weighted(self, adapters, weights, adapter_name, combination)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -394,7 +418,7 @@ def _readable_weight(target: Target, plan: LayerAdapter) -> torch.Tensor | Calla
     "meta", sharded, or quantised and not needed for the start.
     """
     weight = getattr(target.base, target.parameter_name or "weight", None)
-    if weight is not None and (weight.is_meta or hasattr(weight, "ds_id")):
+    if getattr(weight, "is_meta", False) or hasattr(weight, "ds_id"):  # GPTQ's weight is no tensor
         return None
     form, backend = weight_form(target.base, target.parameter_name), quantization_backend(target.base)
     if backend is not None and target.parameter_name is None:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import merge_utils
 from torch import nn
+from transformers import (
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+)
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
@@ -155,19 +162,96 @@ def test_the_sum_covers_the_layers_of_both(two_adapters, tokens):
     assert model.active_adapters == ["two"]
 
 
-def test_sums_that_cannot_be_are_refused(two_adapters, tokens):
+# combination type -> PEFT's function of the updates, and what it is given beside weights
+COMBINATIONS = {
+    "svd": (merge_utils.task_arithmetic, {}),
+    "ties_svd": (merge_utils.ties, {"density": 0.5, "majority_sign_method": "frequency"}),
+    "dare_linear_svd": (merge_utils.dare_linear, {"density": 0.5}),
+    "dare_ties_svd": (merge_utils.dare_ties, {"density": 0.5, "majority_sign_method": "total"}),
+    "magnitude_prune_svd": (merge_utils.magnitude_prune, {"density": 0.3}),
+}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_updates_are_pruned_and_approximated_as_by_peft(
+    combination, two_adapters, tokens, tmp_path, make_llama
+):
     model, _ = two_adapters(tokens)
-    with pytest.raises(
-        NdLoraValueError, match="combination_type='svd'.*exactly, with combination_type='cat'"
-    ):
-        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="svd")
-    with pytest.raises(NdLoraValueError, match="1 adapters and 2 weights"):
-        model.add_weighted_adapter(["one"], [1.0, 1.0], "sum")
-    with pytest.raises(NdLoraValueError, match="Adapter three does not exist"):
-        model.add_weighted_adapter(["three"], [1.0], "sum")
-    with pytest.raises(NdLoraValueError, match="an adapter 'two' already"):
-        model.add_weighted_adapter(["one"], [1.0], "two")
+    reference, options = COMBINATIONS[combination]
+    torch.manual_seed(5)
+    one, two = deltas(model, "one"), deltas(model, "two")
+    expected = {name: reference([one[name], two[name]], torch.tensor([0.5, -2.0]), **options) for name in one}
+    torch.manual_seed(5)
+    model.add_weighted_adapter(
+        ["one", "two"], [0.5, -2.0], "sum", combination_type=combination, svd_rank=1000, **options
+    )
+    for name, delta in deltas(model, "sum").items():
+        torch.testing.assert_close(delta, expected[name], atol=1e-5, rtol=1e-5)
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(make_llama(), tmp_path / "sum").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "q_proj"])
+def test_the_approximation_is_the_best_of_its_rank(layer, config, make_llama):
+    model = get_peft_model(make_llama(), config(target_modules=[layer]), "one")
+    model.add_adapter("two", config(target_modules=[layer]))
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="svd", svd_rank=2)
+    one, two, found = (deltas(model, name) for name in ("one", "two", "sum"))
+    for name, delta in found.items():
+        lost = torch.linalg.svdvals(one[name] + two[name])[2:].norm()
+        torch.testing.assert_close((one[name] + two[name] - delta).norm(), lost, atol=1e-5, rtol=1e-4)
+
+
+# the tokens of the second adapter, where the first has [3, 5]; the union is a list or a dict as they are
+@pytest.mark.parametrize("named", [False, True])
+def test_trained_tokens_are_added_up(named, config, make_llama, shake, tokens):
+    first, second = [3, 5], [5, 9]
+    if named:
+        first, second = {"embed_tokens": first}, {"embed_tokens": second}
+    model = get_peft_model(make_llama(), config(trainable_token_indices=first), "one")
+    model.add_adapter("two", config(trainable_token_indices=second))
+    model.set_requires_grad(["one", "two"])
+    shake(model)
+    embedding = model.get_input_embeddings()
+    rows = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        rows[name] = embedding(tokens).detach() - embedding.original_module(tokens)
+    model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum")
+    model.set_adapter("sum")
+    found = embedding(tokens) - embedding.original_module(tokens)
+    torch.testing.assert_close(found, 0.5 * rows["one"] - 2.0 * rows["two"], atol=1e-6, rtol=1e-5)
+
+
+# what is asked for -> what the message says
+REFUSED_SUMS = [
+    ((["one"], [1.0, 1.0], "sum"), {}, "1 adapters and 2 weights"),
+    ((["three"], [1.0], "sum"), {}, "Adapter three does not exist"),
+    ((["one"], [1.0], "two"), {}, "an adapter 'two' already"),
+    ((["one"], [1.0], "sum"), {"combination_type": "ties"}, "combination_type='ties': .*entry by entry"),
+    ((["one"], [1.0], "sum"), {"combination_type": "ties_svd"}, "needs density"),
+    ((["one"], [1.0], "sum"), {"density": 0.5}, "combination_type='cat' has no density: got density=0.5"),
+    ((["one"], [1.0], "sum"), {"combination_type": "ties_svd", "density": 1.5}, "density=1.5: choose"),
+    ((["one"], [1.0], "sum"), {"svd_rank": 4}, "svd_rank=4 with combination_type='cat'"),
+    ((["one"], [1.0], "sum"), {"majority_sign_method": "none"}, "majority_sign_method='none'"),
+]
+
+
+@pytest.mark.parametrize("arguments, options, message", REFUSED_SUMS)
+def test_sums_that_cannot_be_are_refused(arguments, options, message, two_adapters, tokens):
+    model, _ = two_adapters(tokens)
+    with pytest.raises(NdLoraValueError, match=message):
+        model.add_weighted_adapter(*arguments, **options)
     assert list(model.peft_config) == ["one", "two"]
+
+
+def test_a_kronecker_product_says_nothing_of_the_rank_to_keep(make_llama):
+    model = get_peft_model(make_llama(), NdLoraConfig(method="ndlinear", target_modules=["q_proj"]), "one")
+    with pytest.raises(NdLoraValueError, match="'svd' on layer .*q_proj.*Give svd_rank"):
+        model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="svd")
 
 
 def test_a_sum_of_two_structures_is_refused(make_llama):
@@ -308,6 +392,27 @@ def test_layer_indices(targets, config, make_llama, tokens, tmp_path):
     assert adapted and all(".layers.1." in name for name in adapted)
     model.save_pretrained(tmp_path)
     assert deltas(PeftModel.from_pretrained(make_llama(), tmp_path), "default").keys() == adapted.keys()
+
+
+# task -> transformers' model, and the linear layers of its head, which PEFT trains in full
+HEADS = {
+    "SEQ_CLS": (RobertaForSequenceClassification, {"classifier.dense", "classifier.out_proj"}),
+    "TOKEN_CLS": (RobertaForTokenClassification, {"classifier"}),
+    "QUESTION_ANS": (RobertaForQuestionAnswering, {"qa_outputs"}),
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_head_that_trains_in_full_gets_no_adapter(task, method, tokens, shake, tmp_path):
+    model_class, head = HEADS[task]
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+    base = model_class(RobertaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)).eval()
+    linear = {name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+    model = get_peft_model(copy.deepcopy(base), NdLoraConfig(method=method, r=2, task_type=task)).eval()
+    assert {name.removeprefix("base_model.model.") for name in deltas(model, "default")} == linear - head
+    shake(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(again(tokens)[0], model(tokens)[0])
 
 
 @pytest.mark.slow

@@ -193,11 +193,11 @@ def test_an_embedding_looks_its_columns_up_without_the_matrix(monkeypatch):
     torch.testing.assert_close(model(x) - layer.base_layer(x), F.embedding(x, expected.T))
 
 
-@pytest.mark.parametrize("name, factor", [("ndlinear", "mode_2"), ("slora", "down")])
-def test_what_reads_an_index_starts_as_large_as_its_one_input(name, factor):
+@pytest.mark.parametrize("start, factor", [("zero_mode", "mode_2"), ("s_lora", "down")])
+def test_what_reads_an_index_starts_as_large_as_its_one_input(start, factor):
     # U(+-1/sqrt(fan_in)), of which an index has 1, however large the vocabulary; LoRA starts with N(0, 1)
     model = get_peft_model(
-        OneLayer(nn.Embedding(4096, 64)), NdLoraConfig(target_modules=["layer"], method=name)
+        OneLayer(nn.Embedding(4096, 64)), NdLoraConfig(target_modules=["layer"], init_lora_weights=start)
     )
     start = model.base_model.model.layer.ndlora_factors["default"][factor]
     assert start.abs().max() > 0.9

@@ -1,4 +1,7 @@
-"""Quantised bases, for real, on the CPU: bitsandbytes 4-bit and 8-bit, torchao int8 weight-only."""
+"""Quantised bases, for real, on the CPU: bitsandbytes 4-bit and 8-bit, torchao int8 weight-only, HQQ 4-bit.
+
+GPTQ layers, whose package asks for another torch, are stood for by one that has what PEFT sees of them.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -6,23 +9,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft import weights
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
-# the noise that stands for a training is of one size, so inttune starts from the slices as they are
+# the noise that stands for a training is of one size, so the scaling is, and inttune starts from the slices as they are
 METHODS = {
-    "ndlinear": {},
+    "ndlinear": {"lora_alpha": 1},
     "slora": {},
     "nlora": {},
     "inttune": {"init_lora_weights": "n_lora"},
 }
 # base -> largest change of an output, of a norm of about 1, that rounding the merged weights may cause
-MERGE_ERROR = {"4bit": 0.3, "8bit": 0.03, "torchao": 0.03}
+MERGE_ERROR = {"4bit": 0.3, "8bit": 0.03, "torchao": 0.03, "hqq": 0.3}
 # base -> the same for loading again: bitsandbytes computes in 16 bit, or less, in some modes
-COMPUTE_ERROR = {"4bit": 0.02, "8bit": 0.02, "torchao": 1e-6}
+COMPUTE_ERROR = {"4bit": 0.02, "8bit": 0.02, "torchao": 1e-6, "hqq": 1e-6}
+# base -> the module that it needs
+PACKAGES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
+# base -> largest error of a dequantised row, relative to the rows' mean norm
+ROUNDING = {"4bit": 0.2, "8bit": 0.02, "torchao": 0.02, "hqq": 0.2}
 
 
 class Base(nn.Module):
@@ -50,7 +59,16 @@ def quantize(model, kind):
         quantizer = SimpleNamespace(get_apply_tensor_subclass=Int8WeightOnlyConfig)
         model.hf_quantizer = SimpleNamespace(quantization_config=quantizer)
         return model
-    bnb = pytest.importorskip("bitsandbytes")
+    if kind == "hqq":
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        for name in ("first", "second"):
+            options = BaseQuantizeConfig(nbits=4, group_size=64)
+            with torch.no_grad():  # else its scales hold a graph, and cannot be copied
+                layer = HQQLinear(getattr(model, name), options, compute_dtype=torch.float32, device="cpu")
+            setattr(model, name, layer)
+        return model
+    import bitsandbytes as bnb
 
     def make(inputs, outputs):
         if kind == "4bit":
@@ -64,7 +82,7 @@ def quantize(model, kind):
 
 @pytest.fixture(params=sorted(MERGE_ERROR))
 def kind(request):
-    pytest.importorskip("torchao" if request.param == "torchao" else "bitsandbytes")
+    pytest.importorskip(PACKAGES[request.param])
     return request.param
 
 
@@ -139,7 +157,7 @@ def test_the_start_is_the_dequantised_weight(forward_first, base, kind, x):
     full = Base().first.weight
     found = layer.ndlora_frozen["default"].down  # rows of the weight
     distances = torch.cdist(found.float(), full.detach()).min(dim=1).values / full.norm(dim=1).mean()
-    assert distances.max() < {"4bit": 0.2, "8bit": 0.02, "torchao": 0.02}[kind]
+    assert distances.max() < ROUNDING[kind]
 
 
 @pytest.mark.parametrize("forward_first", [False, True])
@@ -163,3 +181,58 @@ def test_a_torchao_base_of_unknown_making_trains_but_does_not_merge(x):
     model(x).sum().backward()
     with pytest.raises(NdLoraValueError, match="quantised with torchao cannot be merged into"):
         model.merge_and_unload()
+
+
+class ForwardOnly(nn.Module):
+    """As gptqmodel has it: no `nn.Linear`, and its weight is no tensor."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16)
+        self.register_buffer("packed", layer.weight.detach())
+
+    def forward(self, x):
+        return x @ self.packed.T
+
+
+@pytest.fixture
+def forward_only(monkeypatch):
+    """A function that makes a model of such layers, which PEFT can neither dequantise nor merge into."""
+    resolve = weights.resolve_quantization_backend
+
+    def backend(layer, **options):
+        known = isinstance(layer, ForwardOnly)
+        return ForwardOnlyQuantizationBackend("gptq") if known else resolve(layer, **options)
+
+    monkeypatch.setattr(weights, "resolve_quantization_backend", backend)
+
+    def make():
+        torch.manual_seed(0)
+        model = Base()
+        model.first, model.second = ForwardOnly(model.first), ForwardOnly(model.second)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["ndlinear", "slora"])
+def test_a_base_that_only_runs_forward_trains_and_comes_back(forward_only, method, x, shake, tmp_path):
+    config = NdLoraConfig(method=method, r=4, target_modules=["first", "second"])
+    model = get_peft_model(forward_only(), config)
+    assert torch.equal(model(x), forward_only()(x))
+    model(x).square().sum().backward()
+    assert any(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    shake(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(forward_only(), tmp_path)
+    torch.testing.assert_close(again(x), model(x))
+    with pytest.raises(NdLoraValueError, match="quantised with gptq cannot be merged into"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize("method", ["nlora", "inttune"])
+def test_a_start_that_cannot_be_read_is_refused(forward_only, method):
+    model = forward_only()
+    with pytest.raises(NdLoraTypeError, match="layer 'first', which is quantised with gptq"):
+        get_peft_model(model, NdLoraConfig(method=method, r=4, target_modules=["first", "second"]))
+    assert isinstance(model.first, ForwardOnly)
