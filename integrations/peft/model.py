@@ -18,7 +18,11 @@ import torch
 from peft import __version__ as peft_version
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, get_quantization_kwargs
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    get_quantization_kwargs,
+)
 from torch import nn
 
 from ndlora_plugins.errors import (
@@ -67,6 +71,15 @@ class Target(NamedTuple):
     path: str
 
 
+class Planned(NamedTuple):
+    """A target, how its weight is read, its quantisation if any, and its adapter."""
+
+    target: Target
+    form: WeightForm
+    backend: QuantizationBackend | None
+    plan: LayerAdapter
+
+
 def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerAdapter]]:
     """Plan every layer that `config` adapts: (name, plan), in the model's order. Changes neither.
 
@@ -75,7 +88,7 @@ def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerA
     Raises:
         NdLoraValueError, NdLoraTypeError: as adding the adapter would.
     """
-    return [(target.name, _plan(config, target)) for target in find_targets(model, config)]
+    return [(target.name, _plan(config, target).plan) for target in find_targets(model, config)]
 
 
 def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
@@ -134,7 +147,7 @@ def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
             yield Target(f"{name}.{parameter}", module, parameter, name + depth * ".base_layer")
 
 
-def _plan(config: NdLoraConfig, target: Target) -> LayerAdapter:
+def _plan(config: NdLoraConfig, target: Target) -> Planned:
     form = weight_form(target.base, target.parameter_name)
     if form is None and target.parameter_name is not None:
         shape = list(getattr(target.base, target.parameter_name).shape)
@@ -154,14 +167,14 @@ def _plan(config: NdLoraConfig, target: Target) -> LayerAdapter:
             f"to the parameter, which has no input. Set lora_dropout=0."
         )
     plan = plan_form(config, target.name, form)
-    backend = quantization_backend(target.base)
+    backend = quantization_backend(target.base) if target.parameter_name is None else None
     if plan.initializer.reads_weight and isinstance(backend, ForwardOnlyQuantizationBackend):
         raise NdLoraTypeError(
             f"method={config.method!r} with init_lora_weights={config.init_lora_weights!r} reads its start from the "
             f"weight of layer {target.name!r}, which is quantised with {backend.backend_name}: PEFT cannot dequantise "
             f"it. Use method='ndlinear' or 'slora', or load the base model in 16 or 32 bit."
         )
-    return plan
+    return Planned(target, form, backend, plan)
 
 
 def plan_form(config: NdLoraConfig, name: str, form: WeightForm) -> LayerAdapter:
@@ -204,13 +217,13 @@ class NdLoraModel(BaseTuner):
                 f"trained ones would be lost. Upgrade to peft 0.21 or later, or use bias='none'."
             )
         _fill_in_targets(peft_config, model)
-        plans = [(target, _plan(peft_config, target)) for target in _matched(peft_config, model)]
-        if not plans:
+        planned = [_plan(peft_config, target) for target in _matched(peft_config, model)]
+        if not planned:
             return  # PEFT raises, and says why nothing matched
-        self._check_adapter_names(plan for _, plan in plans)
-        _check_bases(plans, peft_config)
-        _warn_of_unmatched(peft_config, [target.name for target, _ in plans])
-        _warn_of_lopsided(plans)
+        self._check_adapter_names(each.plan for each in planned)
+        _check_bases(planned, peft_config)
+        _warn_of_unmatched(peft_config, [each.target.name for each in planned])
+        _warn_of_lopsided(planned)
 
     def _check_target_parameters(self, peft_config: NdLoraConfig) -> None:
         """Which parameter a tensor of the file belongs to is told by the nesting of the wrappers, so it is to be one
@@ -379,7 +392,7 @@ def _pass_names(adapter_names, module, args, kwargs):
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _check_bases(plans: list[tuple[Target, LayerAdapter]], config: NdLoraConfig) -> None:
+def _check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
     """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
     from ndlora_plugins.integrations.peft.fingerprint import (
         FingerprintedLayer,
@@ -389,52 +402,54 @@ def _check_bases(plans: list[tuple[Target, LayerAdapter]], config: NdLoraConfig)
 
     layers = [
         FingerprintedLayer(
-            target.name,
-            (plan.layout.out_features, plan.layout.in_features),
-            _readable_weight(target, plan),
-            _storage(target),
+            each.target.name,
+            (each.form.out_features, each.form.in_features),
+            _readable_weight(each),
+            _storage(each),
         )
-        for target, plan in plans
+        for each in planned
     ]
     if config.base_fingerprint is not None:
         compare_fingerprint(
             config.base_fingerprint,
             layers,
-            reads_weight=any(plan.recomputed for _, plan in plans),
+            reads_weight=any(each.plan.recomputed for each in planned),
             base_name=config.base_model_name_or_path,
         )
     else:
         config._session_fingerprint = make_fingerprint(layers)
-    forms = [(target, weight_form(target.base, target.parameter_name)) for target, _ in plans]
     config._session_weight_forms = {
         target.path: {"name": target.name, "kind": form.kind, "shape": list(form.shape)}
-        for target, form in forms
+        for target, form, _, _ in planned
         if form.kind != "linear"
     }
 
 
-def _readable_weight(target: Target, plan: LayerAdapter) -> torch.Tensor | Callable[[], torch.Tensor] | None:
+def _weight(target: Target) -> torch.Tensor | None:
+    """The parameter as it lies in the layer."""
+    return getattr(target.base, target.parameter_name or "weight", None)
+
+
+def _readable_weight(planned: Planned) -> torch.Tensor | Callable[[], torch.Tensor] | None:
     """The weight (out, in), or a function that dequantises it; None if it is not there to be read in passing: on
     "meta", sharded, or quantised and not needed for the start.
     """
-    weight = getattr(target.base, target.parameter_name or "weight", None)
+    target, form, backend, plan = planned
+    weight = _weight(target)
     if getattr(weight, "is_meta", False) or hasattr(weight, "ds_id"):  # GPTQ's weight is no tensor
         return None
-    form, backend = weight_form(target.base, target.parameter_name), quantization_backend(target.base)
-    if backend is not None and target.parameter_name is None:
+    if backend is not None:
         return (lambda: form.matrix(base_weight(target.base, backend))) if plan.recomputed else None
     if weight is None or tuple(weight.shape) != form.shape or not weight.is_floating_point():
         return None
     return form.matrix(weight)
 
 
-def _storage(target: Target) -> str:
+def _storage(planned: Planned) -> str:
     """What a fingerprint calls the way the weight is stored."""
-    backend = quantization_backend(target.base) if target.parameter_name is None else None
-    if backend is None:
-        weight = getattr(target.base, target.parameter_name or "weight", None)
-        return str(getattr(weight, "dtype", "unknown")).removeprefix("torch.")
-    return backend.backend_name.removeprefix("bnb ")
+    if planned.backend is None:
+        return str(getattr(_weight(planned.target), "dtype", "unknown")).removeprefix("torch.")
+    return planned.backend.backend_name.removeprefix("bnb ")
 
 
 def _warn_of_unmatched(config: NdLoraConfig, names: list[str]) -> None:
@@ -466,14 +481,14 @@ def _warn_unmatched(option: str, entry: str, names: list[str]) -> None:
     )
 
 
-def _warn_of_lopsided(plans: Iterable[tuple[Target, LayerAdapter]]) -> None:
+def _warn_of_lopsided(planned: Iterable[Planned]) -> None:
     """One warning that names the layers, worst first."""
     from ndlora_plugins.modes import LOPSIDED_RATIO
 
     lopsided = sorted(
         (
             (plan.lopsidedness, target.name, plan)
-            for target, plan in plans
+            for target, _, _, plan in planned
             if plan.lopsidedness > LOPSIDED_RATIO
         ),
         key=lambda found: (-found[0], found[1]),

@@ -35,7 +35,10 @@ LOW_RANK = {
     "nlora": ({"method": "nlora", "r": 4}, 8),
     "nlora-no-anchor": ({"method": "nlora", "r": 4, "anchor": "none"}, 4),
     "inttune": ({"method": "inttune", "r": 4}, 4),
-    "inttune-no-anchor": ({"method": "inttune", "r": 4, "anchor": "none"}, 4),
+    "inttune-no-anchor": (
+        {"method": "inttune", "init_lora_weights": "n_lora", "r": 4, "anchor": "none"},
+        4,
+    ),
 }
 READS_BASE = {"slora-from-weights", "nlora", "inttune", "inttune-no-anchor"}
 KRONECKER = {
