@@ -71,6 +71,7 @@ SETTINGS = (
     _ndlinear("ndlinear-3modes-6terms", 6, 1e-3, num_modes=3),
     Setting("lokr-full", "LOKR", {"r": 1024, "alpha": 1024, "decompose_factor": -1}, 3e-3),
     _ndlinear("ndlinear-crossed4", 1, 1e-3, ("crossed", 4)),
+    _ndlinear("ndlinear-crossed8", 1, 1e-3, ("crossed", 8)),
     _ndlinear("ndlinear-kronecker", 1, 1e-3, init_lora_weights="kronecker"),
     _core("inttune", 8, 1e-3),
     _core("nlora", 8, 3e-4),
