@@ -268,11 +268,14 @@ def plan_layer(
             f"{layer!r} with its weight of {out_features} x {in_features} (out x in), but r={rank}. Lower r, or "
             f"give this layer a smaller one in rank_pattern."
         )
-    alpha = options.alpha
-    if alpha is None:
-        alpha = initializer.default_alpha or rank
+    alpha = resolve_alpha(options.alpha, rank, initializer)
     scaling = alpha / (math.sqrt(rank) if options.use_rslora else rank)
     return LayerAdapter(method, initializer, layout, scaling, resolve_anchor(options.anchor, initializer))
+
+
+def resolve_alpha(alpha: float | None, rank: int, initializer: Initializer) -> float:
+    """None becomes what the start is made for, else the rank, so that the scaling is 1."""
+    return alpha if alpha is not None else initializer.default_alpha or rank
 
 
 def resolve_anchor(anchor: str | None, initializer: Initializer) -> str:

@@ -209,7 +209,7 @@ class NdLoraConfig(PeftConfig):
     kasa_config: InitVar[Any] = None
 
     def __post_init__(self, *refused):
-        from ndlora_plugins.adapter import resolve_anchor
+        from ndlora_plugins.adapter import resolve_alpha, resolve_anchor
         from ndlora_plugins.registry import method_and_initializer
 
         super().__post_init__()
@@ -229,8 +229,7 @@ class NdLoraConfig(PeftConfig):
         self.method = method.name
         self.r = method.default_rank if self.r is None else self.r
         self._check_numbers()
-        if self.lora_alpha is None:
-            self.lora_alpha = initializer.default_alpha or self.r
+        self.lora_alpha = resolve_alpha(self.lora_alpha, self.r, initializer)
         self.anchor = resolve_anchor(self.anchor, initializer)
         self._check_modes()
         self._check_targets()
