@@ -225,12 +225,6 @@ class ModeProduct(Product):
         beta = 1
         if result is None:
             result, beta = x.new_empty(x.shape[0], self.out_features), 0
-        if self.two_matrices and x.shape[0] == 1 and True not in needs:
-            # generation: (in_1, in_2) -> (out_1, out_2) in as few calls as can be
-            first, second = tensors if tensors[0].dtype == x.dtype else [t.to(x.dtype) for t in tensors]
-            y = F.linear(x.view(first.shape[2], second.shape[2]), second[0])
-            result.view(first.shape[1], second.shape[1]).addmm_(first[0], y, beta=beta, alpha=scaling)
-            return result, ()
         first = self._first(needs)
         kept = [x] if first == 0 else []
         for term, chain in enumerate(self.chains):
@@ -242,6 +236,14 @@ class ModeProduct(Product):
                         kept.append(y)
                 chain[-1].add_to(into, matrices[-1], y, beta if term == 0 else 1, scaling)
         return result, tuple(kept)
+
+    def add_few(self, result, x, tensors, scaling):
+        if not self.two_matrices or x.numel() > self.in_features:
+            return super().add_few(result, x, tensors, scaling)
+        # (in_1, in_2) -> (out_1, out_2)
+        first, second = tensors
+        y = torch.bmm(x.reshape(1, first.shape[2], second.shape[2]), second.mT)
+        result.view(1, first.shape[1], second.shape[1]).baddbmm_(first, y, alpha=scaling)
 
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         beta = 1

@@ -56,6 +56,18 @@ class Product:
         """
         raise NotImplementedError
 
+    def add_few(self, result: Tensor, x: Tensor, tensors: Sequence[Tensor], scaling: float) -> None:
+        """result += scaling * dW x, in place, for a few tokens of which no gradient is wanted: generation.
+
+        What it costs then is the number of calls, not the numbers in them.
+
+        Args:
+            result: (..., out_features), contiguous.
+            x: (..., in_features), at most `FEW_TOKENS`; both of the tensors' dtype.
+        """
+        tokens, result = x.reshape(-1, self.in_features), result.view(-1, self.out_features)
+        self.forward(tokens, tensors, (False,) * len(tensors), result, scaling)
+
     def backward(
         self,
         kept: Kept,
@@ -258,6 +270,10 @@ def linear_with_product(
     Returns:
         (..., out_features).
     """
+    if not torch.is_grad_enabled() and x.numel() <= FEW_TOKENS * x.shape[-1]:
+        result = _linear_with_few(product, tensors, weight, bias, x, scaling)
+        if result is not None:
+            return result
     dtype = compute_dtype(x, tensors)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     if torch.is_autocast_enabled(x.device.type):
@@ -265,3 +281,19 @@ def linear_with_product(
     if frozen and x.dtype == weight.dtype == dtype and _can_fuse(weight, bias, x, *tensors):
         return _run(product, tensors, weight, bias, None, x, scaling)
     return _add(product, tensors, F.linear(x, weight, bias), x, scaling, True, dtype)
+
+
+def _linear_with_few(product, tensors, weight, bias, x, scaling):
+    """`linear_with_product` for a few tokens without gradients; None if it takes more than that."""
+    given, dtype = x.dtype, tensors[0].dtype
+    if not _can_fuse(weight, bias, x, *tensors) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if given is dtype:
+        result = F.linear(x, weight, bias)
+        product.add_few(result, x, tensors, scaling)
+        return result
+    if torch.promote_types(given, dtype) is not dtype:
+        return None
+    result = F.linear(x, weight, bias).to(dtype)
+    product.add_few(result, x.to(dtype), tensors, scaling)
+    return result.to(given)

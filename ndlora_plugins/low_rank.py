@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ndlora_plugins.fused import FEW_TOKENS, Product, add_mm_
+from ndlora_plugins.fused import Product, add_mm_
 
 __all__ = ["AnchoredCoreProduct", "CoreProduct"]
 
@@ -32,6 +32,11 @@ class CoreProduct(Product):
         h = x @ down.T
         kept = ((x,) if needs[0] else ()) + ((h,) if needs[1] or needs[2] else ())
         return add_mm_(result, h @ core.T, up.T, scaling), kept
+
+    def add_few(self, result, x, tensors, scaling):
+        down, core, up = tensors
+        h = F.linear(F.linear(x, down), core).reshape(-1, len(core))
+        result.view(-1, self.out_features).addmm_(h, up.T, alpha=scaling)
 
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         down, core, up = _cast(tensors, grad.dtype)
@@ -72,18 +77,22 @@ class AnchoredCoreProduct(Product):
         )
 
     def forward(self, x, tensors, needs, result, scaling):
-        if len(x) <= FEW_TOKENS and True not in needs:  # joining the tensors would cost more than it saves
-            down, core, up, start_down, start_core, start_up = _cast(tensors, x.dtype)
-            d = x @ down.T
-            both = x @ start_down.T + d
-            result = add_mm_(result, both @ (start_core + core).T, up.T, scaling)
-            return add_mm_(result, torch.addmm(d @ start_core.T, both, core.T), start_up.T, scaling), ()
         downs, core, cores, ups = self._joined(tensors, x.dtype)
         rank = len(core)
         h = x @ downs.T  # (tokens, 2 rank)
         both = h[:, :rank] + h[:, rank:]
         kept = ((x,) if needs[0] else ()) + ((both,) if needs[1] or needs[2] else ())
         return add_mm_(result, h @ cores.T, ups.T, scaling), kept
+
+    def add_few(self, result, x, tensors, scaling):
+        # joining the tensors would cost more than it saves
+        down, core, up, start_down, start_core, start_up = tensors
+        x, result = x.reshape(-1, self.in_features), result.view(-1, self.out_features)
+        d = x @ down.T
+        both = torch.addmm(d, x, start_down.T)
+        changed = both @ core.T
+        result.addmm_(torch.addmm(changed, both, start_core.T), up.T, alpha=scaling)
+        result.addmm_(torch.addmm(changed, d, start_core.T), start_up.T, alpha=scaling)
 
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         downs, core, cores, ups = self._joined(tensors, grad.dtype)

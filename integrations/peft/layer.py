@@ -151,11 +151,8 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
             return trained, {}
         frozen = holder.tensors()
         reference = next(iter(trained.values()))
-        stale = [
-            name
-            for name, value in frozen.items()
-            if value.dtype != reference.dtype or value.device != reference.device
-        ]
+        dtype, device = reference.dtype, reference.device
+        stale = [name for name, value in frozen.items() if value.dtype != dtype or value.device != device]
         if stale and self.plan[adapter].recomputed and not reference.is_meta:
             self._refresh(holder, adapter, reference)
             frozen = holder.tensors()
@@ -358,7 +355,9 @@ class NdLoraLinear(NdLoraLayer):
         first, *others = [name for name in self.active_adapters if name in factors] or [None]
         if first is None or (self.training and not isinstance(self.ndlora_dropout[first], nn.Identity)):
             return super().forward(x)
-        result = self.plan[first].linear(base.weight, base.bias, *self.tensors(first), x, self.scaling[first])
+        # `_parameters`: see `tensors`
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        result = self.plan[first].linear(weight, bias, *self.tensors(first), x, self.scaling[first])
         for adapter in others:
             result = self._add_update(result, adapter, x)
         return result
@@ -382,9 +381,10 @@ class NdLoraLinear(NdLoraLayer):
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is F.linear and nothing else: no subclass, no hook, no other forward."""
+    """Whether calling the layer is F.linear and nothing else: no subclass, no hook, no other forward or weight."""
     return type(layer) is nn.Linear and not (
-        layer._forward_pre_hooks
+        layer._parameters.get("weight") is None
+        or layer._forward_pre_hooks
         or layer._forward_hooks
         or layer._backward_pre_hooks
         or layer._backward_hooks
