@@ -150,15 +150,13 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         if holder is None:
             return trained, {}
         frozen = holder.tensors()
-        reference = next(iter(trained.values()))
-        dtype, device = reference.dtype, reference.device
-        stale = [name for name, value in frozen.items() if value.dtype != dtype or value.device != device]
-        if stale and self.plan[adapter].recomputed and not reference.is_meta:
+        reference, one = next(iter(trained.values())), next(iter(frozen.values()))
+        if one.dtype == reference.dtype and one.device == reference.device:  # they change together
+            return trained, frozen
+        if self.plan[adapter].recomputed and not reference.is_meta:
             self._refresh(holder, adapter, reference)
-            frozen = holder.tensors()
-        elif stale:
-            frozen = {name: value.to(reference.device, reference.dtype) for name, value in frozen.items()}
-        return trained, frozen
+            return trained, holder.tensors()
+        return trained, {name: value.to(reference.device, reference.dtype) for name, value in frozen.items()}
 
     def _refresh(self, holder: FrozenFactors, adapter: str, reference: Tensor) -> None:
         """Bring recomputed factors to the trained ones' device and dtype, anew if they were made on "meta"."""

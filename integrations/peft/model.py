@@ -148,6 +148,12 @@ def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
 
 
 def _plan(config: NdLoraConfig, target: Target) -> Planned:
+    if hasattr(_weight(target), "device_mesh"):
+        raise NdLoraTypeError(
+            f"method={config.method!r} cannot adapt layer {target.name!r}: its weight is split over several processes "
+            f"(tensor parallelism or FSDP2). Add the adapter to the whole model and shard it after that, with FSDP2; "
+            f"under tensor parallelism NDLORA does not work."
+        )
     form = weight_form(target.base, target.parameter_name)
     if form is None and target.parameter_name is not None:
         shape = list(getattr(target.base, target.parameter_name).shape)

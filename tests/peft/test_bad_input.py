@@ -7,7 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import (
@@ -88,6 +90,21 @@ def test_models(options, error, message, make_llama):
     with pytest.raises(error, match=message):
         get_peft_model(model, NdLoraConfig(**options))
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_weight_split_over_processes_is_refused(make_llama):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_llama()
+        projection = model.model.layers[0].self_attn.k_proj
+        mesh = init_device_mesh("cpu", (1,))
+        projection.weight = nn.Parameter(distribute_tensor(projection.weight.detach(), mesh, [Shard(0)]))
+        before = list(model.named_modules())
+        with pytest.raises(NdLoraTypeError, match=r"'model.layers.0.self_attn.k_proj': its weight is split"):
+            get_peft_model(model, NdLoraConfig())
+        assert list(model.named_modules()) == before
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_values_that_mean_nothing_are_accepted():
