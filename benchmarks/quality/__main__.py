@@ -41,7 +41,7 @@ def main(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option(help="A setting's name, or its beginning; repeat it for several. Default: all."),
+        typer.Option(help="A setting's name; repeat it for several. Default: all."),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -61,9 +61,10 @@ def main(
         raise typer.BadParameter(f"{task!r}: choose one of {', '.join(TASKS)}", param_hint="--task")
     given = {"blocks": blocks, "steps": steps}
     chosen_task = replace(TASKS[task], **{name: value for name, value in given.items() if value is not None})
-    chosen = [known for known in SETTINGS if not setting or known.name.startswith(tuple(setting))]
-    if not chosen:
-        raise typer.BadParameter(f"no setting is called, or begins with, {setting}", param_hint="--setting")
+    known = {setting.name: setting for setting in SETTINGS}
+    if unknown := sorted(set(setting or ()) - set(known)):
+        raise typer.BadParameter(f"{unknown}: choose of {', '.join(known)}", param_hint="--setting")
+    chosen = [known[name] for name in setting or known]
     console = Console()
     if plan:
         _print_plan(chosen, results, task, console)

@@ -203,8 +203,13 @@ def test_the_command_prints_its_plan(quality, tmp_path):
 
     app = typer.Typer()
     app.command()(main)
-    result = CliRunner().invoke(app, ["--results", str(tmp_path), "--plan", "--setting", "lora-r8"])
+    # "slora-r8" is the beginning of another's name
+    options = ["--results", str(tmp_path), "--plan", "--setting", "lora-r8", "--setting", "slora-r8"]
+    result = CliRunner().invoke(app, options)
     assert result.exit_code == 0 and "lora-r8: 0 done; next: 0.0003 seed 0, 0.001 seed 0" in result.output
+    assert result.output.count("slora-r8") == 1 and "slora-r8-alpha16" not in result.output
+    refused = CliRunner().invoke(app, [*options, "--setting", "lora"])
+    assert refused.exit_code == 2 and "'lora'" in refused.output
 
 
 def test_the_page_is_of_the_committed_runs(quality):
