@@ -1,4 +1,4 @@
-"""What is measured: single layers of three models, their start, a training step, and generation."""
+"""What is measured: single layers of three models, their start, a training step, generation, torch.compile."""
 
 from __future__ import annotations
 
@@ -64,6 +64,9 @@ def cases(quick: bool = False) -> Iterator[Case]:
         yield _step(dtype, "others", _OTHERS, layers=1 if quick else 30)
     for dtype in DTYPES:
         yield _generation(dtype, layers=1 if quick else 30, new_tokens=4 if quick else 16)
+    for dtype in list(DTYPES)[: 1 if quick else None]:
+        for variant in OURS[:1] if quick else (BASELINE, *OURS):
+            yield _compiled(dtype, variant, layers=1 if quick else 8)
 
 
 def _layer(
@@ -211,3 +214,24 @@ def _generation(dtype: str, layers: int, new_tokens: int) -> Case:
         return {"generation": summary(interleaved(works, device, seconds * 5), BASELINE)}
 
     return Case(f"generation, SmolLM2-135M, 32 + 16 tokens, {dtype}", run)
+
+
+def _compiled(dtype: str, variant: str, layers: int) -> Case:
+    """Forward and backward of 2 x 256 tokens, eager and as one graph of torch.compile."""
+
+    def run(device: torch.device, seconds: float) -> dict:
+        base = _smollm2(DTYPES[dtype], device, layers)
+        tokens = torch.randint(0, 49152, (2, 256), device=device)
+        eager = adapt(variant, base, TARGETS).train()
+        works = {"eager": eager, "compiled": torch.compile(eager, fullgraph=True, dynamic=False)}
+
+        def both(model: Callable) -> None:
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            eager.zero_grad()
+
+        times = interleaved(
+            {name: lambda model=model: both(model) for name, model in works.items()}, device, seconds * 5
+        )
+        return {"compiled": summary(times, "eager")}
+
+    return Case(f"compiled, {layers} layers of SmolLM2-135M, 2 x 256 tokens, {variant}, {dtype}", run)

@@ -47,6 +47,14 @@ def _model(found: dict, kind: str, dtype: str, variant: str, other: str = BASELI
     ]
 
 
+def _compiled(found: dict, variant: str, dtype: str) -> list[float]:
+    return [
+        case["compiled"]["compiled"]["ratio"]
+        for name, case in found["cases"].items()
+        if name.startswith("compiled, ") and name.endswith(f", {variant}, {dtype}")
+    ]
+
+
 def _start(found: dict, other: str) -> list[float]:
     case = found["cases"].get("start, 4096 x 4096, r=128")
     return [case["ms"]["n_lora"] / case["ms"][other]] if case else []
@@ -134,6 +142,15 @@ BARS = (
         Bar(
             f"generation, SmolLM2-135M, not merged, {variant} / LoRA, {dtype}",
             lambda found, dtype=dtype, variant=variant: _model(found, "generation", dtype, variant),
+            1.00,
+        )
+        for variant in OURS
+        for dtype in DTYPES
+    ),
+    *(
+        Bar(
+            f"torch.compile / eager, 8 layers of SmolLM2-135M, {variant}, {dtype}",
+            lambda found, dtype=dtype, variant=variant: _compiled(found, variant, dtype),
             1.00,
         )
         for variant in OURS
@@ -228,10 +245,10 @@ def _alone(cases: Iterable[dict], variant: str) -> list[float]:
 
 
 def models_table(found: dict) -> str:
-    """A training step and generation: ratio to LoRA r=8 with its quartiles, ms, and memory."""
+    """Of whole models: ratio to LoRA r=8, or to eager, with its quartiles, ms, and memory."""
     lines = ["| | ratio (quartiles) | ms | kept for backward | peak memory |", "|---|---|---|---|---|"]
     for name, case in found["cases"].items():
-        for what in ("step", "generation"):
+        for what in ("step", "generation", "compiled"):
             for variant, figures in case.get(what, {}).items():
                 spread = f"{figures['ratio_low']:.2f} to {figures['ratio_high']:.2f}"
                 memory = [
