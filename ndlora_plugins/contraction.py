@@ -237,9 +237,9 @@ class ModeProduct(Product):
                 chain[-1].add_to(into, matrices[-1], y, beta if term == 0 else 1, scaling)
         return result, tuple(kept)
 
-    def add_few(self, result, x, tensors, scaling):
+    def add_few(self, tensors, result, x, scaling):
         if not self.two_matrices or x.numel() > self.in_features:
-            return super().add_few(result, x, tensors, scaling)
+            return super().add_few(tensors, result, x, scaling)
         # (in_1, in_2) -> (out_1, out_2)
         first, second = tensors
         y = torch.bmm(x.reshape(1, first.shape[2], second.shape[2]), second.mT)

@@ -7,7 +7,8 @@ intermediates kept for backward. A `Product` adds into what is there instead, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,22 @@ from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
 
-__all__ = ["FEW_TOKENS", "Product", "add_mm_", "add_product", "compute_dtype", "linear_with_product"]
+__all__ = [
+    "FEW_TOKENS",
+    "AddFew",
+    "Product",
+    "add_mm_",
+    "add_product",
+    "compute_dtype",
+    "fold",
+    "is_few",
+    "linear_with_few",
+    "linear_with_product",
+]
 
 Kept = tuple[Tensor, ...]
 Gradients = list[Tensor | None]
+AddFew = Callable[[Tensor, Tensor, float], None]  # (result, x, scaling), of `Product.add_few`
 
 
 class Product:
@@ -56,17 +69,22 @@ class Product:
         """
         raise NotImplementedError
 
-    def add_few(self, result: Tensor, x: Tensor, tensors: Sequence[Tensor], scaling: float) -> None:
+    def add_few(self, tensors: Sequence[Tensor], result: Tensor, x: Tensor, scaling: float) -> None:
         """result += scaling * dW x, in place, for a few tokens of which no gradient is wanted: generation.
 
         What it costs then is the number of calls, not the numbers in them.
 
         Args:
+            tensors: of one dtype.
             result: (..., out_features), contiguous.
             x: (..., in_features), at most `FEW_TOKENS`; both of the tensors' dtype.
         """
         tokens, result = x.reshape(-1, self.in_features), result.view(-1, self.out_features)
         self.forward(tokens, tensors, (False,) * len(tensors), result, scaling)
+
+    def fold(self, tensors: Sequence[Tensor]) -> AddFew:
+        """`add_few` for tensors that stay as they are while it is used: with what can be made of them once."""
+        return partial(self.add_few, tensors)
 
     def backward(
         self,
@@ -270,8 +288,9 @@ def linear_with_product(
     Returns:
         (..., out_features).
     """
-    if not torch.is_grad_enabled() and x.numel() <= FEW_TOKENS * x.shape[-1]:
-        result = _linear_with_few(product, tensors, weight, bias, x, scaling)
+    if is_few(x) and _can_fuse(*tensors):
+        add = partial(product.add_few, tensors)
+        result = linear_with_few(add, tensors[0].dtype, weight, bias, x, scaling)
         if result is not None:
             return result
     dtype = compute_dtype(x, tensors)
@@ -283,17 +302,37 @@ def linear_with_product(
     return _add(product, tensors, F.linear(x, weight, bias), x, scaling, True, dtype)
 
 
-def _linear_with_few(product, tensors, weight, bias, x, scaling):
-    """`linear_with_product` for a few tokens without gradients; None if it takes more than that."""
-    given, dtype = x.dtype, tensors[0].dtype
-    if not _can_fuse(weight, bias, x, *tensors) or torch.is_autocast_enabled(x.device.type):
+def is_few(x: Tensor) -> bool:
+    """Whether x (..., in_features) is a few tokens of which no gradient is wanted."""
+    return not torch.is_grad_enabled() and x.numel() <= FEW_TOKENS * x.shape[-1]
+
+
+def linear_with_few(
+    add: AddFew, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, x: Tensor, scaling: float
+) -> Tensor | None:
+    """`linear_with_product` for a few tokens; None if it takes more than this.
+
+    Args:
+        add: of tensors of `dtype`.
+        x: such that `is_few`.
+    """
+    if not _can_fuse(weight, bias, x) or torch.is_autocast_enabled(x.device.type):
         return None
+    given = x.dtype
     if given is dtype:
         result = F.linear(x, weight, bias)
-        product.add_few(result, x, tensors, scaling)
+        add(result, x, scaling)
         return result
     if torch.promote_types(given, dtype) is not dtype:
         return None
     result = F.linear(x, weight, bias).to(dtype)
-    product.add_few(result, x.to(dtype), tensors, scaling)
+    add(result, x.to(dtype), scaling)
     return result.to(given)
+
+
+def fold(product: Product, tensors: Sequence[Tensor]) -> tuple[AddFew, torch.dtype] | None:
+    """What `linear_with_few` takes, for tensors that stay as they are; None if it cannot take them."""
+    if not _can_fuse(*tensors):
+        return None
+    with torch.no_grad():
+        return product.fold(tensors), tensors[0].dtype

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.fused import is_few, linear_with_few
 from ndlora_plugins.integrations.peft.weights import base_weight, quantization_backend, weight_form
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LAYER_KINDS",
+    "Call",
     "FrozenFactors",
     "NdLoraConvolution",
     "NdLoraEmbedding",
@@ -27,6 +30,30 @@ __all__ = [
     "NdLoraLinear",
     "ParamWrapper",
 ]
+
+
+class Call:
+    """The call of a model's `forward` or `generate` that is running, shared by its layers.
+
+    Attributes:
+        seen: while it runs, (layer, adapter) -> None for layers that it reached once with a few tokens; from the second
+            time on, `LayerAdapter.fold` of their factors, which stay as they are until it ends; () if there is none.
+            None while no call runs.
+    """
+
+    seen: dict[tuple[nn.Module, str], Any] | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around the call; one inside another changes nothing."""
+        if self.seen is not None:
+            yield
+            return
+        self.seen = {}
+        try:
+            yield
+        finally:
+            self.seen = None
 
 
 class FrozenFactors(nn.Module):
@@ -87,6 +114,7 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.quantization_backend = quantization_backend(self.get_base_layer(), get_apply_tensor_subclass)
+        self.call = Call()
         self.form = weight_form(self.get_base_layer(), parameter_name)
         self.in_features, self.out_features = self.form.in_features, self.form.out_features
         for name in self.shown_of_base:
@@ -355,7 +383,17 @@ class NdLoraLinear(NdLoraLayer):
             return super().forward(x)
         # `_parameters`: see `tensors`
         weight, bias = base._parameters["weight"], base._parameters["bias"]
-        result = self.plan[first].linear(weight, bias, *self.tensors(first), x, self.scaling[first])
+        result, seen = None, self.call.seen
+        if seen is not None and is_few(x):
+            if (self, first) in seen:
+                folded = seen[self, first]
+                if folded is None:
+                    folded = seen[self, first] = self.plan[first].fold(*self.tensors(first)) or ()
+                result = linear_with_few(*folded, weight, bias, x, self.scaling[first]) if folded else None
+            else:
+                seen[self, first] = None
+        if result is None:
+            result = self.plan[first].linear(weight, bias, *self.tensors(first), x, self.scaling[first])
         for adapter in others:
             result = self._add_update(result, adapter, x)
         return result

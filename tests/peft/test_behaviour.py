@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
 METHODS = ["ndlinear", "slora", "nlora", "inttune"]
 # options of a second adapter on the same layers
@@ -93,6 +95,44 @@ def test_beam_search_repeats_the_names(two_adapters, tokens):
     for index, name in enumerate(["one", "two"]):
         model.set_adapter(name)
         assert torch.equal(model.generate(input_ids=tokens, **options)[index], mixed[index])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_generation_sees_the_factors_as_they_are(
+    config, method, anchored, dtype, tolerance, make_llama, shake, tokens, monkeypatch
+):
+    # what `generate` makes of the factors for single tokens is gone when it ends
+    folded, fold = [], LayerAdapter.fold
+    monkeypatch.setattr(LayerAdapter, "fold", lambda *given: folded.append(1) or fold(*given))
+    model = get_peft_model(make_llama(dtype=dtype), config(**(ANCHORED[method] if anchored else {}))).eval()
+
+    def check():
+        found = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        with torch.no_grad():
+            expected = model(found.sequences).logits[:, tokens.shape[1] - 1 : -1]
+        torch.testing.assert_close(
+            torch.stack(found.logits, dim=1), expected.float(), atol=tolerance, rtol=tolerance
+        )
+        return expected
+
+    before = check()
+    shake(model, scale=0.3)
+    assert not torch.equal(check(), before)
+    for name, parameter in model.named_parameters():
+        if "ndlora_factors" in name:
+            parameter.data.mul_(0.5)  # unseen by autograd
+    check()
+    assert len(folded) == 3 * sum(isinstance(module, NdLoraLayer) for module in model.modules())
 
 
 def test_hooks_are_gone_after_an_error(two_adapters, tokens):
