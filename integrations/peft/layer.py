@@ -36,8 +36,8 @@ class Call:
     """The call of a model's `forward` or `generate` that is running, shared by its layers.
 
     Attributes:
-        seen: while it runs, (layer, adapter) -> None for layers that it reached once with a few tokens; from the second
-            time on, `LayerAdapter.fold` of their factors, which stay as they are until it ends; () if there is none.
+        seen: while it runs, (layer, adapter) -> None for layers that it reached once; if it reaches them again with a
+            few tokens, `LayerAdapter.fold` of their factors, which stay as they are until it ends; () if there is none.
             None while no call runs.
     """
 
@@ -384,14 +384,14 @@ class NdLoraLinear(NdLoraLayer):
         # `_parameters`: see `tensors`
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         result, seen = None, self.call.seen
-        if seen is not None and is_few(x):
-            if (self, first) in seen:
+        if seen is not None and not torch.is_grad_enabled():
+            if (self, first) not in seen:
+                seen[self, first] = None
+            elif is_few(x):
                 folded = seen[self, first]
                 if folded is None:
                     folded = seen[self, first] = self.plan[first].fold(*self.tensors(first)) or ()
                 result = linear_with_few(*folded, weight, bias, x, self.scaling[first]) if folded else None
-            else:
-                seen[self, first] = None
         if result is None:
             result = self.plan[first].linear(weight, bias, *self.tensors(first), x, self.scaling[first])
         for adapter in others:
