@@ -383,7 +383,8 @@ class NdLoraLinear(NdLoraLayer):
             return super().forward(x)
         # `_parameters`: see `tensors`
         weight, bias = base._parameters["weight"], base._parameters["bias"]
-        result, seen = None, self.call.seen
+        # not in a graph, which would be compiled anew whenever more is seen
+        result, seen = None, None if torch.compiler.is_compiling() else self.call.seen
         if seen is not None and not torch.is_grad_enabled():
             if (self, first) not in seen:
                 seen[self, first] = None

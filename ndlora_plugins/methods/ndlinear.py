@@ -7,7 +7,6 @@ and one term and without a bias. https://github.com/ensemble-core/NdLinear (`ndl
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +30,9 @@ class NdLinear(Method):
 
     def factors(self, layout):
         return tuple(
-            Factor(name, (layout.rank, out_mode, in_mode), fan_in=1 if layout.one_hot else in_mode)
-            for name, out_mode, in_mode in zip(
-                _names(len(layout.in_modes)), layout.out_modes, layout.in_modes, strict=True
+            Factor(f"mode_{k}", (layout.rank, out_mode, in_mode), fan_in=1 if layout.one_hot else in_mode)
+            for k, (out_mode, in_mode) in enumerate(
+                zip(layout.out_modes, layout.in_modes, strict=True), start=1
             )
         )
 
@@ -105,9 +104,4 @@ class NdLinear(Method):
 
     @staticmethod
     def _modes(layout, factors):
-        return [factors[name] for name in _names(len(layout.in_modes))]
-
-
-@cache
-def _names(modes: int) -> tuple[str, ...]:
-    return tuple(f"mode_{k}" for k in range(1, modes + 1))
+        return [factors[f"mode_{k}"] for k in range(1, len(layout.in_modes) + 1)]

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import merge_utils
@@ -453,6 +454,18 @@ def test_a_head_that_trains_in_full_gets_no_adapter(task, method, tokens, shake,
     shake(model).save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(again(tokens)[0], model(tokens)[0])
+
+
+def test_a_layer_is_compiled_once_while_generate_runs(config, make_llama):
+    model = get_peft_model(make_llama(num_hidden_layers=1), config()).eval()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    compiled, x = torch.compile(layer, fullgraph=True, backend=counter), torch.randn(1, 1, 48)
+    with torch.no_grad(), model.base_model.call.running():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
