@@ -180,8 +180,9 @@ class LayerAdapter:
         self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[AddFew, torch.dtype] | None:
         """What `fused.linear_with_few` takes, for factors that stay as they are; None if it cannot take them."""
-        found = self._product(trained, frozen)
-        return None if found is None else fold(*found)
+        with torch.no_grad():
+            found = self._product(trained, frozen)
+            return None if found is None else fold(*found, self.low_rank(trained, frozen))
 
     def lookup(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], indices: Tensor) -> Tensor:
         """Columns of dW for integer indices (...) -> (..., out_features), without scaling."""

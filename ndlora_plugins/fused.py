@@ -82,10 +82,6 @@ class Product:
         tokens, result = x.reshape(-1, self.in_features), result.view(-1, self.out_features)
         self.forward(tokens, tensors, (False,) * len(tensors), result, scaling)
 
-    def fold(self, tensors: Sequence[Tensor]) -> AddFew:
-        """`add_few` for tensors that stay as they are while it is used: with what can be made of them once."""
-        return partial(self.add_few, tensors)
-
     def backward(
         self,
         kept: Kept,
@@ -126,7 +122,7 @@ def compute_dtype(x: Tensor, tensors: Sequence[Tensor]) -> torch.dtype:
         return torch.get_autocast_dtype(x.device.type)
     dtype = tensors[0].dtype
     if x.dtype == torch.bfloat16 and dtype == torch.float32:
-        if torch.is_grad_enabled() or x.numel() > FEW_TOKENS * x.shape[-1]:
+        if not is_few(x):
             return torch.bfloat16
     return dtype
 
@@ -330,9 +326,23 @@ def linear_with_few(
     return result.to(given)
 
 
-def fold(product: Product, tensors: Sequence[Tensor]) -> tuple[AddFew, torch.dtype] | None:
-    """What `linear_with_few` takes, for tensors that stay as they are; None if it cannot take them."""
+def fold(
+    product: Product, tensors: Sequence[Tensor], low_rank: tuple[Tensor, Tensor] | None
+) -> tuple[AddFew, torch.dtype] | None:
+    """What `linear_with_few` takes, for tensors that stay as they are; None if it cannot take them.
+
+    Args:
+        low_rank: (down, up) with dW = up @ down, if there is a low-rank form: two products, made ready once.
+    """
     if not _can_fuse(*tensors):
         return None
-    with torch.no_grad():
-        return product.fold(tensors), tensors[0].dtype
+    dtype = tensors[0].dtype
+    if low_rank is None:
+        return partial(product.add_few, tensors), dtype
+    down, up = (matrix.T for matrix in low_rank)
+
+    def add(result: Tensor, x: Tensor, scaling: float) -> None:
+        h = x.reshape(-1, down.shape[0]) @ down
+        result.view(-1, up.shape[1]).addmm_(h, up, alpha=scaling)
+
+    return add, dtype

@@ -33,15 +33,6 @@ class CoreProduct(Product):
         kept = ((x,) if needs[0] else ()) + ((h,) if needs[1] or needs[2] else ())
         return add_mm_(result, h @ core.T, up.T, scaling), kept
 
-    def add_few(self, tensors, result, x, scaling):
-        down, core, up = tensors
-        h = F.linear(F.linear(x, down), core).reshape(-1, len(core))
-        result.view(-1, self.out_features).addmm_(h, up.T, alpha=scaling)
-
-    def fold(self, tensors):
-        down, core, up = tensors
-        return _two_products(down, up @ core)
-
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         down, core, up = _cast(tensors, grad.dtype)
         grads = [None, None, None]
@@ -98,10 +89,6 @@ class AnchoredCoreProduct(Product):
         result.addmm_(torch.addmm(changed, both, start_core.T), up.T, alpha=scaling)
         result.addmm_(torch.addmm(changed, d, start_core.T), start_up.T, alpha=scaling)
 
-    def fold(self, tensors):
-        downs, _, cores, ups = self._joined(tensors, tensors[0].dtype)
-        return _two_products(downs, ups @ cores)
-
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         downs, core, cores, ups = self._joined(tensors, grad.dtype)
         rank = len(core)
@@ -124,17 +111,6 @@ class AnchoredCoreProduct(Product):
         now = start_core + core
         cores = torch.cat([torch.cat([now, now], dim=1), torch.cat([core, now], dim=1)])
         return torch.cat([start_down, down]), now, cores, torch.cat([up, start_up], dim=1)
-
-
-def _two_products(down, up):
-    """`Product.fold` of dW = up @ down."""
-    down, up = down.T, up.T
-
-    def add(result, x, scaling):
-        h = x.reshape(-1, down.shape[0]) @ down
-        result.view(-1, up.shape[1]).addmm_(h, up, alpha=scaling)
-
-    return add
 
 
 def _cast(tensors, dtype):

@@ -178,13 +178,14 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         if holder is None:
             return trained, {}
         frozen = holder.tensors()
-        reference, one = next(iter(trained.values())), next(iter(frozen.values()))
-        if one.dtype == reference.dtype and one.device == reference.device:  # they change together
+        reference = next(iter(trained.values()))
+        dtype, device = reference.dtype, reference.device
+        if all(value.dtype == dtype and value.device == device for value in frozen.values()):
             return trained, frozen
         if self.plan[adapter].recomputed and not reference.is_meta:
             self._refresh(holder, adapter, reference)
             return trained, holder.tensors()
-        return trained, {name: value.to(reference.device, reference.dtype) for name, value in frozen.items()}
+        return trained, {name: value.to(device, dtype) for name, value in frozen.items()}
 
     def _refresh(self, holder: FrozenFactors, adapter: str, reference: Tensor) -> None:
         """Bring recomputed factors to the trained ones' device and dtype, anew if they were made on "meta"."""
