@@ -47,6 +47,9 @@ def plan(
     init: Annotated[str | None, typer.Option(help="An initialiser's name.")] = None,
     anchor: Annotated[str | None, typer.Option(help="snapshot or none.")] = None,
     num_modes: Annotated[int, typer.Option(help="Into how many modes a dimension is split.")] = 2,
+    crossed_modes: Annotated[
+        int | None, typer.Option(help="In place of it: two modes that cross, the small ones of this size.")
+    ] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; may be repeated.")] = None,
     lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -62,6 +65,7 @@ def plan(
         init_lora_weights=True if init is None else init,
         anchor=anchor,
         num_modes=num_modes,
+        crossed_modes=crossed_modes,
         target_modules=target or None,
     )
     header, rows = budget.table()

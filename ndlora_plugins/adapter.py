@@ -14,7 +14,7 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import AddFew, Product, add_product, fold, linear_with_product
 from ndlora_plugins.initializers import Initializer
 from ndlora_plugins.methods.base import Factor, Layout, Method
-from ndlora_plugins.modes import balanced_modes, check_modes, lopsidedness
+from ndlora_plugins.modes import balanced_modes, check_modes, crossed_modes, lopsidedness
 from ndlora_plugins.registry import method_and_initializer
 
 __all__ = ["ANCHORS", "AdapterOptions", "LayerAdapter", "plan_layer"]
@@ -33,6 +33,7 @@ class AdapterOptions:
         anchor: "snapshot", "none", or None for "snapshot" exactly where the start would move the model.
         num_modes: into how many modes in and out features are split where `in_modes`, `out_modes` do not say it;
             experts and the axes of a kernel are modes of their own beside them.
+        crossed_modes: in place of `num_modes`, the size of the small modes of `modes.crossed_modes`.
     """
 
     method: str | None = None
@@ -42,6 +43,7 @@ class AdapterOptions:
     use_rslora: bool = False
     anchor: str | None = None
     num_modes: int = 2
+    crossed_modes: int | None = None
     in_modes: Sequence[int] | None = None
     out_modes: Sequence[int] | None = None
 
@@ -54,7 +56,7 @@ class LayerAdapter:
     start; without, `trained` holds the trainable factors and `frozen` the others.
 
     Attributes:
-        recomputed: whether `frozen` comes from the base weight, so that it need not be saved.
+        recomputed: whether `frozen` is read from the base weight at load, so that it need not be saved.
     """
 
     method: Method
@@ -75,7 +77,8 @@ class LayerAdapter:
             frozen = tuple(f for f in factors if not f.trainable)
         object.__setattr__(self, "trained", tuple(f for f in factors if f.trainable))
         object.__setattr__(self, "frozen", frozen)
-        object.__setattr__(self, "recomputed", bool(frozen) and self.initializer.reads_weight)
+        read = self.initializer.reads_weight and not self.initializer.saves_start
+        object.__setattr__(self, "recomputed", bool(frozen) and read)
 
     def __reduce__(self):
         # methods and initialisers travel by name: they are code, and may come from a plugin
@@ -331,11 +334,15 @@ def _modes(
         "in_modes": (in_features, (1,) * len(before), after),
         "out_modes": (out_features, before, (1,) * len(after)),
     }
+    rest = [features // math.prod((*first, *last)) for features, first, last in sides.values()]
+    if options.crossed_modes is not None and not lengths:
+        splits = crossed_modes(*rest, options.crossed_modes)
+    else:
+        splits = [balanced_modes(features, num_modes) for features in rest]
     found = []
-    for side, (features, first, last) in sides.items():
+    for (side, (features, first, last)), split in zip(sides.items(), splits, strict=True):
         if given[side] is not None:
             found.append(check_modes(tuple(given[side]), features, side, layer))
         else:
-            split = balanced_modes(features // math.prod((*first, *last)), num_modes)
             found.append((*first, *split, *last))
     return found[0], found[1]

@@ -131,7 +131,9 @@ class _Step:
 
     Attributes:
         mode: whose factor (terms, out_mode, in_mode) does it.
-        axes: the factor's axes in the order in which they make the matrix (out_size, in_size).
+        axes: the factor's axes in the order in which they make a matrix.
+        repeats: the step's matrix is kron(that matrix, identity of this size), so that an axis of a few numbers
+            after the contracted one becomes a part of it.
     """
 
     mode: int
@@ -139,17 +141,27 @@ class _Step:
     out_size: int
     in_size: int
     after: int
+    repeats: int = 1
 
     def matrix(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """(out_size, in_size)."""
         if factor.dtype != dtype:
             factor = factor.to(dtype)
         if self.axes != (0, 1, 2):
             factor = factor.permute(self.axes)
-        return factor.reshape(self.out_size, self.in_size)
+        matrix = factor.reshape(self.out_size // self.repeats, self.in_size // self.repeats)
+        if self.repeats > 1:
+            identity = torch.eye(self.repeats, dtype=dtype, device=matrix.device)
+            matrix = torch.kron(matrix, identity)
+        return matrix
 
     def as_factor(self, matrix: Tensor, factor: Tensor) -> Tensor:
-        """The way back from `matrix`: in the factor's shape and dtype."""
+        """The way back from `matrix`, for gradients: in the factor's shape and dtype."""
         matrix = matrix.to(factor.dtype)
+        if self.repeats > 1:
+            # (out, repeats, in, repeats) -> (out, in)
+            matrix = matrix.unflatten(1, (-1, self.repeats)).unflatten(0, (-1, self.repeats))
+            matrix = matrix.diagonal(dim1=1, dim2=3).sum(-1)
         if self.axes == (0, 1, 2):
             return matrix.view(factor.shape)
         sizes = [factor.shape[axis] for axis in self.axes]
@@ -183,6 +195,15 @@ class _Step:
             return _sum_over_batch(torch.bmm(grad.transpose(1, 2), y))
         grad, y = grad.reshape(-1, self.out_size, self.after), y.reshape(-1, self.in_size, self.after)
         return _sum_over_batch(torch.bmm(grad, y.transpose(1, 2)))
+
+
+_FEW_AFTER = 4  # up to so many, one product of more numbers is faster than a small one for each token
+
+
+def _step(mode: int, axes: tuple[int, int, int], out_size: int, in_size: int, after: int) -> _Step:
+    if after > _FEW_AFTER:
+        return _Step(mode, axes, out_size, in_size, after)
+    return _Step(mode, axes, out_size * after, in_size * after, 1, after)
 
 
 def _sum_over_batch(products: Tensor) -> Tensor:
@@ -326,19 +347,19 @@ def mode_product(
             # (tokens in_1, in_2) -> (tokens in_1, terms out_2) = (tokens, in_1 terms, out_2) -> (tokens, out_1, out_2)
             chain = (
                 _Step(1, (0, 1, 2), terms * out_2, in_2, 1),
-                _Step(0, (1, 2, 0), out_1, in_1 * terms, out_2),
+                _step(0, (1, 2, 0), out_1, in_1 * terms, out_2),
             )
         else:
             # (tokens, in_1, in_2) -> (tokens, out_1 terms, in_2) = (tokens out_1, terms in_2) -> (tokens out_1, out_2)
             chain = (
-                _Step(0, (1, 0, 2), out_1 * terms, in_1, in_2),
+                _step(0, (1, 0, 2), out_1 * terms, in_1, in_2),
                 _Step(1, (1, 0, 2), out_2, terms * in_2, 1),
             )
         chains = (chain,)
     else:
         sizes, chain = list(in_modes), []
         for k in order:
-            chain.append(_Step(k, (0, 1, 2), out_modes[k], in_modes[k], math.prod(sizes[k + 1 :])))
+            chain.append(_step(k, (0, 1, 2), out_modes[k], in_modes[k], math.prod(sizes[k + 1 :])))
             sizes[k] = out_modes[k]
         chains = (tuple(chain),) * terms
     tokens = max(1, _NUMBERS_AT_A_TIME // max(plan.largest_intermediate, 1))

@@ -11,7 +11,14 @@ from torch import Generator, Tensor
 
 from ndlora_plugins.methods.base import Factor, Layout, Method
 
-__all__ = ["Initializer", "builtin_initializers", "first_step_gain", "kaiming_uniform", "nearest_kronecker"]
+__all__ = [
+    "Initializer",
+    "builtin_initializers",
+    "first_step_gain",
+    "kaiming_uniform",
+    "nearest_kronecker",
+    "pivot_columns",
+]
 
 Values = dict[str, Tensor]
 
@@ -25,7 +32,8 @@ class Initializer:
         summary: one line for `ndlora methods`.
         source: paper, or reference file.
         methods: names of the methods it can start, all if empty; the first follows from the name alone.
-        reads_weight: whether it needs the base weight. Frozen factors are then recomputed at load, not saved.
+        reads_weight: whether it needs the base weight.
+        saves_start: whether frozen factors that come from the weight are saved. If not, they are recomputed at load.
         starts_at_zero: whether dW is zero at the start, so that no anchor is needed.
         refuses: method -> why this start cannot work for it, for the error message.
         function: (method, layout, weight, generator) -> a value for every factor, float32 (or the weight's
@@ -42,6 +50,7 @@ class Initializer:
     starts_at_zero: bool
     function: Callable[[Method, Layout, Tensor | None, Generator | None], Values]
     refuses: Mapping[str, str] = field(default_factory=dict, hash=False)
+    saves_start: bool = False
     max_rank: Callable[[Layout], int] | None = None
     default_alpha: float | None = None
 
@@ -168,12 +177,52 @@ def _n_lora(method: Method, layout: Layout, weight: Tensor | None, generator: Ge
 def _n_lora_step(
     method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None
 ) -> Values:
-    """The slices of `_n_lora`, scaled as if they were LoRA's: down as Kaiming-uniform, core so that it keeps lengths.
+    return _scaled_slices(method, layout, _n_lora(method, layout, weight.float(), generator))
+
+
+def _n_lora_pivots(
+    method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None
+) -> Values:
+    weight = weight.float()
+    rows, columns = pivot_columns(weight.T, layout.rank), pivot_columns(weight, layout.rank)
+    down = weight[rows]
+    return _scaled_slices(method, layout, {"down": down, "core": down[:, columns], "up": weight[:, columns]})
+
+
+def pivot_columns(matrix: Tensor, count: int) -> Tensor:
+    """The columns that QR with column pivoting takes first: each time the longest of what those before it leave.
+
+    It works on a random sketch of the matrix, with `count` + 10 rows and always the same: one product with it. Equal
+    columns, up to rounding, may be taken in another order on another device.
+
+    Args:
+        matrix: (rows, columns), a floating dtype.
+        count: at most the smaller side.
+
+    Returns:
+        (count,), integers.
+
+    Source: Voronin and Martinsson, Efficient algorithms for CUR and interpolative matrix decompositions (2017).
+    """
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(count + 10, matrix.shape[0], generator=generator).to(matrix) @ matrix
+    chosen = torch.empty(count, dtype=torch.long, device=matrix.device)
+    for k in range(count):
+        lengths = sketch.square().sum(0)
+        lengths[chosen[:k]] = -1
+        chosen[k] = lengths.argmax()
+        column = sketch[:, chosen[k]]
+        direction = column / column.norm().clamp(min=1e-30)
+        sketch = sketch - torch.outer(direction, direction @ sketch)
+    return chosen
+
+
+def _scaled_slices(method: Method, layout: Layout, slices: Values) -> Values:
+    """Slices scaled as if they were LoRA's: down as Kaiming-uniform, core so that it keeps lengths.
 
     The derivation is that of `first_step_gain`. Where the core alone trains, its rank * rank numbers step at once and
     the output moves by alpha * rank / out_features times the columns' length.
     """
-    slices = _n_lora(method, layout, weight.float(), generator)
     rank = layout.rank
     core_alone = [factor.name for factor in method.factors(layout) if factor.trainable] == ["core"]
     lengths = {
@@ -254,6 +303,18 @@ builtin_initializers = (
         reads_weight=True,
         starts_at_zero=False,
         function=_n_lora_step,
+        max_rank=lambda layout: min(layout.in_features, layout.out_features),
+        default_alpha=_RECIPE_ALPHA,
+    ),
+    Initializer(
+        "n_lora_pivots",
+        "n_lora_step, but with the rows and columns that QR with column pivoting takes, which are saved",
+        "Voronin and Martinsson (2017); docs/quality.md",
+        ("nlora",),
+        reads_weight=True,
+        starts_at_zero=False,
+        function=_n_lora_pivots,
+        saves_start=True,
         max_rank=lambda layout: min(layout.in_features, layout.out_features),
         default_alpha=_RECIPE_ALPHA,
     ),

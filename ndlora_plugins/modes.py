@@ -7,7 +7,7 @@ from functools import cache
 
 from ndlora_plugins.errors import NdLoraValueError
 
-__all__ = ["LOPSIDED_RATIO", "balanced_modes", "check_modes", "lopsidedness"]
+__all__ = ["LOPSIDED_RATIO", "balanced_modes", "check_modes", "crossed_modes", "lopsidedness"]
 
 # Above this ratio of parameters to those of an ideal (real-valued) split, a layer is called lopsided.
 LOPSIDED_RATIO = 4.0
@@ -61,6 +61,28 @@ def _integer_root(value: int, degree: int) -> int:
     while root**degree > value:
         root -= 1
     return root
+
+
+def crossed_modes(in_features: int, out_features: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """in_modes = (n, in / n) and out_modes = (out / n, n), with n the largest common divisor up to `size`.
+
+    A Kronecker term of such modes has in + out parameters, as LoRA with r=1. Since kron(A, B) = kron(A, I) kron(I, B)
+    with an inner dimension of n * n, it is LoRA with r=1 for n = 1, and an exact LoRA with r = n * n else.
+
+    Raises:
+        NdLoraValueError: if any of the three is below 1.
+
+    >>> crossed_modes(576, 1536, 4), crossed_modes(7, 5, 4)
+    (((4, 144), (384, 4)), ((1, 7), (5, 1)))
+    """
+    if min(in_features, out_features, size) < 1:
+        raise NdLoraValueError(
+            f"in_features={in_features} and out_features={out_features} cannot be split with crossed_modes={size}: "
+            f"all must be at least 1."
+        )
+    common = math.gcd(in_features, out_features)
+    n = next(n for n in range(min(size, common), 0, -1) if common % n == 0)
+    return (n, in_features // n), (out_features // n, n)
 
 
 def check_modes(modes: tuple[int, ...], features: int, side: str, layer: str) -> tuple[int, ...]:

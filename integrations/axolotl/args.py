@@ -34,6 +34,7 @@ class NdLoraBlock(BaseModel):
     method: str | None = _field("method")
     anchor: Literal["snapshot", "none"] | None = _field("anchor")
     num_modes: int | None = _field("num_modes")
+    crossed_modes: int | None = _field("crossed_modes")
     modes: dict[str, Any] | None = _field("modes")
     random_seed: int | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")

@@ -199,7 +199,7 @@ def _task(model: Any | None) -> str:
 
 def _in_the_yaml(message: str) -> str:
     """ " (in the YAML: r is lora_r)" for the fields that a message names by another name than the YAML's."""
-    block = ("method", "anchor", "num_modes", "modes", "random_seed", "bias")
+    block = ("method", "anchor", "num_modes", "crossed_modes", "modes", "random_seed", "bias")
     names = {**YAML_KEYS, **{field: f"ndlora.{field}" for field in block}}
     said = [
         f"{field} is {key}"

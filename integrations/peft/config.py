@@ -76,7 +76,8 @@ class NdLoraConfig(PeftConfig):
         default=None,
         metadata={
             "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default: 16, as in LoRA recipes, for "
-            "the starts 'lora_step', 'kronecker' and 'n_lora_step', which are made for it; else r: scaling is 1."
+            "the starts 'lora_step', 'kronecker', 'n_lora_step' and 'n_lora_pivots', which are made for it; else r: "
+            "scaling is 1."
         },
     )
     lora_dropout: float = field(
@@ -90,7 +91,8 @@ class NdLoraConfig(PeftConfig):
         metadata={
             "help": "True: the method's own start, which leaves the model's function as it is. False: random and "
             "not zero (for tests). Or a name: 'lora_step', 'kronecker', 'zero_mode', 'ndlinear' (the reference's), "
-            "'s_lora', 'n_lora', 'n_lora_step', or one of a plugin; `ndlora methods` says what each is."
+            "'s_lora', 'n_lora', 'n_lora_step', 'n_lora_pivots', or one of a plugin; `ndlora methods` says what each "
+            "is."
         },
     )
     anchor: str | None = field(
@@ -105,6 +107,14 @@ class NdLoraConfig(PeftConfig):
         metadata={
             "help": "Into how many modes in and out features are split, as evenly as it comes. Experts, and the "
             "height and width of a kernel, are modes of their own beside them."
+        },
+    )
+    crossed_modes: int | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `num_modes`: two uneven modes that cross, in = (n, in / n) and out = (out / n, n), "
+            "n the largest common divisor up to this number. A term has in + out parameters, as LoRA r=1 has, and "
+            "is an exact LoRA of rank n * n. Layers that `modes` names keep those."
         },
     )
     modes: dict | None = field(
@@ -247,6 +257,17 @@ class NdLoraConfig(PeftConfig):
             )
         if not isinstance(self.num_modes, int) or self.num_modes < 2:
             raise NdLoraValueError(f"num_modes={self.num_modes!r}: choose an integer of at least 2.")
+        if self.crossed_modes is None:
+            return
+        if not isinstance(self.crossed_modes, int) or self.crossed_modes < 1:
+            raise NdLoraValueError(
+                f"crossed_modes={self.crossed_modes!r}: choose an integer of at least 1, such as 4."
+            )
+        if self.num_modes != 2:
+            raise NdLoraValueError(
+                f"crossed_modes={self.crossed_modes} means two modes, but num_modes={self.num_modes}: leave one of "
+                f"them out."
+            )
 
     def _check_modes(self) -> None:
         if self.modes is None:
@@ -300,6 +321,7 @@ class NdLoraConfig(PeftConfig):
             use_rslora=self.use_rslora,
             anchor=self.anchor,
             num_modes=self.num_modes,
+            crossed_modes=self.crossed_modes,
             in_modes=modes.get("in_modes"),
             out_modes=modes.get("out_modes"),
         )

@@ -46,6 +46,25 @@ class NdLinear(Method):
     def delta(self, layout, factors):
         return kronecker(self._modes(layout, factors))
 
+    def low_rank(self, layout, factors):
+        # kron(A, B) = kron(A, I) kron(I, B) = kron(I, B) kron(A, I); small for crossed modes
+        if len(layout.in_modes) != 2:
+            return None
+        (in_1, in_2), (out_1, out_2) = layout.in_modes, layout.out_modes
+        inner = min(in_1 * out_2, out_1 * in_2)
+        if (
+            layout.rank * inner * (layout.in_features + layout.out_features)
+            > layout.in_features * layout.out_features
+        ):
+            return None
+        first, second = self._modes(layout, factors)
+        if inner == in_1 * out_2:
+            down, up = _kron_with_identity(second, before=in_1), _kron_with_identity(first, after=out_2)
+        else:
+            down, up = _kron_with_identity(first, after=in_2), _kron_with_identity(second, before=out_1)
+        # the terms, one below the other and side by side
+        return down.flatten(0, 1), up.transpose(0, 1).flatten(1)
+
     def lookup(self, layout, factors, indices):
         # a column of a Kronecker product is the Kronecker product of columns
         rows = None
@@ -105,3 +124,9 @@ class NdLinear(Method):
     @staticmethod
     def _modes(layout, factors):
         return [factors[f"mode_{k}"] for k in range(1, len(layout.in_modes) + 1)]
+
+
+def _kron_with_identity(mode: torch.Tensor, before: int = 1, after: int = 1) -> torch.Tensor:
+    """kron(identity, matrix, identity) of every term: (terms, before * out * after, before * in * after)."""
+    eye = [torch.eye(size, dtype=mode.dtype, device=mode.device).unsqueeze(0) for size in (before, after)]
+    return kronecker_terms([eye[0], mode, eye[1]])

@@ -39,6 +39,7 @@ MAPPED = [
     ("peft_ensure_weight_tying", True, "ensure_weight_tying", True),
     ("ndlora", {"method": "inttune"}, "method", "inttune"),
     ("ndlora", {"num_modes": 3}, "num_modes", 3),
+    ("ndlora", {"crossed_modes": 4}, "crossed_modes", 4),
     ("ndlora", {"modes": {"in_modes": [4, 8]}}, "modes", {"in_modes": [4, 8]}),
     ("ndlora", {"random_seed": 7}, "random_seed", 7),
     ("ndlora", {"bias": "all"}, "bias", "all"),
@@ -78,6 +79,7 @@ WRONG = [
     ({"lora_dropout": 1.5}, "lora_dropout"),
     ({"ndlora": {"method": "loha"}}, "ndlora.method"),
     ({"ndlora": {"num_modes": 1}}, "ndlora.num_modes"),
+    ({"ndlora": {"crossed_modes": 0}}, "ndlora.crossed_modes"),
     ({"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights"),
     ({"peft_init_lora_weights": "s_lora", "ndlora": {"method": "inttune"}}, "peft_init_lora_weights"),
 ]

@@ -31,7 +31,10 @@ LEAST = {
 }
 # block, words of the message
 WRONG_BLOCKS = [
-    ({"methd": "slora"}, ("ndlora.methd", "'method'", "anchor, num_modes, modes, random_seed")),
+    (
+        {"methd": "slora"},
+        ("ndlora.methd", "'method'", "anchor, num_modes, crossed_modes, modes, random_seed"),
+    ),
     ({"r": 4}, ("ndlora.r", "`lora_r:`")),
     ({"lora_alpha": 4}, ("ndlora.lora_alpha", "`lora_alpha:`", "top level")),
     ({"init_lora_weights": "n_lora"}, ("`peft_init_lora_weights:`",)),

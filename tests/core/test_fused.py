@@ -31,11 +31,13 @@ SHAPES = [
     (24, 18, {"num_modes": 3, "rank": 1}),
     (24, 18, {"num_modes": 3, "rank": 3}),
     (13, 30, {"in_modes": (1, 13), "out_modes": (30, 1), "rank": 2}),
+    (24, 36, {"crossed_modes": 4, "rank": 1}),  # (4, 6) -> (9, 4): an axis of few numbers last
+    (36, 24, {"in_modes": (9, 4), "out_modes": (4, 6), "rank": 2}),  # the same, the first mode first
 ]
 CASES = [
     (start, shape)
     for start, shape in itertools.product(STARTS, SHAPES)
-    if start[0] == "ndlinear" or "in_modes" not in shape[2]
+    if start[0] == "ndlinear" or not {"in_modes", "crossed_modes"} & set(shape[2])
 ]
 WAYS = ["linear", "linear with a bias", "in place", "out of place"]
 # dtype of base, x and output; of the factors; error against float64 relative to the largest entry

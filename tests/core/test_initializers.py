@@ -6,7 +6,7 @@ import torch
 from ndlora_plugins.adapter import AdapterOptions, plan_layer
 from ndlora_plugins.contraction import kronecker
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.initializers import nearest_kronecker
+from ndlora_plugins.initializers import nearest_kronecker, pivot_columns
 
 # in, out, options
 CASES = [
@@ -16,7 +16,9 @@ CASES = [
     (576, 192, {"rank": 4}),
     (576, 576, {"rank": 4, "num_modes": 3}),
     (1024, 4096, {"rank": 2, "num_modes": 4}),
-    (576, 576, {"rank": 1, "in_modes": (4, 144), "out_modes": (144, 4)}),
+    (576, 576, {"rank": 1, "crossed_modes": 4}),
+    (576, 1536, {"rank": 4, "crossed_modes": 4}),
+    (2048, 1024, {"rank": 1, "crossed_modes": 8}),
     (576, 576, {"rank": 1, "in_modes": (12, 48), "out_modes": (12, 48)}),
 ]
 
@@ -68,8 +70,9 @@ def test_the_first_step_of_a_core_is_loras(in_features, out_features, rank):
     assert 0.5 < ours / loras_first_step(x, wanted) < 2
 
 
-def test_a_scaled_start_of_a_zero_weight_is_zero():
-    plan = plan_layer(AdapterOptions(method="nlora", init_lora_weights="n_lora_step"), 24, 18, "q")
+@pytest.mark.parametrize("start", ["n_lora_step", "n_lora_pivots"])
+def test_a_scaled_start_of_a_zero_weight_is_zero(start):
+    plan = plan_layer(AdapterOptions(method="nlora", init_lora_weights=start), 24, 18, "q")
     _, frozen = plan.initialize(torch.zeros(18, 24))
     assert all(torch.count_nonzero(value) == 0 for value in frozen.values())
 
@@ -127,6 +130,26 @@ def test_every_mode_of_a_kronecker_start_has_a_gradient_at_once(num_modes):
     assert torch.count_nonzero(y) == 0
     y.sum().backward()
     assert all(value.grad.abs().sum() > 0 for value in leaves.values())
+
+
+def test_pivots_are_the_longest_of_what_is_left():
+    # QR with column pivoting: column 5 is the longest, 2 is twice its direction and so nothing is left of it
+    directions = torch.linalg.qr(torch.randn(20, 6, dtype=torch.float64)).Q
+    matrix = directions * torch.tensor([1e-3, 1.0, 0.0, 1e-2, 1e-1, 100.0], dtype=torch.float64)
+    matrix[:, 2] = 0.5 * matrix[:, 5]
+    assert pivot_columns(matrix, 4).tolist() == [5, 1, 4, 3]
+
+
+def test_pivots_are_saved_for_rounding_may_change_them():
+    plan = plan_layer(AdapterOptions(method="nlora", init_lora_weights="n_lora_pivots", rank=4), 24, 18, "q")
+    weight = torch.randn(18, 24)
+    _, frozen = plan.initialize(weight)
+    assert plan.anchor == "snapshot" and not plan.recomputed
+    assert plan.num_saved == plan.num_parameters + plan.num_frozen
+    rows, columns = pivot_columns(weight.T, 4), pivot_columns(weight, 4)
+    slices = {"down": weight[rows], "core": weight[rows][:, columns], "up": weight[:, columns]}
+    for name, value in slices.items():  # up to the scale
+        torch.testing.assert_close(frozen[name] / frozen[name].norm(), value / value.norm())
 
 
 def test_more_kronecker_terms_than_there_are():

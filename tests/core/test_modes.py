@@ -6,7 +6,7 @@ import math
 import pytest
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.modes import balanced_modes, check_modes, lopsidedness
+from ndlora_plugins.modes import balanced_modes, check_modes, crossed_modes, lopsidedness
 
 # features, number of modes, expected: the reference's pairs, smaller first
 BALANCED = [
@@ -18,6 +18,14 @@ BALANCED = [
     (7, 2, (1, 7)),
     (1, 2, (1, 1)),
     (12, 4, (1, 2, 2, 3)),
+]
+# in_features, out_features, size -> in_modes, out_modes: the small modes are a common divisor
+CROSSED = [
+    (576, 1536, 4, (4, 144), (384, 4)),
+    (576, 1536, 5, (4, 144), (384, 4)),
+    (576, 1536, 1, (1, 576), (1536, 1)),
+    (7, 5, 4, (1, 7), (5, 1)),
+    (4, 12, 8, (4, 1), (3, 4)),
 ]
 
 
@@ -38,6 +46,20 @@ def test_no_split_has_a_smaller_sum(features, num_modes):
 def test_impossible_splits_raise(features, num_modes):
     with pytest.raises(NdLoraValueError, match=f"features={features}.*num_modes={num_modes}"):
         balanced_modes(features, num_modes)
+
+
+@pytest.mark.parametrize("in_features, out_features, size, in_modes, out_modes", CROSSED)
+def test_crossed_modes_have_the_parameters_of_a_lora_of_rank_1(
+    in_features, out_features, size, in_modes, out_modes
+):
+    assert crossed_modes(in_features, out_features, size) == (in_modes, out_modes)
+    parameters = sum(o * i for o, i in zip(out_modes, in_modes, strict=True))
+    assert parameters == in_features + out_features
+
+
+def test_an_impossible_crossing_raises():
+    with pytest.raises(NdLoraValueError, match="crossed_modes=0"):
+        crossed_modes(8, 8, 0)
 
 
 def test_wrong_product_names_the_layer_both_numbers_and_a_remedy():

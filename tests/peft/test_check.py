@@ -20,6 +20,8 @@ SOUND = {
     "ndlinear": {},
     "ndlinear-3-modes-4-terms": {"num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
+    "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
+    "nlora-pivots": {"init_lora_weights": "n_lora_pivots", "r": 4},
     "ndlinear-modes-by-hand": {"modes": {"q_proj": {"in_modes": [4, 12]}}},
     "slora-patterns": {"method": "slora", "rank_pattern": {"q_proj": 3}},
     "nlora": {"method": "nlora"},

@@ -35,6 +35,8 @@ LOW_RANK = {
     "nlora": ({"method": "nlora", "r": 4}, 8),
     "nlora-no-anchor": ({"method": "nlora", "r": 4, "anchor": "none"}, 4),
     "inttune": ({"method": "inttune", "r": 4}, 4),
+    "nlora-pivots": ({"init_lora_weights": "n_lora_pivots", "r": 4}, 8),
+    "ndlinear-crossed": ({"crossed_modes": 2, "lora_alpha": 3}, 4),
     "inttune-no-anchor": (
         {"method": "inttune", "init_lora_weights": "n_lora", "r": 4, "anchor": "none"},
         4,

@@ -19,6 +19,7 @@ METHODS = {
     "ndlinear": {},
     "ndlinear-3-modes-4-terms": {"method": "ndlinear", "num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
+    "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
     "slora": {"method": "slora", "r": 3},
     "nlora": {"method": "nlora", "r": 1},
     "inttune": {"method": "inttune", "r": 1},

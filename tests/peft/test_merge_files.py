@@ -17,12 +17,15 @@ METHODS = {
     "ndlinear": {"lora_alpha": 3},
     "ndlinear-3-modes-4-terms": {"num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
+    "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
+    "nlora-pivots": {"init_lora_weights": "n_lora_pivots", "r": 4},
     "slora-rslora": {"method": "slora", "r": 4, "use_rslora": True},
     "slora-from-weights": {"method": "slora", "init_lora_weights": "n_lora", "r": 4},
     "nlora": {"method": "nlora", "r": 4},
     "nlora-no-anchor": {"method": "nlora", "r": 4, "anchor": "none"},
     "inttune": {"method": "inttune", "r": 4},
-    "inttune-no-anchor": {"method": "inttune", "r": 4, "anchor": "none"},
+    # the slices as they are: scaled ones would move the model so far that rounding shows
+    "inttune-no-anchor": {"method": "inttune", "init_lora_weights": "n_lora", "r": 4, "anchor": "none"},
 }
 # model -> how far its merged weights may be from merge_and_unload
 MODELS = {"make_llama": 0, "make_gpt2": 1e-6}

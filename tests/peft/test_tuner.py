@@ -17,11 +17,13 @@ METHODS = {
     "ndlinear": {},
     "ndlinear-3-modes-4-terms": {"method": "ndlinear", "num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
+    "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
+    "nlora-pivots": {"init_lora_weights": "n_lora_pivots", "r": 4},
     "slora": {"method": "slora"},
     "nlora": {"init_lora_weights": "n_lora"},
     "nlora-no-anchor": {"init_lora_weights": "n_lora", "anchor": "none", "r": 4},
     "inttune": {"method": "inttune"},
-    "inttune-no-anchor": {"method": "inttune", "anchor": "none"},
+    "inttune-no-anchor": {"method": "inttune", "init_lora_weights": "n_lora", "anchor": "none"},
 }
 ANCHORED = [name for name in METHODS if not name.endswith("no-anchor")]
 # pairs for two adapters on one layer
