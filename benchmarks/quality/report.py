@@ -29,7 +29,6 @@ class Row:
         losses: held-out loss in nats a token, one a seed.
         curve: (step, loss on the followed problems), the mean over the seeds.
         at_edge: the best rate is still the lowest or highest that was tried.
-        modes: as the setting has them, where they are not even.
     """
 
     setting: str
@@ -43,7 +42,6 @@ class Row:
     seconds_a_step: float
     peak_memory: int | None
     at_edge: bool
-    modes: tuple[str, int] | None
 
     @property
     def loss(self) -> float:
@@ -88,7 +86,6 @@ def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
                 seconds_a_step=statistics.median(r["seconds_a_step"] for r in runs),
                 peak_memory=max(peaks, default=None),
                 at_edge=best in (rates[0], rates[-1]),
-                modes=tuple(runs[0]["setting"]["modes"]) if runs[0]["setting"].get("modes") else None,
             )
         )
     return sorted(found, key=lambda row: (row.parameters, row.setting))
@@ -185,10 +182,7 @@ def recipe_table(results: Sequence[dict[str, Any]]) -> str:
         "|---|---:|---:|---:|\n",
     ]
     for row in [*best, *baseline]:
-        keywords = [f"{name}={value!r}" for name, value in row.options.items()]
-        if row.modes is not None:
-            keywords.append(f"modes=modes_of({row.modes!r}, in_features, out_features)")
-        options = ", ".join(keywords).replace("'", '"')
+        options = ", ".join(f"{name}={value!r}" for name, value in row.options.items()).replace("'", '"')
         lines.append(
             f"| {row.setting}: `{options}` | {row.parameters:,} | {row.learning_rate:g} | "
             f"{_plus_minus(row.loss, row.spread)} |\n"

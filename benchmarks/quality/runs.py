@@ -70,7 +70,7 @@ def run(
     weights = {name: value.clone() for name, value in bench.model.get_decoder().layers.state_dict().items()}
     torch.manual_seed(wanted.seed)
     begin_peak(bench.model.device)
-    model = get_peft_model(bench.model, peft_config(wanted.setting, bench.model)).eval()
+    model = get_peft_model(bench.model, peft_config(wanted.setting)).eval()
     curve = [(0, finetune.held_out_loss(followed, model))]
     losses: list[float] = []
     seconds: list[float] = []
@@ -101,7 +101,7 @@ def run(
     model.unload().get_decoder().layers.load_state_dict(weights)
     return {
         "task": describe(task, bench.name),
-        "setting": {key: getattr(wanted.setting, key) for key in ("name", "peft_type", "options", "modes")},
+        "setting": {key: getattr(wanted.setting, key) for key in ("name", "peft_type", "options")},
         "learning_rate": wanted.learning_rate,
         "seed": wanted.seed,
         "parameters": parameters,

@@ -26,17 +26,10 @@ NEXT = {
         {(3e-4, 0): 3, (1e-3, 0): 1, (3e-3, 0): 2, (1e-2, 0): 3, (1e-3, 1): 1, (1e-3, 2): 1}, [],
     ),
 }  # fmt: skip
-# what in, out -> modes
-MODES = [
-    (("first", 12), 576, 192, {"in_modes": [12, 48], "out_modes": [12, 16]}),
-    (("crossed", 4), 576, 1536, {"in_modes": [4, 144], "out_modes": [384, 4]}),
-    (("crossed", 1), 576, 1536, {"in_modes": [1, 576], "out_modes": [1536, 1]}),
-    (("first", 10), 576, 192, {"in_modes": [8, 72], "out_modes": [8, 24]}),
-]
 # settings that between them use every type of PEFT's configuration and every way of ours
 TRIED = [
     "lora-r8", "pissa-r8", "lokr-full", "vera-r256",
-    "ndlinear-kronecker", "ndlinear-first12", "ndlinear-crossed4", "nlora-r8",
+    "ndlinear-kronecker", "ndlinear-crossed4", "nlora-r8-pivots",
 ]  # fmt: skip
 
 
@@ -74,13 +67,6 @@ def test_what_comes_next(quality, case):
     losses, expected = NEXT[case]
     setting = Setting("any", "NDLORA", {}, RATES[0])
     assert [(run.learning_rate, run.seed) for run in sweep.missing(setting, made(losses))] == expected
-
-
-@pytest.mark.parametrize("kind, in_features, out_features, expected", MODES)
-def test_modes(quality, kind, in_features, out_features, expected):
-    from benchmarks.quality.settings import modes_of
-
-    assert modes_of(kind, in_features, out_features) == expected
 
 
 def test_rows_are_taken_at_the_best_rate(quality):
