@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.speed.measure import interleaved, kept_bytes, peak_bytes, summary
-from benchmarks.speed.variants import BASELINE, ON_CUDA, OURS, VARIANTS, adapt
+from benchmarks.speed.variants import BASELINE, CORES, ON_CUDA, OURS, VARIANTS, adapt
 from ndlora_plugins import NdLoraConfig
 
 __all__ = ["LAYERS", "TOKENS", "Case", "cases"]
@@ -56,7 +56,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
                     yield _layer(model, *shape, tokens, dtype)
     for tokens in () if quick else TOKENS[:2]:
         for dtype in DTYPES:
-            yield _layer("Llama-3-8B", 4096, 4096, tokens, dtype, 128, ("no adapter", BASELINE, *OURS[1:]))
+            yield _layer("Llama-3-8B", 4096, 4096, tokens, dtype, 128, ("no adapter", BASELINE, *CORES))
     for size, rank in ((256, 8),) if quick else ((4096, 8), (4096, 128)):
         yield _start(size, rank)
     for dtype in DTYPES:

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.speed.cases import DTYPES, LAYERS, cases
-from benchmarks.speed.variants import BASELINE, ON_CUDA, OURS, VARIANTS
+from benchmarks.speed.variants import BASELINE, KRONECKER, ON_CUDA, OURS, VARIANTS
 
-__all__ = ["BARS", "Bar", "bars_table", "draw", "layers_table", "models_table", "write_docs"]
+__all__ = ["BARS", "PAGE", "Bar", "bars_table", "draw", "layers_table", "models_table", "write_docs"]
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
+RESULTS = Path(__file__).resolve().parent / "results"
 _LAYER = re.compile(
     r"layer, (?P<model>.+), (?P<shape>\d+ -> \d+), (?P<tokens>\d+) tokens, (?P<dtype>\w+)(, r=(?P<rank>\d+))?"
 )
 _LARGE = ("Qwen3-1.7B", "Llama-3-8B")
-_GENERATED = re.compile(r"(<!-- speed: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# a part of the page, and whose results it shows: the name of a file in results/
+_GENERATED = re.compile(r"(<!-- speed: (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _layers(found: dict, *, models=tuple(LAYERS), dtypes=tuple(DTYPES), rank=None) -> Iterable[dict]:
@@ -29,12 +32,22 @@ def _layers(found: dict, *, models=tuple(LAYERS), dtypes=tuple(DTYPES), rank=Non
 
 
 def _ratios(cases: Iterable[dict], variant: str, other: str = BASELINE, what: str = "both") -> list[float]:
-    return [case[what][variant]["ratio"] / case[what][other]["ratio"] for case in cases]
+    """Of the cases that have both."""
+    return [
+        case[what][variant]["ratio"] / case[what][other]["ratio"]
+        for case in cases
+        if {variant, other} <= case.get(what, {}).keys()
+    ]
 
 
-def _kept(found: dict, dtype: str, variants: Iterable[str]) -> list[float]:
-    cases = _layers(found, dtypes=(dtype,))
-    return [case["kept"][variant] / case["kept"][BASELINE] for case in cases for variant in variants]
+def _kept(cases: Iterable[dict], variants: Iterable[str]) -> list[float]:
+    variants = tuple(variants)
+    return [
+        case["kept"][variant] / case["kept"][BASELINE]
+        for case in cases
+        for variant in variants
+        if variant in case["kept"]
+    ]
 
 
 def _model(found: dict, kind: str, dtype: str, variant: str, other: str = BASELINE) -> list[float]:
@@ -42,7 +55,6 @@ def _model(found: dict, kind: str, dtype: str, variant: str, other: str = BASELI
         ratio
         for name, case in found["cases"].items()
         if name.startswith(kind) and name.endswith(dtype)
-        if {variant, other} <= case["step" if kind == "training step" else kind].keys()
         for ratio in _ratios([case], variant, other, "step" if kind == "training step" else kind)
     ]
 
@@ -73,21 +85,25 @@ class Bar:
 BARS = (
     *(
         Bar(
-            f"whole layer, NdLinear / LoRA r=8, Qwen3-1.7B and Llama-3-8B, {dtype}",
-            lambda found, dtype=dtype: _ratios(_layers(found, models=_LARGE, dtypes=(dtype,)), "NdLinear"),
+            f"whole layer, {variant} / LoRA r=8, Qwen3-1.7B and Llama-3-8B, {dtype}",
+            lambda found, dtype=dtype, variant=variant: _ratios(
+                _layers(found, models=_LARGE, dtypes=(dtype,)), variant
+            ),
             mean,
             worst,
         )
+        for variant in KRONECKER
         for dtype, mean, worst in (("float32", 1.00, 1.06), ("bfloat16", 1.03, 1.08))
     ),
     *(
         Bar(
-            f"whole layer, NdLinear / LoRA r=8, SmolLM2-135M, {dtype}",
-            lambda found, dtype=dtype: _ratios(
-                _layers(found, models=("SmolLM2-135M",), dtypes=(dtype,)), "NdLinear"
+            f"whole layer, {variant} / LoRA r=8, SmolLM2-135M, {dtype}",
+            lambda found, dtype=dtype, variant=variant: _ratios(
+                _layers(found, models=("SmolLM2-135M",), dtypes=(dtype,)), variant
             ),
             mean,
         )
+        for variant in KRONECKER
         for dtype, mean in (("float32", 1.02), ("bfloat16", 1.10))
     ),
     Bar("whole layer, NdLinear / LoKr", lambda f: _ratios(_layers(f), "NdLinear", "LoKr"), 0.40, 0.50),
@@ -109,27 +125,29 @@ BARS = (
     *(
         Bar(
             f"kept for backward, NdLinear, SLoRA, NLoRA / LoRA r=8, {dtype}",
-            lambda found, dtype=dtype: _kept(found, dtype, OURS[:3]),
+            lambda found, dtype=dtype: _kept(_layers(found, dtypes=(dtype,)), (*KRONECKER, "SLoRA", "NLoRA")),
             worst=worst,
         )
         for dtype, worst in (("float32", 1.0), ("bfloat16", 0.7))
     ),
     Bar(
         "kept for backward, IntTune / LoRA r=8",
-        lambda f: _kept(f, "float32", ("IntTune",)) + _kept(f, "bfloat16", ("IntTune",)),
+        lambda f: _kept(_layers(f), ("IntTune",)),
         worst=0.1,
     ),
     *(
         Bar(
-            f"training step, SmolLM2-135M, NdLinear / {other}, {dtype}",
-            lambda found, dtype=dtype, other=other: _model(found, "training step", dtype, "NdLinear", other),
+            f"training step, SmolLM2-135M, {variant} / {other}, {dtype}",
+            lambda found, dtype=dtype, variant=variant, other=other: _model(
+                found, "training step", dtype, variant, other
+            ),
             mean,
         )
-        for other, dtype, mean in (
-            (BASELINE, "float32", 1.00),
-            (BASELINE, "bfloat16", 0.94),
-            ("LoKr", "float32", 0.55),
-            ("LoKr", "bfloat16", 0.55),
+        for variant, other, dtype, mean in (
+            *((variant, BASELINE, "float32", 1.00) for variant in KRONECKER),
+            *((variant, BASELINE, "bfloat16", 0.94) for variant in KRONECKER),
+            ("NdLinear", "LoKr", "float32", 0.55),
+            ("NdLinear", "LoKr", "bfloat16", 0.55),
         )
     ),
     Bar("start of one 4096 x 4096 layer, r=128, n_lora / pissa", lambda f: _start(f, "pissa"), 1 / 2000),
@@ -159,15 +177,11 @@ BARS = (
 )
 
 
-# of what is measured on a GPU alone: rows of their own where it was
+# of what is measured on a GPU alone
 _CUDA_BARS = tuple(
     Bar(
         f"whole layer, NdLinear by Triton / NdLinear, {dtype}",
-        lambda found, dtype=dtype: _ratios(
-            [case for case in _layers(found, dtypes=(dtype,)) if "NdLinear, Triton" in case["both"]],
-            "NdLinear, Triton",
-            "NdLinear",
-        ),
+        lambda found, dtype=dtype: _ratios(_layers(found, dtypes=(dtype,)), "NdLinear, Triton", "NdLinear"),
         1.00,
     )
     for dtype in DTYPES
@@ -179,12 +193,12 @@ def _figure(value: float | None) -> str:
 
 
 def bars_table(found: dict) -> str:
-    """Every bar: what it asks for, what was measured, and how many cases that is."""
+    """Every bar that was measured: what it asks for, what was found, and how many cases that is."""
     lines = [
         "| work | bar: mean (worst) | measured: mean (worst) | cases | |",
         "|---|---|---|---|---|",
     ]
-    for bar in (*BARS, *(bar for bar in _CUDA_BARS if bar.ratios(found))):
+    for bar in (*BARS, *_CUDA_BARS):
         ratios = bar.ratios(found)
         asked = " ".join(
             part
@@ -192,7 +206,6 @@ def bars_table(found: dict) -> str:
             if part
         )
         if not ratios:
-            lines.append(f"| {bar.work} | {asked} | | 0 | not measured |")
             continue
         mean, worst = statistics.mean(ratios), max(ratios)
         met = (bar.mean is None or mean <= bar.mean) and (bar.worst is None or worst <= bar.worst)
@@ -203,6 +216,14 @@ def bars_table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _mean(ratios: list[float]) -> str:
+    return f"{statistics.mean(ratios):.2f}"
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{_mean(ratios)} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def layers_table(found: dict) -> str:
     """Ratios to LoRA r=8 in the mean over shapes and tokens, with the least and the largest."""
     groups = [(model, dtype) for model in LAYERS for dtype in DTYPES]
@@ -211,26 +232,21 @@ def layers_table(found: dict) -> str:
         "| | " + " | ".join(f"{model} {dtype}" for model, dtype in groups) + " |",
         "|---|" + "---|" * len(groups),
     ]
-    for title, what in (("forward + backward", "both"), ("forward", "forward")):
-        for variant in VARIANTS:
-            cells = []
-            for model, dtype in groups:
-                ratios = _ratios(_layers(found, models=(model,), dtypes=(dtype,)), variant, what=what)
-                cells.append(f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-            lines.append(f"| {title}, {variant} | " + " | ".join(cells) + " |")
-    for variant in VARIANTS:
-        if variant != "no adapter":
-            cells = [
-                f"{statistics.mean(_alone(_layers(found, models=group[:1], dtypes=group[1:]), variant)):.2f}"
-                for group in groups
+    per_variant = (
+        ("forward + backward", VARIANTS, _ratios, _spread),
+        ("forward", VARIANTS, lambda layers, v: _ratios(layers, v, what="forward"), _spread),
+        ("adapter alone, forward + backward", list(VARIANTS)[1:], _alone, _mean),
+        ("kept for backward", VARIANTS, lambda layers, v: _kept(layers, (v,)), _mean),
+    )
+    for title, variants, ratios_of, cell in per_variant:
+        for variant in variants:
+            found_ratios = [
+                ratios_of(_layers(found, models=(model,), dtypes=(dtype,)), variant)
+                for model, dtype in groups
             ]
-            lines.append(f"| adapter alone, forward + backward, {variant} | " + " | ".join(cells) + " |")
-    for variant in VARIANTS:
-        cells = [
-            f"{statistics.mean(c['kept'][variant] / c['kept'][BASELINE] for c in _layers(found, models=group[:1], dtypes=group[1:])):.2f}"  # noqa: E501
-            for group in groups
-        ]
-        lines.append(f"| kept for backward, {variant} | " + " | ".join(cells) + " |")
+            if any(found_ratios):
+                cells = [cell(ratios) if ratios else "" for ratios in found_ratios]
+                lines.append(f"| {title}, {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -241,6 +257,7 @@ def _alone(cases: Iterable[dict], variant: str) -> list[float]:
         (case["both"][variant]["ms"] - case["both"][bare]["ms"])
         / (case["both"][BASELINE]["ms"] - case["both"][bare]["ms"])
         for case in cases
+        if variant in case["both"]
     ]
 
 
@@ -265,26 +282,26 @@ def models_table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_docs(text: str, found: dict) -> str:
-    """The page with its tables made anew from the results."""
+def _machine(found: dict) -> str:
+    """A sentence on where it was measured and how much of it, and what was not."""
     machine = found["machine"]
     missing = [case.name for case in cases() if case.name not in found["cases"]]
     sentence = (
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}; "
         f"{len(found['cases'])} cases of {len(found['cases']) + len(missing)}.\n"
-        + (
-            f"\n<details><summary>Not measured</summary>\n\n{'; '.join(missing)}.\n</details>\n"
-            if missing
-            else ""
-        )
     )
-    made = {
-        "machine": lambda: sentence,
-        "bars": lambda: bars_table(found),
-        "layers": lambda: layers_table(found),
-        "models": lambda: models_table(found),
-    }
-    return _GENERATED.sub(lambda match: match[1] + made[match[2]]() + match[3], text)
+    if not missing:
+        return sentence
+    return sentence + f"\n<details><summary>Not measured</summary>\n\n{'; '.join(missing)}.\n</details>\n"
+
+
+_PARTS = {"machine": _machine, "bars": bars_table, "layers": layers_table, "models": models_table}
+
+
+def write_docs(text: str) -> str:
+    """The page with its tables made anew from the results."""
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    return _GENERATED.sub(lambda match: match[1] + _PARTS[match[2]](results[match[3]]) + match[4], text)
 
 
 def draw(found: dict, path: Path) -> None:
@@ -297,7 +314,7 @@ def draw(found: dict, path: Path) -> None:
     figure, panels = plt.subplots(
         len(DTYPES), len(LAYERS), figsize=(13, 7), sharex=True, layout="constrained", squeeze=False
     )
-    colours = dict(zip(VARIANTS, plt.get_cmap("tab10").colors, strict=False)) | dict.fromkeys(
+    colours = dict(zip(VARIANTS, plt.get_cmap("tab20").colors, strict=False)) | dict.fromkeys(
         ON_CUDA, "black"
     )
     for row, dtype in zip(panels, DTYPES, strict=True):
@@ -337,11 +354,5 @@ def draw(found: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _main() -> None:
-    root = Path(__file__).resolve().parents[2]
-    page, results = root / "docs" / "speed.md", root / "benchmarks" / "speed" / "results" / "cpu.json"
-    page.write_text(write_docs(page.read_text(), json.loads(results.read_text())))
-
-
 if __name__ == "__main__":
-    _main()
+    PAGE.write_text(write_docs(PAGE.read_text()))

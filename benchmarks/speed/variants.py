@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ndlora_plugins import NdLoraConfig, contraction
 from ndlora_plugins.modes import balanced_modes
 
-__all__ = ["BASELINE", "ON_CUDA", "OURS", "VARIANTS", "adapt", "shake"]
+__all__ = ["BASELINE", "CORES", "KRONECKER", "ON_CUDA", "OURS", "VARIANTS", "adapt", "shake"]
 
 BASELINE = "LoRA"
-OURS = ("NdLinear", "SLoRA", "NLoRA", "IntTune")
+KRONECKER = ("NdLinear", "NdLinear, crossed")
+CORES = ("SLoRA", "NLoRA", "IntTune")
+OURS = (*KRONECKER, *CORES)
 
 
 class ReferenceNdLinear(nn.Module):
@@ -74,6 +76,7 @@ VARIANTS: dict[str, Callable[[nn.Module, list[str], int], nn.Module]] = {
     ),
     "reference NdLinear": _reference,
     "NdLinear": _peft(lambda targets, rank: NdLoraConfig(target_modules=targets)),
+    "NdLinear, crossed": _peft(lambda targets, rank: NdLoraConfig(crossed_modes=4, target_modules=targets)),
     "SLoRA": _peft(lambda targets, rank: NdLoraConfig(method="slora", r=rank, target_modules=targets)),
     "NLoRA": _peft(lambda targets, rank: NdLoraConfig(method="nlora", r=rank, target_modules=targets)),
     "IntTune": _peft(lambda targets, rank: NdLoraConfig(method="inttune", r=rank, target_modules=targets)),
