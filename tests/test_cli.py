@@ -14,6 +14,7 @@ PLANS = [
     ([], ["ndlinear", "32x32, 64x64", "1,146,880", "8,716,288", "7.60x fewer than LoRA r=8"]),
     (["--method", "inttune", "--r", "128"], ["3,211,264", "inttune"]),
     (["--target", "q_proj", "--num-modes", "3"], ["8x8, 16x16, 16x16"]),
+    (["--crossed-modes", "4"], ["512x4, 4x512", "1,089,536", "8.00x fewer than LoRA r=8"]),
     (["--lora-rank", "4"], ["4,358,144", "3.80x fewer than LoRA r=4"]),
 ]
 # what follows, what the error must say

@@ -55,6 +55,21 @@ class Call:
         finally:
             self.seen = None
 
+    def folded(self, layer: NdLoraLayer, adapter: str, x: Tensor) -> tuple:
+        """What `fused.linear_with_few` takes of an adapter that is reached again, with a few tokens; () else."""
+        seen = self.seen
+        if seen is None or torch.is_grad_enabled():
+            return ()
+        key = layer, adapter
+        if key not in seen:
+            seen[key] = None
+            return ()
+        if not is_few(x):
+            return ()
+        if seen[key] is None:
+            seen[key] = layer.plan[adapter].fold(*layer.tensors(adapter)) or ()
+        return seen[key]
+
 
 class FrozenFactors(nn.Module):
     """Factors of one adapter that do not train.
@@ -385,15 +400,8 @@ class NdLoraLinear(NdLoraLayer):
         # `_parameters`: see `tensors`
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         # not in a graph, which would be compiled anew whenever more is seen
-        result, seen = None, None if torch.compiler.is_compiling() else self.call.seen
-        if seen is not None and not torch.is_grad_enabled():
-            if (self, first) not in seen:
-                seen[self, first] = None
-            elif is_few(x):
-                folded = seen[self, first]
-                if folded is None:
-                    folded = seen[self, first] = self.plan[first].fold(*self.tensors(first)) or ()
-                result = linear_with_few(*folded, weight, bias, x, self.scaling[first]) if folded else None
+        folded = () if torch.compiler.is_compiling() else self.call.folded(self, first, x)
+        result = linear_with_few(*folded, weight, bias, x, self.scaling[first]) if folded else None
         if result is None:
             result = self.plan[first].linear(weight, bias, *self.tensors(first), x, self.scaling[first])
         for adapter in others:
