@@ -23,6 +23,7 @@ __all__ = [
     "ContractionPlan",
     "ModeProduct",
     "apply_modes",
+    "kron_with_identity",
     "kronecker",
     "kronecker_terms",
     "mode_product",
@@ -150,10 +151,7 @@ class _Step:
         if self.axes != (0, 1, 2):
             factor = factor.permute(self.axes)
         matrix = factor.reshape(self.out_size // self.repeats, self.in_size // self.repeats)
-        if self.repeats > 1:
-            identity = torch.eye(self.repeats, dtype=dtype, device=matrix.device)
-            matrix = torch.kron(matrix, identity)
-        return matrix
+        return matrix if self.repeats == 1 else kron_with_identity(matrix, after=self.repeats)
 
     def as_factor(self, matrix: Tensor, factor: Tensor) -> Tensor:
         """The way back from `matrix`, for gradients: in the factor's shape and dtype."""
@@ -390,6 +388,16 @@ def kronecker(factors: Sequence[Tensor]) -> Tensor:
     # the terms are summed in one product: (out in, terms) (terms, out_mode in_mode)
     product = (first.flatten(1).T @ last.flatten(1)).view(*first.shape[1:], *last.shape[1:])
     return product.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def kron_with_identity(matrix: Tensor, before: int = 1, after: int = 1) -> Tensor:
+    """kron(identity, matrix, identity) with identities of these sizes, for (..., out, in) matrices."""
+    *batch, rows, columns = matrix.shape
+    product = matrix.new_zeros(*batch, before, rows, after, before, columns, after)
+    # (..., before, out, after, before, in, after) -> (..., out, in, before, after), the diagonals of the identities
+    diagonals = product.diagonal(dim1=-6, dim2=-3).diagonal(dim1=-4, dim2=-2)
+    diagonals.copy_(matrix[..., None, None])
+    return product.reshape(*batch, before * rows * after, before * columns * after)
 
 
 def kronecker_terms(factors: Sequence[Tensor]) -> Tensor:

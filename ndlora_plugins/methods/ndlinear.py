@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from ndlora_plugins import contraction
-from ndlora_plugins.contraction import apply_modes, kronecker, kronecker_terms, mode_product, plan_contraction
+from ndlora_plugins.contraction import (
+    apply_modes,
+    kron_with_identity,
+    kronecker,
+    kronecker_terms,
+    mode_product,
+    plan_contraction,
+)
 from ndlora_plugins.methods.base import Factor, Method, in_groups
 
 __all__ = ["NdLinear"]
@@ -59,9 +66,9 @@ class NdLinear(Method):
             return None
         first, second = self._modes(layout, factors)
         if inner == in_1 * out_2:
-            down, up = _kron_with_identity(second, before=in_1), _kron_with_identity(first, after=out_2)
+            down, up = kron_with_identity(second, before=in_1), kron_with_identity(first, after=out_2)
         else:
-            down, up = _kron_with_identity(first, after=in_2), _kron_with_identity(second, before=out_1)
+            down, up = kron_with_identity(first, after=in_2), kron_with_identity(second, before=out_1)
         # the terms, one below the other and side by side
         return down.flatten(0, 1), up.transpose(0, 1).flatten(1)
 
@@ -124,9 +131,3 @@ class NdLinear(Method):
     @staticmethod
     def _modes(layout, factors):
         return [factors[f"mode_{k}"] for k in range(1, len(layout.in_modes) + 1)]
-
-
-def _kron_with_identity(mode: torch.Tensor, before: int = 1, after: int = 1) -> torch.Tensor:
-    """kron(identity, matrix, identity) of every term: (terms, before * out * after, before * in * after)."""
-    eye = [torch.eye(size, dtype=mode.dtype, device=mode.device).unsqueeze(0) for size in (before, after)]
-    return kronecker_terms([eye[0], mode, eye[1]])
