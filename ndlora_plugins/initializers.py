@@ -192,28 +192,29 @@ def _n_lora_pivots(
 def pivot_columns(matrix: Tensor, count: int) -> Tensor:
     """The columns that QR with column pivoting takes first: each time the longest of what those before it leave.
 
-    It works on a random sketch of the matrix, with `count` + 10 rows and always the same: one product with it. Equal
-    columns, up to rounding, may be taken in another order on another device.
+    One product of a row with the matrix for each. Columns that are equally long up to rounding may be taken in another
+    order on another device.
 
     Args:
-        matrix: (rows, columns), a floating dtype.
+        matrix: (rows, columns), float32 or float64.
         count: at most the smaller side.
 
     Returns:
         (count,), integers.
 
-    Source: Voronin and Martinsson, Efficient algorithms for CUR and interpolative matrix decompositions (2017).
+    Source: Businger and Golub, Linear least squares solutions by Householder transformations (1965).
     """
-    generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(count + 10, matrix.shape[0], generator=generator).to(matrix) @ matrix
+    squares = matrix.square().sum(0)
+    basis = matrix.new_zeros(count, matrix.shape[0])  # orthonormal rows
     chosen = torch.empty(count, dtype=torch.long, device=matrix.device)
     for k in range(count):
-        lengths = sketch.square().sum(0)
-        lengths[chosen[:k]] = -1
-        chosen[k] = lengths.argmax()
-        column = sketch[:, chosen[k]]
-        direction = column / column.norm().clamp(min=1e-30)
-        sketch = sketch - torch.outer(direction, direction @ sketch)
+        chosen[k] = squares.argmax()
+        column = matrix[:, chosen[k]]
+        for _ in range(2):  # the second time takes away what rounding left
+            column = column - basis.T @ (basis @ column)
+        basis[k] = column / column.norm().clamp(min=1e-30)
+        squares = squares - (basis[k] @ matrix).square()
+        squares[chosen[: k + 1]] = -math.inf
     return chosen
 
 
@@ -309,7 +310,7 @@ builtin_initializers = (
     Initializer(
         "n_lora_pivots",
         "n_lora_step, but with the rows and columns that QR with column pivoting takes, which are saved",
-        "Voronin and Martinsson (2017); docs/quality.md",
+        "Businger and Golub (1965); docs/quality.md",
         ("nlora",),
         reads_weight=True,
         starts_at_zero=False,
