@@ -9,8 +9,8 @@ __all__ = ["NLora"]
 
 
 class NLora(SLora):
-    """SLoRA's factors; the start is `initializers.n_lora`."""
+    """SLoRA's factors."""
 
     name = "nlora"
     summary = "SLoRA started from rows and columns of the base weight, no SVD"
-    default_initializer = "n_lora"
+    default_initializer = "n_lora_step"

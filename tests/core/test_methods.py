@@ -153,7 +153,7 @@ def test_gradients_reach_every_trained_factor(method, anchor):
 
 def test_n_lora_takes_the_references_slices():
     # https://github.com/TracyGuo2001/NLoRA nlora_init: A = W[:r, :], B = W[:, :r], N = W[:r, :r]
-    plan = plan_layer(AdapterOptions(method="nlora", anchor="none", rank=4), 24, 18, "q")
+    plan = plan_layer(AdapterOptions(init_lora_weights="n_lora", anchor="none", rank=4), 24, 18, "q")
     weight = torch.randn(18, 24, dtype=torch.float64)
     trained, frozen = plan.initialize(weight)
     assert not frozen

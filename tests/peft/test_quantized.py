@@ -17,11 +17,11 @@ from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError, NdLoraWarni
 from ndlora_plugins.integrations.peft import weights
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
-# the noise that stands for a training is of one size, so the scaling is, and inttune starts from the slices as they are
+# the noise that stands for a training is of one size, so the scaling is, and the slices are taken as they are
 METHODS = {
     "ndlinear": {"lora_alpha": 1},
     "slora": {},
-    "nlora": {},
+    "nlora": {"init_lora_weights": "n_lora"},
     "inttune": {"init_lora_weights": "n_lora"},
 }
 # base -> largest change of an output, of a norm of about 1, that rounding the merged weights may cause

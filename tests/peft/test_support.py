@@ -20,8 +20,8 @@ PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "support.md"
 METHODS = {
     "ndlinear": {"method": "ndlinear"},
     "slora": {"method": "slora", "r": 2},
-    "nlora": {"method": "nlora", "r": 2},
     # the slices as they are: the noise that stands for a training is of one size
+    "nlora": {"method": "nlora", "r": 2, "init_lora_weights": "n_lora"},
     "inttune": {"method": "inttune", "r": 2, "init_lora_weights": "n_lora"},
 }
 ALL, NONE = tuple(METHODS), ()

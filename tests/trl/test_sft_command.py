@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 CONFIGS = {
     "nothing": ({}, None, {"method": "ndlinear", "r": 1, "task_type": "CAUSAL_LM"}),
     "a name": ({}, "inttune", {"method": "inttune", "r": 8}),
-    "a mapping": ({}, {"method": "nlora", "r": 4}, {"method": "nlora", "r": 4, "lora_alpha": 4}),
+    "a mapping": ({}, {"method": "nlora", "r": 4}, {"method": "nlora", "r": 4, "lora_alpha": 16}),
     "JSON": ({}, '{"method": "slora", "r": 3}', {"method": "slora", "r": 3}),
     "TRL's keys": (
         {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q_proj", "v_proj"], "use_rslora": True},
