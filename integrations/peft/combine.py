@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, merge_utils
@@ -129,6 +129,7 @@ def add_weighted(
         rank_pattern=smaller,
         alpha_pattern=smaller,
         use_rslora=False,
+        **_splits(configs, sums),
         target_modules="|".join(re.escape(name) for name in sums),
         exclude_modules=None,
         layers_to_transform=None,
@@ -204,6 +205,19 @@ def _union_of_tokens(configs: Sequence[NdLoraConfig]) -> list[int] | dict[str, l
     return {layer: sorted(set().union(*(indices.get(layer, ()) for indices in given))) for layer in layers}
 
 
+def _splits(configs: Sequence[NdLoraConfig], sums: Mapping[str, tuple]) -> dict[str, Any]:
+    """How dimensions are split into modes, layer by layer where the adapters do not say the same."""
+    if len({(str(config.modes), config.num_modes, config.crossed_modes) for config in configs}) == 1:
+        return {}
+    modes = {}
+    for name, (method, _, factors) in sums.items():
+        if method == "ndlinear":
+            shapes = [list(factor.shape) for factor in factors.values()]  # (terms, out_mode, in_mode)
+            out_modes, in_modes = [shape[1] for shape in shapes], [shape[2] for shape in shapes]
+            modes[f"^{re.escape(name)}"] = {"in_modes": in_modes, "out_modes": out_modes}
+    return {"modes": modes or None, "num_modes": 2, "crossed_modes": None}
+
+
 def _sum_tokens(model: NdLoraModel, weighted: Sequence[tuple[str, float]], adapter_name: str) -> None:
     for wrapper in model.model.modules():
         if not isinstance(wrapper, TrainableTokensWrapper) or wrapper.token_adapter.tied_adapter:
@@ -228,13 +242,6 @@ def _sum(
     tensors = [layer.tensors(adapter) for adapter, _ in weighted]
     scales = [weight * layer.scaling[adapter] for adapter, weight in weighted]
     with torch.no_grad():
-        products = [plan.low_rank(*pair) for plan, pair in zip(plans, tensors, strict=True)]
-        if all(product is not None for product in products):
-            # sum_i s_i B_i A_i = [B_1 B_2 ..] I [s_1 A_1; s_2 A_2; ..]
-            down = torch.cat([scale * down for scale, (down, _) in zip(scales, products, strict=True)])
-            up = torch.cat([up for _, up in products], dim=1)
-            core = torch.eye(len(down), dtype=down.dtype, device=down.device)
-            return "slora", len(down), {"down": down, "core": core, "up": up}
         modes = {(plan.method.name, plan.layout.in_modes, plan.layout.out_modes) for plan in plans}
         if len(modes) == 1 and plans[0].method.name == "ndlinear":
             # the terms of all, the scale in the first mode of each
@@ -247,6 +254,13 @@ def _sum(
             ]
             factors = {factor: torch.cat([part[factor] for part in parts]) for factor in parts[0]}
             return "ndlinear", len(factors["mode_1"]), factors
+        products = [plan.low_rank(*pair) for plan, pair in zip(plans, tensors, strict=True)]
+        if all(product is not None for product in products):
+            # sum_i s_i B_i A_i = [B_1 B_2 ..] I [s_1 A_1; s_2 A_2; ..]
+            down = torch.cat([scale * down for scale, (down, _) in zip(scales, products, strict=True)])
+            up = torch.cat([up for _, up in products], dim=1)
+            core = torch.eye(len(down), dtype=down.dtype, device=down.device)
+            return "slora", len(down), {"down": down, "core": core, "up": up}
     found = ", ".join(
         f"{adapter} ({plan.method.name})" for (adapter, _), plan in zip(weighted, plans, strict=True)
     )

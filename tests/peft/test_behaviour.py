@@ -203,6 +203,42 @@ def test_the_sum_covers_the_layers_of_both(two_adapters, tokens):
     assert model.active_adapters == ["two"]
 
 
+# adapters "one" and "two" -> the rank of their sum on a layer that both have
+SPLITS = {
+    "crossed, both": ({"crossed_modes": 4, "r": 2}, {"crossed_modes": 4}, 3),
+    "crossed and even, on other layers": (
+        {"crossed_modes": 4, "target_modules": ["q_proj"]},
+        {"target_modules": ["v_proj"]},
+        1,
+    ),
+    "crossed and by hand": (
+        {"crossed_modes": 4, "target_modules": ["q_proj"]},
+        {"modes": {"in_modes": [4, 12], "out_modes": [12, 4]}, "target_modules": ["q_proj"]},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_sums_of_kronecker_products_keep_each_layers_modes(case, make_llama, shake, tokens, tmp_path):
+    first, second, rank = SPLITS[case]
+    model = get_peft_model(make_llama(), NdLoraConfig(**first), "one")
+    model.add_adapter("two", NdLoraConfig(**second))
+    model.set_requires_grad(["one", "two"])
+    shake(model)
+    model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "sum")
+    assert (model.peft_config["sum"].method, model.peft_config["sum"].r) == ("ndlinear", rank)
+    model.eval().set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(make_llama(), tmp_path / "sum").eval()
+    model.set_adapter("one")
+    one, two, found = (deltas(model, name) for name in ("one", "two", "sum"))
+    for name, delta in found.items():
+        expected = 0.5 * one.get(name, torch.zeros(())) + 2.0 * two.get(name, torch.zeros(()))
+        torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(deltas(again, "default")[name], delta)
+
+
 # combination type -> PEFT's function of the updates, and what it is given beside weights
 COMBINATIONS = {
     "svd": (merge_utils.task_arithmetic, {}),
