@@ -257,19 +257,15 @@ class NdLoraConfig(PeftConfig):
             )
         if not isinstance(self.num_modes, int) or self.num_modes < 2:
             raise NdLoraValueError(f"num_modes={self.num_modes!r}: choose an integer of at least 2.")
-        if self.crossed_modes is None:
-            return
-        if not isinstance(self.crossed_modes, int) or self.crossed_modes < 1:
-            raise NdLoraValueError(
-                f"crossed_modes={self.crossed_modes!r}: choose an integer of at least 1, such as 4."
-            )
-        if self.num_modes != 2:
-            raise NdLoraValueError(
-                f"crossed_modes={self.crossed_modes} means two modes, but num_modes={self.num_modes}: leave one of "
-                f"them out."
-            )
 
     def _check_modes(self) -> None:
+        crossed = self.crossed_modes
+        if crossed is not None and (not isinstance(crossed, int) or crossed < 1):
+            raise NdLoraValueError(f"crossed_modes={crossed!r}: choose an integer of at least 1, such as 4.")
+        if crossed is not None and self.num_modes != 2:
+            raise NdLoraValueError(
+                f"crossed_modes={crossed} means two modes, but num_modes={self.num_modes}: leave one of them out."
+            )
         if self.modes is None:
             return
         sides = {"in_modes", "out_modes"}
