@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.quality import sweep
 from benchmarks.quality.runs import read_results
+from benchmarks.quality.task import TASKS
 
 __all__ = ["Row", "front", "page", "recipe_table", "rows", "sweep_table", "table", "write_files"]
 
@@ -243,10 +244,11 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def write_files(folder: Path) -> None:
-    """results.md and loss.png beside the runs of one task."""
+    """results.md beside the runs of one task, and loss.png unless they are single trials."""
     results = read_results(folder)
     (folder / "results.md").write_text(table(results) + "\n" + sweep_table(results))
-    draw(results, folder / "loss.png")
+    if folder.name in TASKS:
+        draw(results, folder / "loss.png")
 
 
 _PARTS = {"table": table, "recipes": recipe_table, "sweep": sweep_table}
