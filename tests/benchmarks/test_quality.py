@@ -41,11 +41,11 @@ def quality():
     sys.path.remove(str(ROOT))
 
 
-def made(losses, name="ndlinear-2modes-1term", peft_type="NDLORA", parameters=10):
+def made(losses, name="ndlinear-2modes-1term", peft_type="NDLORA", parameters=10, method="ndlinear"):
     """Results as `runs.run` gives them."""
     return [
         {
-            "setting": {"name": name, "peft_type": peft_type, "options": {"r": 1}},
+            "setting": {"name": name, "peft_type": peft_type, "options": {"method": method}},
             "learning_rate": rate,
             "seed": seed,
             "parameters": parameters,
@@ -78,13 +78,15 @@ def test_rows_are_taken_at_the_best_rate(quality):
     assert report.rows(made(NEXT["it goes on where it was killed"][0])) == []
 
 
-def test_recipes_are_the_front_and_lora(quality):
+def test_recipes_are_the_front_the_best_of_each_method_and_lora(quality):
     from benchmarks.quality import report
 
     shape = dict.fromkeys(((1e-4, 0), (3e-4, 0), (1e-3, 0), (3e-3, 0)), 1.0)
-    results = made(shape, "lora-r8", "LORA", 20) + made(shape) + made(shape, "beaten", parameters=15)
+    results = made(shape, "lora-r8", "LORA", 20) + made(shape)
+    results += made(shape, "beaten", parameters=15) + made(shape, "slora-r8", parameters=16, method="slora")
     lines = report.recipe_table(results).splitlines()
-    assert [line.split(":")[0] for line in lines[2:]] == ["| ndlinear-2modes-1term", "| lora-r8"]
+    names = [line.split(":")[0] for line in lines[2:]]
+    assert names == ["| ndlinear-2modes-1term", "| slora-r8", "| lora-r8"]
 
 
 def test_the_front_holds_what_nothing_beats(quality):
