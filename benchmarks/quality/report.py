@@ -174,8 +174,8 @@ def _plus_minus(mean: float, error: float | None, signed: bool = False) -> str:
 
 
 def recipe_table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: as configurations with their learning rates the settings on the Pareto front, and the best of each of our
-    methods that has none there; LoRA r=8 last.
+    """Markdown, as configurations with their learning rates: the settings on the Pareto front, the best of each of our
+    methods that has none there, and LoRA r=8.
     """
     found = rows(results)
     baseline = [row for row in found if row.setting == BASELINE]
