@@ -16,7 +16,7 @@ pytest.importorskip("trl")
 
 HEADING = "## NDLORA adapter"
 # lines of the table
-RECIPE = ("| r | 4 |", "| lora_alpha | 4 |", "| anchor | snapshot |", "| target_modules | q_proj, v_proj |")
+RECIPE = ("| r | 4 |", "| lora_alpha | 16 |", "| anchor | snapshot |", "| target_modules | q_proj, v_proj |")
 TRAINING = ("| learning rate | 0.05 |", "| steps | 4 |", "| batch | 8 |")
 # two layers of 32 -> 32 and 32 -> 16, r=4
 COUNTS = f"{2 * (4 * (64 + 48) + 2 * 16):,} numbers in 4 layers"
