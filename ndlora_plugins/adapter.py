@@ -334,15 +334,15 @@ def _modes(
         "in_modes": (in_features, (1,) * len(before), after),
         "out_modes": (out_features, before, (1,) * len(after)),
     }
-    rest = [features // math.prod((*first, *last)) for features, first, last in sides.values()]
+    rest = {side: features // math.prod((*first, *last)) for side, (features, first, last) in sides.items()}
+    crossed = {}
     if options.crossed_modes is not None and not lengths:
-        splits = crossed_modes(*rest, options.crossed_modes)
-    else:
-        splits = [balanced_modes(features, num_modes) for features in rest]
+        crossed = dict(zip(rest, crossed_modes(*rest.values(), options.crossed_modes), strict=True))
     found = []
-    for (side, (features, first, last)), split in zip(sides.items(), splits, strict=True):
+    for side, (features, first, last) in sides.items():
         if given[side] is not None:
             found.append(check_modes(tuple(given[side]), features, side, layer))
         else:
+            split = crossed.get(side) or balanced_modes(rest[side], num_modes)
             found.append((*first, *split, *last))
     return found[0], found[1]

@@ -199,6 +199,7 @@ _FEW_AFTER = 4  # up to so many, one product of more numbers is faster than a sm
 
 
 def _step(mode: int, axes: tuple[int, int, int], out_size: int, in_size: int, after: int) -> _Step:
+    """The step as it is fastest: with few numbers after the contracted axis, these are joined to it."""
     if after > _FEW_AFTER:
         return _Step(mode, axes, out_size, in_size, after)
     return _Step(mode, axes, out_size * after, in_size * after, 1, after)
@@ -344,14 +345,14 @@ def mode_product(
         if order == (1, 0):
             # (tokens in_1, in_2) -> (tokens in_1, terms out_2) = (tokens, in_1 terms, out_2) -> (tokens, out_1, out_2)
             chain = (
-                _Step(1, (0, 1, 2), terms * out_2, in_2, 1),
+                _step(1, (0, 1, 2), terms * out_2, in_2, 1),
                 _step(0, (1, 2, 0), out_1, in_1 * terms, out_2),
             )
         else:
             # (tokens, in_1, in_2) -> (tokens, out_1 terms, in_2) = (tokens out_1, terms in_2) -> (tokens out_1, out_2)
             chain = (
                 _step(0, (1, 0, 2), out_1 * terms, in_1, in_2),
-                _Step(1, (1, 0, 2), out_2, terms * in_2, 1),
+                _step(1, (1, 0, 2), out_2, terms * in_2, 1),
             )
         chains = (chain,)
     else:

@@ -165,6 +165,10 @@ def _kronecker_terms(layout: Layout) -> int:
     )
 
 
+def _smaller_side(layout: Layout) -> int:
+    return min(layout.in_features, layout.out_features)
+
+
 def _n_lora(method: Method, layout: Layout, weight: Tensor | None, generator: Generator | None) -> Values:
     rank = layout.rank
     return {
@@ -214,7 +218,7 @@ def pivot_columns(matrix: Tensor, count: int) -> Tensor:
             column = column - basis.T @ (basis @ column)
         basis[k] = column / column.norm().clamp(min=1e-30)
         squares = squares - (basis[k] @ matrix).square()
-        squares[chosen[: k + 1]] = -math.inf
+        squares[chosen[k]] = -math.inf
     return chosen
 
 
@@ -294,7 +298,7 @@ builtin_initializers = (
         reads_weight=True,
         starts_at_zero=False,
         function=_n_lora,
-        max_rank=lambda layout: min(layout.in_features, layout.out_features),
+        max_rank=_smaller_side,
     ),
     Initializer(
         "n_lora_step",
@@ -304,7 +308,7 @@ builtin_initializers = (
         reads_weight=True,
         starts_at_zero=False,
         function=_n_lora_step,
-        max_rank=lambda layout: min(layout.in_features, layout.out_features),
+        max_rank=_smaller_side,
         default_alpha=_RECIPE_ALPHA,
     ),
     Initializer(
@@ -316,7 +320,7 @@ builtin_initializers = (
         starts_at_zero=False,
         function=_n_lora_pivots,
         saves_start=True,
-        max_rank=lambda layout: min(layout.in_features, layout.out_features),
+        max_rank=_smaller_side,
         default_alpha=_RECIPE_ALPHA,
     ),
     Initializer(

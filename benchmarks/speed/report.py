@@ -235,7 +235,7 @@ def layers_table(found: dict) -> str:
     per_variant = (
         ("forward + backward", VARIANTS, _ratios, _spread),
         ("forward", VARIANTS, lambda layers, v: _ratios(layers, v, what="forward"), _spread),
-        ("adapter alone, forward + backward", list(VARIANTS)[1:], _alone, _mean),
+        ("adapter alone, forward + backward", [v for v in VARIANTS if v != "no adapter"], _alone, _mean),
         ("kept for backward", VARIANTS, lambda layers, v: _kept(layers, (v,)), _mean),
     )
     for title, variants, ratios_of, cell in per_variant:

@@ -212,9 +212,11 @@ def _splits(configs: Sequence[NdLoraConfig], sums: Mapping[str, tuple]) -> dict[
     modes = {}
     for name, (method, _, factors) in sums.items():
         if method == "ndlinear":
-            shapes = [list(factor.shape) for factor in factors.values()]  # (terms, out_mode, in_mode)
-            out_modes, in_modes = [shape[1] for shape in shapes], [shape[2] for shape in shapes]
-            modes[f"^{re.escape(name)}"] = {"in_modes": in_modes, "out_modes": out_modes}
+            # each factor is (terms, out_mode, in_mode)
+            modes[f"^{re.escape(name)}"] = {
+                "in_modes": [factor.shape[2] for factor in factors.values()],
+                "out_modes": [factor.shape[1] for factor in factors.values()],
+            }
     return {"modes": modes or None, "num_modes": 2, "crossed_modes": None}
 
 

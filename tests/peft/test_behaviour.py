@@ -220,7 +220,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("case", SPLITS)
-def test_sums_of_kronecker_products_keep_each_layers_modes(case, make_llama, shake, tokens, tmp_path):
+def test_sums_of_kronecker_products_keep_each_layers_modes(case, make_llama, shake, tmp_path):
     first, second, rank = SPLITS[case]
     model = get_peft_model(make_llama(), NdLoraConfig(**first), "one")
     model.add_adapter("two", NdLoraConfig(**second))
@@ -228,10 +228,8 @@ def test_sums_of_kronecker_products_keep_each_layers_modes(case, make_llama, sha
     shake(model)
     model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "sum")
     assert (model.peft_config["sum"].method, model.peft_config["sum"].r) == ("ndlinear", rank)
-    model.eval().set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    again = PeftModel.from_pretrained(make_llama(), tmp_path / "sum").eval()
-    model.set_adapter("one")
+    again = PeftModel.from_pretrained(make_llama(), tmp_path / "sum")
     one, two, found = (deltas(model, name) for name in ("one", "two", "sum"))
     for name, delta in found.items():
         expected = 0.5 * one.get(name, torch.zeros(())) + 2.0 * two.get(name, torch.zeros(()))
