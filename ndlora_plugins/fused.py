@@ -127,7 +127,7 @@ def compute_dtype(x: Tensor, tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-FEW_TOKENS = 16  # up to so many, what is done to the tensors costs more than what is done to x
+FEW_TOKENS = 64  # up to so many, what is done to the tensors costs more than what is done to x
 
 
 class _Update(torch.autograd.Function):
