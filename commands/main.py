@@ -48,7 +48,7 @@ def plan(
     anchor: Annotated[str | None, typer.Option(help="snapshot or none.")] = None,
     num_modes: Annotated[int, typer.Option(help="Into how many modes a dimension is split.")] = 2,
     crossed_modes: Annotated[
-        int | None, typer.Option(help="In place of it: two modes that cross, the small ones of this size.")
+        int | None, typer.Option(help="Uneven modes that cross, the small ones of this size.")
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; may be repeated.")] = None,
     lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,

@@ -33,7 +33,7 @@ class AdapterOptions:
         anchor: "snapshot", "none", or None for "snapshot" exactly where the start would move the model.
         num_modes: into how many modes in and out features are split where `in_modes`, `out_modes` do not say it;
             experts and the axes of a kernel are modes of their own beside them.
-        crossed_modes: in place of `num_modes`, the size of the small modes of `modes.crossed_modes`.
+        crossed_modes: the size of the small modes of `modes.crossed_modes`, in place of even ones.
     """
 
     method: str | None = None
@@ -337,7 +337,9 @@ def _modes(
     rest = {side: features // math.prod((*first, *last)) for side, (features, first, last) in sides.items()}
     crossed = {}
     if options.crossed_modes is not None and not lengths:
-        crossed = dict(zip(rest, crossed_modes(*rest.values(), options.crossed_modes), strict=True))
+        crossed = dict(
+            zip(rest, crossed_modes(*rest.values(), options.crossed_modes, num_modes), strict=True)
+        )
     found = []
     for side, (features, first, last) in sides.items():
         if given[side] is not None:

@@ -63,26 +63,33 @@ def _integer_root(value: int, degree: int) -> int:
     return root
 
 
-def crossed_modes(in_features: int, out_features: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def crossed_modes(
+    in_features: int, out_features: int, size: int, num_modes: int = 2
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """in_modes = (n, in / n) and out_modes = (out / n, n), with n the largest common divisor up to `size`.
 
     A Kronecker term of such modes has in + out parameters, as LoRA with r=1. Since kron(A, B) = kron(A, I) kron(I, B)
     with an inner dimension of n * n, it is LoRA with r=1 for n = 1, and an exact LoRA with r = n * n else.
+    More modes split the large ones again: (n, m, in / nm) and (out / nm, n, m), with in / m + nm + out / m parameters
+    and an inner dimension of nm min(n, m).
 
     Raises:
-        NdLoraValueError: if any of the three is below 1.
+        NdLoraValueError: if any of the first three is below 1.
 
-    >>> crossed_modes(576, 1536, 4), crossed_modes(7, 5, 4)
-    (((4, 144), (384, 4)), ((1, 7), (5, 1)))
+    >>> crossed_modes(576, 1536, 4), crossed_modes(7, 5, 4), crossed_modes(576, 1536, 4, 3)
+    (((4, 144), (384, 4)), ((1, 7), (5, 1)), ((4, 4, 36), (96, 4, 4)))
     """
     if min(in_features, out_features, size) < 1:
         raise NdLoraValueError(
             f"in_features={in_features} and out_features={out_features} cannot be split with crossed_modes={size}: "
             f"all must be at least 1."
         )
-    common = math.gcd(in_features, out_features)
-    n = next(n for n in range(min(size, common), 0, -1) if common % n == 0)
-    return (n, in_features // n), (out_features // n, n)
+    small = []
+    for _ in range(num_modes - 1):
+        common = math.gcd(in_features, out_features)
+        small.append(next(n for n in range(min(size, common), 0, -1) if common % n == 0))
+        in_features, out_features = in_features // small[-1], out_features // small[-1]
+    return (*small, in_features), (out_features, *small)
 
 
 def check_modes(modes: tuple[int, ...], features: int, side: str, layer: str) -> tuple[int, ...]:

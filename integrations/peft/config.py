@@ -112,9 +112,10 @@ class NdLoraConfig(PeftConfig):
     crossed_modes: int | None = field(
         default=None,
         metadata={
-            "help": "In place of `num_modes`: two uneven modes that cross, in = (n, in / n) and out = (out / n, n), "
-            "n the largest common divisor up to this number. A term has in + out parameters, as LoRA r=1 has, and "
-            "is an exact LoRA of rank n * n. Layers that `modes` names keep those."
+            "help": "Uneven modes that cross instead: in = (n, in / n) and out = (out / n, n), n the largest common "
+            "divisor up to this number. A term has in + out parameters, as LoRA r=1 has, and is an exact LoRA of "
+            "rank n * n. With `num_modes=3`, (n, n, in / n / n) and (out / n / n, n, n): about 1 / n of that, rank "
+            "n * n * n. Layers that `modes` names keep those."
         },
     )
     modes: dict | None = field(
@@ -262,10 +263,6 @@ class NdLoraConfig(PeftConfig):
         crossed = self.crossed_modes
         if crossed is not None and (not isinstance(crossed, int) or crossed < 1):
             raise NdLoraValueError(f"crossed_modes={crossed!r}: choose an integer of at least 1, such as 4.")
-        if crossed is not None and self.num_modes != 2:
-            raise NdLoraValueError(
-                f"crossed_modes={crossed} means two modes, but num_modes={self.num_modes}: leave one of them out."
-            )
         if self.modes is None:
             return
         sides = {"in_modes", "out_modes"}

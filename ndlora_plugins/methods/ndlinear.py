@@ -6,6 +6,7 @@ and one term and without a bias. https://github.com/ensemble-core/NdLinear (`ndl
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -55,20 +56,24 @@ class NdLinear(Method):
 
     def low_rank(self, layout, factors):
         # kron(A, B) = kron(A, I) kron(I, B) = kron(I, B) kron(A, I); small for crossed modes
-        if len(layout.in_modes) != 2:
-            return None
-        (in_1, in_2), (out_1, out_2) = layout.in_modes, layout.out_modes
-        inner = min(in_1 * out_2, out_1 * in_2)
+        modes, sides = self._modes(layout, factors), (layout.in_modes, layout.out_modes)
+        inner, split, second_first = min(
+            (math.prod((*sides[not second_first][:k], *sides[second_first][k:])), k, second_first)
+            for k in range(1, len(modes))
+            for second_first in (True, False)
+        )
         if (
             layout.rank * inner * (layout.in_features + layout.out_features)
             > layout.in_features * layout.out_features
         ):
             return None
-        first, second = self._modes(layout, factors)
-        if inner == in_1 * out_2:
-            down, up = kron_with_identity(second, before=in_1), kron_with_identity(first, after=out_2)
+        first, second = kronecker_terms(modes[:split]), kronecker_terms(modes[split:])
+        if second_first:
+            down = kron_with_identity(second, before=first.shape[2])
+            up = kron_with_identity(first, after=second.shape[1])
         else:
-            down, up = kron_with_identity(first, after=in_2), kron_with_identity(second, before=out_1)
+            down = kron_with_identity(first, after=second.shape[2])
+            up = kron_with_identity(second, before=first.shape[1])
         # the terms, one below the other and side by side
         return down.flatten(0, 1), up.transpose(0, 1).flatten(1)
 

@@ -19,6 +19,7 @@ CASES = [
     (576, 576, {"rank": 1, "crossed_modes": 4}),
     (576, 1536, {"rank": 4, "crossed_modes": 4}),
     (2048, 1024, {"rank": 1, "crossed_modes": 8}),
+    (576, 1536, {"rank": 2, "crossed_modes": 4, "num_modes": 3}),
     (576, 576, {"rank": 1, "in_modes": (12, 48), "out_modes": (12, 48)}),
 ]
 

@@ -57,6 +57,18 @@ def test_crossed_modes_have_the_parameters_of_a_lora_of_rank_1(
     assert parameters == in_features + out_features
 
 
+@pytest.mark.parametrize(
+    "features, size, num_modes, modes",
+    [
+        ((576, 1536), 4, 3, ((4, 4, 36), (96, 4, 4))),
+        ((576, 192), 4, 4, ((4, 4, 4, 9), (3, 4, 4, 4))),
+        ((30, 42), 4, 3, ((3, 2, 5), (7, 3, 2))),
+    ],
+)
+def test_more_modes_cross_in_turn(features, size, num_modes, modes):
+    assert crossed_modes(*features, size, num_modes) == modes
+
+
 def test_an_impossible_crossing_raises():
     with pytest.raises(NdLoraValueError, match="crossed_modes=0"):
         crossed_modes(8, 8, 0)

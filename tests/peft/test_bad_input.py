@@ -37,7 +37,6 @@ OPTIONS = [
     ({"anchor": "residual"}, r"anchor='residual': choose one of \['snapshot', 'none'\]"),
     ({"num_modes": 1}, r"num_modes=1: choose an integer of at least 2"),
     ({"crossed_modes": 0}, r"crossed_modes=0: choose an integer of at least 1"),
-    ({"crossed_modes": 4, "num_modes": 3}, r"crossed_modes=4 means two modes, but num_modes=3"),
     ({"modes": {"q_proj": [4, 6]}}, r"modes=.*give \{'in_modes'"),
     ({"bias": "boft_only"}, r"bias='boft_only': choose 'none', 'all' or 'ndlora_only'"),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, r"`layers_to_transform` cannot be used"),

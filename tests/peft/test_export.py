@@ -37,6 +37,7 @@ LOW_RANK = {
     "inttune": ({"method": "inttune", "r": 4}, 4),
     "nlora-pivots": ({"init_lora_weights": "n_lora_pivots", "r": 4}, 8),
     "ndlinear-crossed": ({"crossed_modes": 2, "lora_alpha": 3}, 4),
+    "ndlinear-crossed-3-modes": ({"crossed_modes": 2, "num_modes": 3, "lora_alpha": 3}, 8),
     "inttune-no-anchor": (
         {"method": "inttune", "init_lora_weights": "n_lora", "r": 4, "anchor": "none"},
         4,
