@@ -70,7 +70,7 @@ def crossed_modes(
 
     A Kronecker term of such modes has in + out parameters, as LoRA with r=1. Since kron(A, B) = kron(A, I) kron(I, B)
     with an inner dimension of n * n, it is LoRA with r=1 for n = 1, and an exact LoRA with r = n * n else.
-    More modes split the large ones again: (n, m, in / nm) and (out / nm, n, m), with in / m + nm + out / m parameters
+    More modes split the large ones again: (n, m, in / nm) and (out / nm, n, m), with in / n + nm + out / m parameters
     and an inner dimension of nm min(n, m).
 
     Raises:

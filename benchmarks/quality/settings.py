@@ -70,6 +70,7 @@ SETTINGS = (
     _ndlinear("ndlinear-crossed4-4terms", 4, 1e-3, crossed_modes=4),
     _ndlinear("ndlinear-crossed2", 1, 1e-3, crossed_modes=2),
     _ndlinear("ndlinear-crossed8", 1, 1e-3, crossed_modes=8),
+    _ndlinear("ndlinear-crossed4-3modes", 1, 1e-3, crossed_modes=4, num_modes=3),
     _ndlinear("ndlinear-crossed4-3modes-2terms", 2, 1e-3, crossed_modes=4, num_modes=3),
     _ndlinear("ndlinear-kronecker", 1, 1e-3, init_lora_weights="kronecker"),
     _core("inttune", 8, 1e-3),
