@@ -233,8 +233,7 @@ class NdLoraModel(BaseTuner):
         self._check_adapter_names(each.plan for each in planned)
         _check_bases(planned, peft_config)
         _warn_of_unmatched(peft_config, [each.target.name for each in planned])
-        if peft_config.crossed_modes is None:
-            _warn_of_lopsided(planned)
+        _warn_of_lopsided(planned)
 
     def _check_target_parameters(self, peft_config: NdLoraConfig) -> None:
         """Which parameter a tensor of the file belongs to is told by the nesting of the wrappers, so it is to be one

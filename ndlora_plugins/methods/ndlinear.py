@@ -56,17 +56,18 @@ class NdLinear(Method):
 
     def low_rank(self, layout, factors):
         # kron(A, B) = kron(A, I) kron(I, B) = kron(I, B) kron(A, I); small for crossed modes
-        modes, sides = self._modes(layout, factors), (layout.in_modes, layout.out_modes)
+        in_modes, out_modes = layout.in_modes, layout.out_modes
         inner, split, second_first = min(
-            (math.prod((*sides[not second_first][:k], *sides[second_first][k:])), k, second_first)
-            for k in range(1, len(modes))
-            for second_first in (True, False)
+            (math.prod((*left[:k], *right[k:])), k, second_first)
+            for k in range(1, len(in_modes))
+            for left, right, second_first in ((in_modes, out_modes, True), (out_modes, in_modes, False))
         )
         if (
             layout.rank * inner * (layout.in_features + layout.out_features)
             > layout.in_features * layout.out_features
         ):
             return None
+        modes = self._modes(layout, factors)
         first, second = kronecker_terms(modes[:split]), kronecker_terms(modes[split:])
         if second_first:
             down = kron_with_identity(second, before=first.shape[2])
