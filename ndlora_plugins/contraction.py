@@ -132,13 +132,13 @@ class _Step:
 
     Attributes:
         mode: whose factor (terms, out_mode, in_mode) does it.
-        axes: the factor's axes in the order in which they make a matrix.
+        axes: the factor's axes in the order in which they make a matrix, None for the order in which they lie.
         repeats: the step's matrix is kron(that matrix, identity of this size), so that an axis of a few numbers
             after the contracted one becomes a part of it.
     """
 
     mode: int
-    axes: tuple[int, int, int]
+    axes: tuple[int, int, int] | None
     out_size: int
     in_size: int
     after: int
@@ -148,7 +148,7 @@ class _Step:
         """(out_size, in_size)."""
         if factor.dtype != dtype:
             factor = factor.to(dtype)
-        if self.axes != (0, 1, 2):
+        if self.axes is not None:
             factor = factor.permute(self.axes)
         matrix = factor.reshape(self.out_size // self.repeats, self.in_size // self.repeats)
         return matrix if self.repeats == 1 else kron_with_identity(matrix, after=self.repeats)
@@ -160,7 +160,7 @@ class _Step:
             # (out, repeats, in, repeats) -> (out, in)
             matrix = matrix.unflatten(1, (-1, self.repeats)).unflatten(0, (-1, self.repeats))
             matrix = matrix.diagonal(dim1=1, dim2=3).sum(-1)
-        if self.axes == (0, 1, 2):
+        if self.axes is None:
             return matrix.view(factor.shape)
         sizes = [factor.shape[axis] for axis in self.axes]
         return matrix.view(sizes).permute([self.axes.index(axis) for axis in range(3)])
@@ -187,18 +187,22 @@ class _Step:
         """Of the matrix: the sum over the tokens of grad y^T, at least float32."""
         if self.after == 1:
             grad, y = grad.reshape(-1, self.out_size), y.reshape(-1, self.in_size)
+            if grad.shape[0] <= _FEW_ROWS:
+                product = grad.T @ y
+                return product.to(torch.promote_types(product.dtype, torch.float32))
             # in parts: a long sum for a small result keeps one core busy
-            parts = math.gcd(grad.shape[0], 16)
+            parts = math.gcd(grad.shape[0], 4)
             grad, y = grad.view(parts, -1, self.out_size), y.view(parts, -1, self.in_size)
             return _sum_over_batch(torch.bmm(grad.transpose(1, 2), y))
         grad, y = grad.reshape(-1, self.out_size, self.after), y.reshape(-1, self.in_size, self.after)
         return _sum_over_batch(torch.bmm(grad, y.transpose(1, 2)))
 
 
+_FEW_ROWS = 2048  # up to so many, one product is faster than one in parts
 _FEW_AFTER = 4  # up to so many, one product of more numbers is faster than a small one for each token
 
 
-def _step(mode: int, axes: tuple[int, int, int], out_size: int, in_size: int, after: int) -> _Step:
+def _step(mode: int, axes: tuple[int, int, int] | None, out_size: int, in_size: int, after: int) -> _Step:
     """The step as it is fastest: with few numbers after the contracted axis, these are joined to it."""
     if after > _FEW_AFTER:
         return _Step(mode, axes, out_size, in_size, after)
@@ -215,7 +219,7 @@ def _sum_over_batch(products: Tensor) -> Tensor:
     return (products.new_ones(1, batch) @ products.view(batch, -1)).view(rows, columns).to(wide)
 
 
-_NUMBERS_AT_A_TIME = 1 << 20
+_NUMBERS_AT_A_TIME = 3 << 18
 
 
 @dataclass(frozen=True)
@@ -300,12 +304,14 @@ class ModeProduct(Product):
 
     def _parts(self, first, *tensors):
         """Tensors (tokens, ...), as many tokens at a time as stay in cache; all if an intermediate is kept."""
-        count, at_a_time = tensors[0].shape[0], self.tokens_at_a_time
-        if first or count <= at_a_time:
+        count = tensors[0].shape[0]
+        if first or count <= self.tokens_at_a_time:
             return (tensors,)
+        parts = math.ceil(count / self.tokens_at_a_time)
+        even = math.ceil(count / parts)
         return (
-            tuple(None if tensor is None else tensor[start : start + at_a_time] for tensor in tensors)
-            for start in range(0, count, at_a_time)
+            tuple(None if tensor is None else tensor[start : start + even] for tensor in tensors)
+            for start in range(0, count, even)
         )
 
     def _matrices(self, chain, term, tensors, dtype):
@@ -342,23 +348,24 @@ def mode_product(
     order = plan.order
     if len(in_modes) == 2:
         (in_1, in_2), (out_1, out_2) = in_modes, out_modes
+        move = terms > 1  # the axis of one term may stay where it lies
         if order == (1, 0):
             # (tokens in_1, in_2) -> (tokens in_1, terms out_2) = (tokens, in_1 terms, out_2) -> (tokens, out_1, out_2)
             chain = (
-                _step(1, (0, 1, 2), terms * out_2, in_2, 1),
-                _step(0, (1, 2, 0), out_1, in_1 * terms, out_2),
+                _step(1, None, terms * out_2, in_2, 1),
+                _step(0, (1, 2, 0) if move else None, out_1, in_1 * terms, out_2),
             )
         else:
             # (tokens, in_1, in_2) -> (tokens, out_1 terms, in_2) = (tokens out_1, terms in_2) -> (tokens out_1, out_2)
             chain = (
-                _step(0, (1, 0, 2), out_1 * terms, in_1, in_2),
-                _step(1, (1, 0, 2), out_2, terms * in_2, 1),
+                _step(0, (1, 0, 2) if move else None, out_1 * terms, in_1, in_2),
+                _step(1, (1, 0, 2) if move else None, out_2, terms * in_2, 1),
             )
         chains = (chain,)
     else:
         sizes, chain = list(in_modes), []
         for k in order:
-            chain.append(_step(k, (0, 1, 2), out_modes[k], in_modes[k], math.prod(sizes[k + 1 :])))
+            chain.append(_step(k, None, out_modes[k], in_modes[k], math.prod(sizes[k + 1 :])))
             sizes[k] = out_modes[k]
         chains = (tuple(chain),) * terms
     tokens = max(1, _NUMBERS_AT_A_TIME // max(plan.largest_intermediate, 1))

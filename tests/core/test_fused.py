@@ -335,6 +335,7 @@ def test_a_bias_that_trains_gets_its_gradient():
 @pytest.mark.parametrize("start, shape", CASES[:6], ids=str)
 def test_many_tokens_are_taken_in_parts(start, shape, monkeypatch):
     monkeypatch.setattr("ndlora_plugins.contraction._NUMBERS_AT_A_TIME", 200)
+    monkeypatch.setattr("ndlora_plugins.contraction._FEW_ROWS", 8)
     mode_product.cache_clear()
     layer = Layer(start, shape).cast(torch.float64, torch.float64)
     x = torch.randn(30, shape[0], dtype=torch.float64, requires_grad=True)
