@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -24,27 +25,37 @@ def interleaved(
     least: int = 5,
     most: int = 200,
     warm_up: bool = True,
+    turn: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Seconds of each work, round after round, every work once a round: what disturbs one disturbs its neighbour."""
+    """Seconds a call of each work, round after round, a turn each: what disturbs one disturbs its neighbour.
 
-    def timed(work: Callable[[], object]) -> float:
+    Args:
+        seconds: at least so long in all, with at least `least` and at most `most` rounds.
+        warm_up: whether to call every work once before.
+        turn: at least so many seconds a turn, of as many calls as it takes, the same for every work. A model calls
+            layers of a kind one after the other; a single call between others' finds nothing of its own in cache.
+    """
+
+    def timed(work: Callable[[], object], calls: int = 1) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        work()
+        for _ in range(calls):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / calls
 
     if warm_up:
         for work in works.values():
             work()
+    calls = math.ceil(turn / min(timed(work) for work in works.values())) if turn else 1
     times: dict[str, list[float]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < least or (time.perf_counter() < end and rounds < most):
         for name, work in works.items():
-            times[name].append(timed(work))
+            times[name].append(timed(work, calls))
         rounds += 1
     return times
 

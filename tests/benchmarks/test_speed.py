@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -97,3 +98,14 @@ def test_rounds_are_interleaved_and_summed_up():
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
     figures = summary({"a": [1.0, 2.0, 4.0], "b": [1.0, 1.0, 1.0]}, "b")
     assert figures["a"] == {"ms": 2000.0, "ratio": 2.0, "ratio_low": 1.5, "ratio_high": 3.0, "rounds": 3}
+
+
+def test_a_turn_of_a_short_work_is_as_many_calls_for_every_work():
+    order = []
+    works = {name: lambda name=name: (time.sleep(0.001), order.append(name)) for name in "ab"}
+    times = interleaved(works, torch.device("cpu"), seconds=0, least=2, turn=0.005)
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    before = ["a", "b"] * 2  # one call to warm up, one to see how long it takes
+    calls = (len(order) - len(before)) // 4
+    assert order == before + (["a"] * calls + ["b"] * calls) * 2
+    assert 1 < calls <= 5
