@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
 from benchmarks.speed import report  # noqa: E402
-from benchmarks.speed.cases import OneLayer  # noqa: E402
+from benchmarks.speed.cases import OneLayer, _compiled  # noqa: E402
 from benchmarks.speed.measure import interleaved, kept_bytes, summary  # noqa: E402
 from benchmarks.speed.variants import ON_CUDA, OURS, VARIANTS, ReferenceNdLinear, adapt, shake  # noqa: E402
 
@@ -45,6 +46,14 @@ def test_a_quick_run_and_its_continuation(tmp_path):
     second = json.loads(path.read_text())
     assert len(second["cases"]) == 2
     assert second["cases"].items() >= first["cases"].items()  # measured once
+
+
+@pytest.mark.slow
+def test_one_process_may_measure_more_compiled_models_than_torch_compile_keeps(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        _compiled("float32", "LoRA", layers=1).run(torch.device("cpu"), 0.01)
+        _compiled("float32", "SLoRA", layers=1).run(torch.device("cpu"), 0.01)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
