@@ -219,7 +219,7 @@ def _sum_over_batch(products: Tensor) -> Tensor:
     return (products.new_ones(1, batch) @ products.view(batch, -1)).view(rows, columns).to(wide)
 
 
-_NUMBERS_AT_A_TIME = 3 << 18
+_NUMBERS_AT_A_TIME = 3 << 18  # of an intermediate
 
 
 @dataclass(frozen=True)
@@ -348,18 +348,19 @@ def mode_product(
     order = plan.order
     if len(in_modes) == 2:
         (in_1, in_2), (out_1, out_2) = in_modes, out_modes
-        move = terms > 1  # the axis of one term may stay where it lies
+        # of factors (terms, out, in); the axis of one term may stay where it lies
+        terms_last, terms_between = ((1, 2, 0), (1, 0, 2)) if terms > 1 else (None, None)
         if order == (1, 0):
             # (tokens in_1, in_2) -> (tokens in_1, terms out_2) = (tokens, in_1 terms, out_2) -> (tokens, out_1, out_2)
             chain = (
                 _step(1, None, terms * out_2, in_2, 1),
-                _step(0, (1, 2, 0) if move else None, out_1, in_1 * terms, out_2),
+                _step(0, terms_last, out_1, in_1 * terms, out_2),
             )
         else:
             # (tokens, in_1, in_2) -> (tokens, out_1 terms, in_2) = (tokens out_1, terms in_2) -> (tokens out_1, out_2)
             chain = (
-                _step(0, (1, 0, 2) if move else None, out_1 * terms, in_1, in_2),
-                _step(1, (1, 0, 2) if move else None, out_2, terms * in_2, 1),
+                _step(0, terms_between, out_1 * terms, in_1, in_2),
+                _step(1, terms_between, out_2, terms * in_2, 1),
             )
         chains = (chain,)
     else:

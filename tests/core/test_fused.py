@@ -32,8 +32,8 @@ SHAPES = [
     (24, 18, {"num_modes": 3, "rank": 3}),
     (13, 30, {"in_modes": (1, 13), "out_modes": (30, 1), "rank": 2}),
     (24, 36, {"crossed_modes": 4, "rank": 1}),  # (4, 6) -> (9, 4): an axis of few numbers last
-    (24, 36, {"crossed_modes": 2, "num_modes": 3, "rank": 1}),  # (2, 2, 6) -> (9, 2, 2)
     (36, 24, {"in_modes": (9, 4), "out_modes": (4, 6), "rank": 2}),  # the same, the first mode first
+    (24, 36, {"crossed_modes": 2, "num_modes": 3, "rank": 1}),  # (2, 2, 6) -> (9, 2, 2)
 ]
 CASES = [
     (start, shape)
