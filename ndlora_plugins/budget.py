@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ndlora_plugins.adapter import LayerAdapter
-from ndlora_plugins.modes import LOPSIDED_RATIO
+from ndlora_plugins.structures.base import LOPSIDED_RATIO
 
 __all__ = ["Budget", "BudgetRow", "make_budget"]
 
@@ -34,16 +34,13 @@ class BudgetRow:
 
     @property
     def modes(self) -> str:
-        """One pair (out x in) for each factor, or "-" for methods without modes."""
-        if not self.adapter.method.uses_modes:
-            return "-"
-        layout = self.adapter.layout
-        return ", ".join(f"{o}x{i}" for o, i in zip(layout.out_modes, layout.in_modes, strict=True))
+        """One pair (out x in) for each factor, or "-" for structures without modes."""
+        return self.adapter.structure.modes or "-"
 
     @property
     def note(self) -> str:
         """Says so where the modes are lopsided."""
-        ratio = self.adapter.lopsidedness
+        ratio = self.adapter.structure.lopsidedness
         return f"lopsided: {ratio:.1f}x the parameters of even modes" if ratio > LOPSIDED_RATIO else ""
 
 

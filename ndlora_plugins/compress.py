@@ -9,7 +9,7 @@ arXiv 0909.4061, algorithms 4.4 and 5.1). Everything is computed in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.methods.ndlinear import NdLinear
+from ndlora_plugins.structures.base import Factors, cast_factors
 
 __all__ = [
     "RankTarget",
@@ -81,8 +81,8 @@ class RankTarget:
 
 def low_rank_form(
     plan: LayerAdapter,
-    trained: Mapping[str, Tensor],
-    frozen: Mapping[str, Tensor],
+    trained: Factors,
+    frozen: Factors,
     target: RankTarget | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(down (k, in_features), up (out_features, k)) in float64: up @ down is dW without scaling, or near it.
@@ -101,15 +101,13 @@ def low_rank_form(
             return exact if small_enough else product_low_rank(*exact, target)
         if target is None:
             raise NdLoraValueError(
-                f"method={plan.method.name!r} has no exact form of a small rank: choose a rank, an energy "
-                f"or a "
+                f"method={plan.method.name!r} has no exact form of a small rank: choose a rank, an energy or a "
                 f"max_error."
             )
-        if isinstance(plan.method, NdLinear):
-            factors = plan._effective(trained, frozen)
-            modes = [factors[factor.name] for factor in plan.method.factors(plan.layout)]
-            if len(modes[0]) == 1:
-                return kronecker_low_rank([mode[0] for mode in modes], target)
+        update, factors = plan.factors(trained, frozen)
+        matrices = update.kronecker_matrices(factors)
+        if matrices is not None:
+            return kronecker_low_rank(matrices, target)
         return randomized_low_rank(
             lambda x: plan.apply(trained, frozen, x),
             (plan.layout.out_features, plan.layout.in_features),
@@ -198,8 +196,8 @@ def _balanced(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tens
 
 def relative_error(
     plan: LayerAdapter,
-    trained: Mapping[str, Tensor],
-    frozen: Mapping[str, Tensor],
+    trained: Factors,
+    frozen: Factors,
     down: Tensor,
     up: Tensor,
     scaling: float = 1.0,
@@ -217,5 +215,5 @@ def relative_error(
     return math.sqrt(squared) if squared > 1e-14 else 0.0
 
 
-def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().double() for name, value in tensors.items()}
+def _wide(tensors: Factors) -> dict[str, Tensor]:
+    return cast_factors({name: value.detach() for name, value in tensors.items()}, torch.float64)

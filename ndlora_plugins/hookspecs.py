@@ -1,4 +1,4 @@
-"""The two hooks by which methods and initialisers come in, ours as anybody's (entry-point group "ndlora")."""
+"""The two hooks by which methods and starts come in, ours as anybody's (entry-point group "ndlora")."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import pluggy
 
-from ndlora_plugins.initializers import Initializer
 from ndlora_plugins.methods.base import Method
+from ndlora_plugins.starts.base import Start
 
 __all__ = ["hookimpl", "hookspec"]
 
@@ -21,5 +21,5 @@ def ndlora_methods() -> Iterable[Method]:
 
 
 @hookspec
-def ndlora_initializers() -> Iterable[Initializer]:
-    """Initialisers that `NdLoraConfig(init_lora_weights=...)` shall know."""
+def ndlora_starts() -> Iterable[Start]:
+    """Starts that `NdLoraConfig(init_lora_weights=...)` shall know."""

@@ -1,24 +1,25 @@
-"""All methods and initialisers, by name, and which plugin brought each."""
+"""All methods and starts, by name, and which plugin brought each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pluggy
 
 from ndlora_plugins import builtin, hookspecs
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.initializers import Initializer
-from ndlora_plugins.methods.base import Method
+from ndlora_plugins.methods.base import Method, make_options
+from ndlora_plugins.starts.base import Start
 
 __all__ = [
     "ENTRY_POINT_GROUP",
     "Registered",
-    "initializers",
-    "method_and_initializer",
+    "method_and_start",
     "methods",
     "register_plugin",
+    "starts",
     "unregister_plugin",
 ]
 
@@ -26,9 +27,9 @@ ENTRY_POINT_GROUP = "ndlora"
 
 
 class Registered(NamedTuple):
-    """A method or an initialiser, with the plugin (distribution and version if it has one) that brought it."""
+    """A method or an start, with the plugin (distribution and version if it has one) that brought it."""
 
-    value: Method | Initializer
+    value: Method | Start
     plugin: str
 
 
@@ -46,7 +47,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     _manager().register(plugin, name=name)
     _collect.cache_clear()
     try:
-        _collect("ndlora_methods"), _collect("ndlora_initializers")
+        _collect("ndlora_methods"), _collect("ndlora_starts")
     except NdLoraValueError:
         unregister_plugin(plugin)
         raise
@@ -82,46 +83,63 @@ def methods() -> dict[str, Registered]:
     return _collect("ndlora_methods")
 
 
-def initializers() -> dict[str, Registered]:
-    """Every known initialiser by name, built-ins first."""
-    return _collect("ndlora_initializers")
+def starts() -> dict[str, Registered]:
+    """Every known start by name, built-ins first."""
+    return _collect("ndlora_starts")
 
 
-def method_and_initializer(
-    method: str | None, init_lora_weights: bool | str | None
-) -> tuple[Method, Initializer]:
-    """Resolve the pair of options as the configuration gives them.
+def method_and_start(
+    method: str | None, init_lora_weights: bool | str | None, options: Mapping[str, Any] | None = None
+) -> tuple[Method, Start, Any]:
+    """Resolve the three options as a configuration gives them.
 
     Args:
-        method: a name, or None: it then follows from `init_lora_weights` ("n_lora" means nlora), else ndlinear.
-        init_lora_weights: True (the method's own start), False (random) or an initialiser's name.
+        method: a name, or None: it then follows from `init_lora_weights` ("n_lora" means nlora), else it is the
+            first that was registered.
+        init_lora_weights: True (the method's own start), False (random) or a start's name.
+        options: the method's own.
+
+    Returns:
+        the method, the start, and the method's options, checked.
 
     Raises:
-        NdLoraValueError: an unknown name, or a pair that cannot work.
+        NdLoraValueError: an unknown name or option, or a start that does not fit the method.
     """
-    if init_lora_weights is None:
-        init_lora_weights = True
-    initializer = None
-    if not isinstance(init_lora_weights, bool):
-        initializer = _look_up(initializers(), init_lora_weights, "init_lora_weights", "initialiser")
+    start = None
+    if not (init_lora_weights is None or isinstance(init_lora_weights, bool)):
+        start = _look_up(starts(), init_lora_weights, "init_lora_weights", "start")
     if method is None:
-        method = initializer.methods[0] if initializer is not None and initializer.methods else "ndlinear"
+        method = (start.implies if start is not None else None) or next(iter(methods()))
     resolved = _look_up(methods(), method, "method", "method")
-    if initializer is None:
-        name = resolved.default_initializer if init_lora_weights else "random"
-        initializer = _look_up(initializers(), name, "init_lora_weights", "initialiser")
-    if initializer.methods and resolved.name not in initializer.methods:
-        reason = initializer.refuses.get(resolved.name, f"it starts {', '.join(initializer.methods)} only")
-        fitting = [
-            name
-            for name, found in initializers().items()
-            if not found.value.methods or resolved.name in found.value.methods
-        ]
+    chosen = make_options(resolved, options or {})
+    if start is None:
+        name = "random" if init_lora_weights is False else resolved.start
+        start = _look_up(starts(), name, "init_lora_weights", "start")
+    reason = _misfit(resolved, start, chosen)
+    if reason is not None:
+        fitting = [name for name, found in starts().items() if _misfit(resolved, found.value, chosen) is None]
         raise NdLoraValueError(
-            f"init_lora_weights={initializer.name!r} cannot start method={resolved.name!r}: {reason}. "
+            f"init_lora_weights={start.name!r} cannot start method={resolved.name!r}: {reason}. "
             f"Use init_lora_weights=True or one of {fitting}."
         )
-    return resolved, initializer
+    return resolved, start, chosen
+
+
+def _misfit(method: Method, start: Start, options: Any) -> str | None:
+    """Why the start cannot start the method, or None."""
+    names = method.factor_names(options)
+    missing = [name for name in start.gives if name not in names]
+    if missing:
+        return f"it gives the factors {list(start.gives)}, and the method has {list(names)}"
+    trained = method.trained_names(options)
+    trains = frozenset(names if trained is None else trained)
+    zero = start.zero_factors(names, trains)
+    frozen = [name for name in names if name in zero and name not in trains]
+    if frozen:
+        return f"it starts {frozen[0]!r} at zero and the method keeps it frozen, so nothing would ever get a gradient"
+    if len(zero & set(names)) > 1:
+        return f"it starts {sorted(zero)} at zero, so none of them would ever get a gradient"
+    return None
 
 
 def _look_up(known: dict[str, Registered], name: str, option: str, kind: str):

@@ -1,5 +1,5 @@
-"""The methods: one file each, pure functions over named factors. `base` says what a method is."""
+"""The methods: records, one file each. `base` says what a method is."""
 
-from ndlora_plugins.methods.base import Factor, Layout, Method
+from ndlora_plugins.methods.base import Method, Moment, NoOptions
 
-__all__ = ["Factor", "Layout", "Method"]
+__all__ = ["Method", "Moment", "NoOptions"]

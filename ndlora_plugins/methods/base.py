@@ -1,174 +1,106 @@
-"""What a method is: named factors, a contraction, and what it becomes as a matrix or as plain LoRA."""
+"""What a method is: a record that names a structure, a start, and what of it trains."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.fused import Product
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
-__all__ = ["Factor", "Layout", "Method", "in_groups"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One adapted layer as a method sees it.
-
-    Attributes:
-        in_features, out_features: of the layer, whatever way its weight is stored.
-        rank: in the method's own sense (Kronecker terms, or the rank of the product).
-        in_modes, out_modes: equally many; their products are the features.
-        leading: axes of the weight before its out axis, part of `out_features`: experts.
-        trailing: axes of the weight after its in axis, part of `in_features`: a convolution's kernel.
-        one_hot: an input is one feature out of all, as an embedding's: what reads it has a fan-in of 1.
-    """
-
-    in_features: int
-    out_features: int
-    rank: int
-    in_modes: tuple[int, ...]
-    out_modes: tuple[int, ...]
-    leading: tuple[int, ...] = ()
-    trailing: tuple[int, ...] = ()
-    one_hot: bool = False
+__all__ = ["Method", "Moment", "NoOptions", "make_options"]
 
 
 @dataclass(frozen=True)
-class Factor:
-    """One named tensor of a method.
+class NoOptions:
+    """Of a method that has none."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One training step, the same in every layer and in what gradient checkpointing runs again.
 
     Attributes:
-        name: stands in the adapter file, after the layer's name.
-        shape: of the tensor.
-        fan_in: what a Kaiming initialisation divides by.
-        trainable: whether it gets gradients; if not it is given by the initialiser and stays.
+        step: of the optimiser, from 0.
+        seed: of the adapter.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    fan_in: int
-    trainable: bool = True
+    step: int
+    seed: int = 0
+
+    def draw(self, high: int) -> int:
+        """A number from 0 up to below `high`; the same for the same step and seed."""
+        generator = torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
+        return int(torch.randint(high, (), generator=generator))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """A family of updates dW. Subclass it, fill in the attributes and functions, and hand an instance to the
-    hook `ndlora_methods` (docs/development.md shows a whole one).
+    """A family of updates dW. Hand an instance to the hook `ndlora_methods` (docs/development.md shows a whole one).
 
-    Every function is pure: it gets the layout and the factors by name, and changes neither.
+    Attributes:
+        name: what `NdLoraConfig(method=...)` is set to.
+        summary: one line for `ndlora methods`.
+        source: paper, or reference file.
+        structure: layout -> the form of dW on one layer; may raise `NdLoraValueError` for a layout that cannot work.
+        factors: the names of the structure's factors that every layout has, or a function of the options.
+        start: the name of its own start.
+        trains: the names of the factors that train, or a function of the options; None for all. The others are
+            given by the start and stay.
+        rank: the default rank.
+        Options: a frozen dataclass of the method's own options; its `__post_init__` checks them.
+        visible: (structure, factors, moment) -> the structure and factors that a forward in training uses, such as
+            `structure.cut(k)` and `structure.cut_factors(factors, k)`. It may be given some of the factors only.
+        shared: (factor, layer's name, layout) -> the key of the tensor that all layers with this key share, or None
+            for a tensor of the layer's own.
+        penalty: (structure, trained factors) -> a scalar that is added to the loss in training.
+        shrink: (structure, trained factors, step size) -> changes the factors in place after an optimiser step: a
+            proximal step.
     """
 
     name: str
     summary: str
     source: str
-    default_rank: int = 8
-    default_initializer: str
-    # whether `num_modes` and `modes` mean something to it
-    uses_modes: bool = False
+    structure: Callable[[Layout], Structure]
+    factors: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+    start: str
+    trains: tuple[str, ...] | Callable[[Any], tuple[str, ...] | None] | None = None
+    rank: int = 8
+    Options: type = NoOptions
+    visible: Callable[[Structure, Factors, Moment], tuple[Structure, Factors]] | None = None
+    shared: Callable[[Factor, str, Layout], str | None] | None = None
+    penalty: Callable[[Structure, Factors], Tensor] | None = None
+    shrink: Callable[[Structure, Factors, float], None] | None = None
 
-    def factors(self, layout: Layout) -> tuple[Factor, ...]:
-        """The factors of a layer, in a fixed order."""
-        raise NotImplementedError
+    def factor_names(self, options: Any) -> tuple[str, ...]:
+        """Those that every layout has with these options."""
+        return self.factors(options) if callable(self.factors) else self.factors
 
-    def apply(self, layout: Layout, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """dW x for activations x (..., in_features) -> (..., out_features), without scaling, dW never formed."""
-        raise NotImplementedError
-
-    def delta(self, layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
-        """dW itself, (out_features, in_features), without scaling: for merging."""
-        raise NotImplementedError
-
-    def lookup(self, layout: Layout, factors: Mapping[str, Tensor], indices: Tensor) -> Tensor:
-        """Columns of dW for integer indices (...) -> (..., out_features), without scaling: an embedding's update.
-
-        From the low-rank form where there is one; dW is formed only without one.
-        """
-        low_rank = self.low_rank(layout, factors)
-        if low_rank is None:
-            return F.embedding(indices, self.delta(layout, factors).T)
-        down, up = low_rank
-        return F.linear(F.embedding(indices, down.T), up)
-
-    def convolve(
-        self,
-        layout: Layout,
-        factors: Mapping[str, Tensor],
-        x: Tensor,
-        convolution: Callable[[Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        """The convolution of x with dW, without scaling.
-
-        Two thin convolutions from the low-rank form where there is one; dW is formed only without one, or if the
-        layer has groups.
-
-        Args:
-            x: (batch, in_channels, *size).
-            convolution: (x, weight (out, in, *kernel)) -> y, with the layer's stride, padding and dilation, in as
-                many groups as the channels of x make of the weight's.
-        """
-        low_rank = None if in_groups(layout, x) else self.low_rank(layout, factors)
-        if low_rank is None:
-            delta = self.delta(layout, factors)
-            return convolution(x, delta.reshape(layout.out_features, -1, *layout.trailing))
-        down, up = low_rank
-        # (k, in_channels, *kernel), then a matrix over the channels
-        y = convolution(x, down.reshape(len(down), -1, *layout.trailing))
-        return torch.matmul(up, y.flatten(2)).view(len(y), len(up), *y.shape[2:])
-
-    def low_rank(self, layout: Layout, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """dW = up @ down exactly, as (down (k, in_features), up (out_features, k)); None if no small k exists."""
-        return None
-
-    def delta_norm(self, layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
-        """||dW||_F, a scalar, without scaling: for watching a training.
-
-        From the Gram matrices of the low-rank form where there is one, ||up @ down||^2 = <up^T up, down down^T>:
-        dW is formed only without one.
-        """
-        low_rank = self.low_rank(layout, factors)
-        if low_rank is None:
-            return self.delta(layout, factors).norm()
-        down, up = low_rank
-        # (k, out) (out, k) and (k, in) (in, k); rounding may leave the square of a zero a little below zero
-        return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
-
-    def start_factors(self, layout: Layout) -> tuple[str, ...]:
-        """The factors whose start the telescoped form below needs."""
-        return tuple(factor.name for factor in self.factors(layout))
-
-    def anchored(
-        self, layout: Layout, start: Mapping[str, Tensor], change: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Factors, in this method's own structure, of dW(start + change) - dW(start), telescoped: no two large
-        products are subtracted, so nothing is lost to rounding, and change = 0 gives exactly 0.
-        """
-        raise NotImplementedError
-
-    def anchored_layout(self, layout: Layout) -> Layout:
-        """The layout that the factors of `anchored` have: usually one of a larger rank."""
-        return layout
-
-    def product(
-        self, layout: Layout, factors: Mapping[str, Tensor]
-    ) -> tuple[Product, tuple[Tensor, ...]] | None:
-        """`apply` with gradients of its own, and the tensors to hand to it; None where `apply` is all there is."""
-        return None
-
-    def anchored_product(
-        self, layout: Layout, start: Mapping[str, Tensor], change: Mapping[str, Tensor]
-    ) -> tuple[Product, tuple[Tensor, ...]] | None:
-        """`product` of the factors that `anchored` gives."""
-        return self.product(self.anchored_layout(layout), self.anchored(layout, start, change))
-
-    def multiply_adds(self, layout: Layout) -> int:
-        """Multiply-adds of `apply` for one token."""
-        raise NotImplementedError
+    def trained_names(self, options: Any) -> tuple[str, ...] | None:
+        """Of the factors that train; None for all."""
+        return self.trains(options) if callable(self.trains) else self.trains
 
 
-def in_groups(layout: Layout, x: Tensor) -> bool:
-    """Whether a convolution of x (batch, in_channels, *size) has groups: each sees a part of the channels."""
-    return x.shape[1] * math.prod(layout.trailing) != layout.in_features
+def make_options(method: Method, given: Mapping[str, Any]) -> Any:
+    """The method's options, checked.
+
+    Raises:
+        NdLoraValueError: one that the method does not have, or a value that cannot work.
+    """
+    if not isinstance(given, Mapping):
+        raise NdLoraValueError(f"options={given!r}: give a mapping of the method's own options, such as {{'size': 4}}.")
+    known = [field.name for field in fields(method.Options)]
+    for name in given:
+        if name not in known:
+            has = f"has {', '.join(map(repr, known))}" if known else "has none"
+            raise NdLoraValueError(
+                f"options={{{name!r}: ...}}: method={method.name!r} has no such option; it {has}."
+            )
+    try:
+        return method.Options(**given)
+    except TypeError as error:  # one that has no default is missing, or of a type that the check did not think of
+        raise NdLoraValueError(f"options={dict(given)!r} of method={method.name!r}: {error}.") from error

@@ -3,14 +3,15 @@
 Source: arXiv 2502.14482; https://github.com/TracyGuo2001/NLoRA (`nlora_init`).
 """
 
-from ndlora_plugins.methods.slora import SLora
+from dataclasses import replace
 
-__all__ = ["NLora"]
+from ndlora_plugins.methods.slora import slora
 
+__all__ = ["nlora"]
 
-class NLora(SLora):
-    """SLoRA's factors."""
-
-    name = "nlora"
-    summary = "SLoRA started from rows and columns of the base weight, no SVD"
-    default_initializer = "n_lora_step"
+nlora = replace(
+    slora,
+    name="nlora",
+    summary="SLoRA started from rows and columns of the base weight, no SVD",
+    start="n_lora_step",
+)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ndlora_plugins.contraction import ModeProduct, mode_product, plan_contraction
+from ndlora_plugins.structures.mode_product import ModeProduct, mode_product, plan_contraction
 from ndlora_plugins.fused import Product
 
 __all__ = ["TritonModeProduct", "add_product", "factor_gradients", "triton_mode_product"]
@@ -322,9 +323,9 @@ def _tf32() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def triton_mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int) -> Product:
-    """The kernels where there are two modes and both are small enough, or else what `mode_product` gives."""
-    otherwise = mode_product(in_modes, out_modes, terms)
+@cache
+def triton_mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int) -> Product | None:
+    """The kernels where there are two modes and both are small enough, else None."""
     if len(in_modes) != 2 or max(*in_modes, *out_modes) > _LARGEST_MODE:
-        return otherwise
-    return TritonModeProduct(otherwise, in_modes, out_modes, terms)
+        return None
+    return TritonModeProduct(mode_product(in_modes, out_modes, terms), in_modes, out_modes, terms)

@@ -7,28 +7,16 @@ A factor of mode k has shape (terms, out_mode_k, in_mode_k). `x` is read as a te
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.errors import MissingExtraError
 from ndlora_plugins.fused import Product
 
-__all__ = [
-    "ContractionPlan",
-    "ModeProduct",
-    "apply_modes",
-    "kron_with_identity",
-    "kronecker",
-    "kronecker_terms",
-    "mode_product",
-    "plan_contraction",
-]
+__all__ = ["ContractionPlan", "ModeProduct", "kron_with_identity", "mode_product", "plan_contraction"]
 
 
 @dataclass(frozen=True)
@@ -69,61 +57,6 @@ def plan_contraction(
         if position < len(order) - 1:
             largest = max(largest, terms * size)
     return ContractionPlan(in_modes, out_modes, terms, order, cost, largest)
-
-
-def apply_modes(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Apply a sum of Kronecker products to the last axis of `x`.
-
-    Args:
-        x: (..., in_features), any floating dtype.
-        factors: one a mode, each (terms, out_mode, in_mode), of x's dtype (or under autocast).
-
-    Returns:
-        (..., out_features) with out_features the product of the out modes.
-    """
-    plan = plan_contraction(
-        tuple(f.shape[2] for f in factors), tuple(f.shape[1] for f in factors), factors[0].shape[0]
-    )
-    tokens = x.reshape(-1, x.shape[-1])
-    if len(factors) == 2:
-        y = _apply_two_modes(tokens, factors[0], factors[1], plan)
-    else:
-        y = _apply_term(tokens, [f[0] for f in factors], plan)
-        for term in range(1, plan.terms):
-            y = y + _apply_term(tokens, [f[term] for f in factors], plan)
-    return y.reshape(*x.shape[:-1], math.prod(plan.out_modes))
-
-
-def _apply_two_modes(tokens: Tensor, first: Tensor, second: Tensor, plan: ContractionPlan) -> Tensor:
-    """Two modes, all terms at once: the terms ride along as part of the axis that is contracted last."""
-    (in_1, in_2), (out_1, out_2), terms = plan.in_modes, plan.out_modes, plan.terms
-    if plan.order == (1, 0):
-        # (tokens in_1, in_2) x (in_2, terms out_2) -> (tokens, in_1 terms, out_2)
-        z = F.linear(tokens.reshape(-1, in_2), second.reshape(terms * out_2, in_2)).view(
-            -1, in_1 * terms, out_2
-        )
-        # (out_1, in_1 terms) x (tokens, in_1 terms, out_2) -> (tokens, out_1, out_2)
-        return torch.matmul(first.permute(1, 2, 0).reshape(out_1, in_1 * terms), z)
-    # (out_1 terms, in_1) x (tokens, in_1, in_2) -> (tokens, out_1 terms, in_2)
-    z = torch.matmul(first.transpose(0, 1).reshape(out_1 * terms, in_1), tokens.reshape(-1, in_1, in_2))
-    # (tokens out_1, terms in_2) x (terms in_2, out_2) -> (tokens out_1, out_2)
-    y = F.linear(z.reshape(-1, terms * in_2), second.transpose(0, 1).reshape(out_2, terms * in_2))
-    return y.view(-1, out_1, out_2)
-
-
-def _apply_term(tokens: Tensor, matrices: Sequence[Tensor], plan: ContractionPlan) -> Tensor:
-    """One term, any number of modes: contract one axis after the other in the planned order."""
-    sizes = list(plan.in_modes)
-    y = tokens
-    for k in plan.order:
-        before, after = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
-        if after == 1:  # (tokens before, in_k) x (in_k, out_k)
-            y = F.linear(y.reshape(-1, sizes[k]), matrices[k])
-        else:  # (out_k, in_k) x (tokens before, in_k, after)
-            y = torch.matmul(matrices[k], y.reshape(-1, sizes[k], after))
-        sizes[k] = plan.out_modes[k]
-        y = y.reshape(tokens.shape[0], before, sizes[k], after)
-    return y.reshape(tokens.shape[0], -1)
 
 
 @dataclass(frozen=True)
@@ -243,7 +176,14 @@ class ModeProduct(Product):
     two_matrices: bool
 
     def plain(self, x, tensors):
-        return apply_modes(x, tensors)
+        total = None
+        for term, chain in enumerate(self.chains):
+            y = x
+            for step, matrix in zip(chain, self._matrices(chain, term, tensors, x.dtype), strict=True):
+                y = step.apply(matrix, y)
+            y = y.reshape(*x.shape[:-1], self.out_features)
+            total = y if total is None else total + y
+        return total
 
     def forward(self, x, tensors, needs, result, scaling):
         beta = 1
@@ -326,24 +266,9 @@ class ModeProduct(Product):
         return next(k for k, step in enumerate(self.chains[0]) if needs[step.mode])
 
 
-# Whether two modes on an NVIDIA GPU take the kernels of triton_modes.py. Off: they were never timed on a GPU.
-use_triton = os.environ.get("NDLORA_TRITON") == "1"
-
-
 @cache
-def mode_product(
-    in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int = 1, triton: bool = False
-) -> Product:
-    """The product in the cheapest order of contraction.
-
-    Args:
-        triton: whether to take the kernels of `triton_modes` where they can do it.
-
-    Raises:
-        MissingExtraError: `triton` without Triton.
-    """
-    if triton:
-        return _triton_modes().triton_mode_product(in_modes, out_modes, terms)
+def mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int = 1) -> ModeProduct:
+    """The product in the cheapest order of contraction."""
     plan = plan_contraction(in_modes, out_modes, terms)
     order = plan.order
     if len(in_modes) == 2:
@@ -375,30 +300,6 @@ def mode_product(
     )
 
 
-def _triton_modes():
-    try:
-        from ndlora_plugins import triton_modes
-    except ImportError as error:
-        raise MissingExtraError(
-            "NDLORA_TRITON=1 asks for the Triton kernels, but triton cannot be imported. torch's CUDA builds bring it; "
-            "else `pip install triton`, or unset NDLORA_TRITON."
-        ) from error
-    return triton_modes
-
-
-def kronecker(factors: Sequence[Tensor]) -> Tensor:
-    """The sum of Kronecker products as a matrix (out_features, in_features). For merging, never for training.
-
-    Source: dW = kron(W_1, ..., W_N), row-major; arXiv 2503.17353.
-    """
-    if len(factors) == 1:
-        return factors[0].sum(0)
-    first, last = kronecker_terms(factors[:-1]), factors[-1]
-    # the terms are summed in one product: (out in, terms) (terms, out_mode in_mode)
-    product = (first.flatten(1).T @ last.flatten(1)).view(*first.shape[1:], *last.shape[1:])
-    return product.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
 def kron_with_identity(matrix: Tensor, before: int = 1, after: int = 1) -> Tensor:
     """kron(identity, matrix, identity) with identities of these sizes, for (..., out, in) matrices."""
     *batch, rows, columns = matrix.shape
@@ -407,12 +308,3 @@ def kron_with_identity(matrix: Tensor, before: int = 1, after: int = 1) -> Tenso
     diagonals = product.diagonal(dim1=-6, dim2=-3).diagonal(dim1=-4, dim2=-2)
     diagonals.copy_(matrix[..., None, None])
     return product.reshape(*batch, before * rows * after, before * columns * after)
-
-
-def kronecker_terms(factors: Sequence[Tensor]) -> Tensor:
-    """Each term as a matrix: (terms, out_features, in_features)."""
-    product = factors[0]
-    for factor in factors[1:]:
-        # (terms, out, 1, in, 1) * (terms, 1, out_mode, 1, in_mode)
-        product = (product[:, :, None, :, None] * factor[:, None, :, None, :]).flatten(3).flatten(1, 2)
-    return product

@@ -7,10 +7,7 @@ from functools import cache
 
 from ndlora_plugins.errors import NdLoraValueError
 
-__all__ = ["LOPSIDED_RATIO", "balanced_modes", "check_modes", "crossed_modes", "lopsidedness"]
-
-# Above this ratio of parameters to those of an ideal (real-valued) split, a layer is called lopsided.
-LOPSIDED_RATIO = 4.0
+__all__ = ["balanced_modes", "check_modes", "crossed_modes"]
 
 
 @cache
@@ -92,32 +89,20 @@ def crossed_modes(
     return (*small, in_features), (out_features, *small)
 
 
-def check_modes(modes: tuple[int, ...], features: int, side: str, layer: str) -> tuple[int, ...]:
+def check_modes(modes: tuple[int, ...], features: int, side: str) -> tuple[int, ...]:
     """Return `modes` if they multiply to `features`, else raise.
 
     Args:
         modes: the modes set by hand.
         features: the dimension that they split.
         side: "in_modes" or "out_modes", for the message.
-        layer: the layer's name, for the message.
     """
     if not modes or any(not isinstance(mode, int) or mode < 1 for mode in modes):
-        raise NdLoraValueError(f"{side}={list(modes)} of layer {layer!r} must be integers of at least 1.")
+        raise NdLoraValueError(f"{side}={list(modes)} must be integers of at least 1.")
     if math.prod(modes) != features:
         raise NdLoraValueError(
-            f"{side}={list(modes)} of layer {layer!r} multiply to {math.prod(modes)}, but the layer has "
+            f"{side}={list(modes)} multiply to {math.prod(modes)}, but the layer has "
             f"{side.removesuffix('_modes')}_features={features}. Give modes whose product is {features}, for "
             f"example {list(balanced_modes(features, len(modes)))}, or leave them out."
         )
     return tuple(modes)
-
-
-def lopsidedness(in_modes: tuple[int, ...], out_modes: tuple[int, ...]) -> float:
-    """Parameters of one Kronecker term over those of an ideal split into equal real-valued modes.
-
-    1.0 is perfectly even; a prime dimension of 4099 with two modes has about 45.
-    """
-    num_modes = len(in_modes)
-    parameters = sum(i * o for i, o in zip(in_modes, out_modes, strict=True))
-    ideal = num_modes * (math.prod(in_modes) * math.prod(out_modes)) ** (1 / num_modes)
-    return parameters / ideal

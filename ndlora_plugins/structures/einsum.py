@@ -1,0 +1,243 @@
+"""Any multilinear contraction, given as an equation: "out r, r s, s in -> out in" is SLoRA.
+
+Every view is a contraction derived from the equation; `torch.einsum` plans it with opt_einsum. Slower than the
+structures that are written out, and the same in every view.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.structures.base import Factor, Layout, Structure
+
+__all__ = ["Einsum", "Equation"]
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A contraction of named axes.
+
+    Attributes:
+        factors: the axes of each factor.
+        outs, ins: the axes of dW's rows and of its columns, row-major: their names begin with "out" and "in".
+    """
+
+    factors: tuple[Axes, ...]
+    outs: Axes
+    ins: Axes
+
+    @classmethod
+    def parse(cls, text: str) -> Equation:
+        """Read "out r, r s, s in -> out in": factors by commas, axes by spaces.
+
+        Raises:
+            NdLoraValueError: it is no multilinear form of dW.
+        """
+        sides = text.split("->") if isinstance(text, str) else []
+        if len(sides) != 2:
+            raise _wrong(text, "it needs one '->', with the factors before it")
+        factors = tuple(tuple(factor.split()) for factor in sides[0].split(","))
+        result = tuple(sides[1].split())
+        outs = tuple(itertools.takewhile(lambda axis: axis.startswith("out"), result))
+        ins = result[len(outs) :]
+        if not outs or not ins or not all(axis.startswith("in") for axis in ins):
+            raise _wrong(text, "behind '->' stand the axes named out..., then those named in..., at least one of each")
+        for axes in (*factors, result):
+            if not axes:
+                raise _wrong(text, "a factor has no axes")
+            if len(set(axes)) < len(axes):
+                raise _wrong(text, f"{' '.join(axes)!r} has an axis twice")
+        uses = [axis for axes in factors for axis in axes]
+        for axis in result:
+            if axis not in uses:
+                raise _wrong(text, f"no factor has the axis {axis!r}")
+        for axis in uses:
+            if axis not in result and uses.count(axis) == 1:
+                raise _wrong(text, f"the axis {axis!r} is in one factor only, which it would sum up")
+            if axis not in result and axis.startswith(("out", "in")):
+                raise _wrong(text, f"the axis {axis!r} is named as one of dW's, but does not stand behind '->'")
+        return cls(factors, outs, ins)
+
+    @property
+    def inner(self) -> Axes:
+        """The axes that are summed over, in order of appearance."""
+        return tuple(dict.fromkeys(a for axes in self.factors for a in axes if a not in self.outs + self.ins))
+
+
+def _wrong(text: object, reason: str) -> NdLoraValueError:
+    return NdLoraValueError(
+        f"equation={text!r} is no multilinear form: {reason}. Write it as 'out r, r s, s in -> out in'."
+    )
+
+
+@dataclass(frozen=True)
+class Einsum(Structure):
+    """One factor for each term of the equation before "->".
+
+    Attributes:
+        sizes: of all axes.
+        names: of the factors.
+        ranked: the axes that the layout's rank numbers.
+    """
+
+    layout: Layout
+    equation: Equation
+    sizes: tuple[tuple[str, int], ...]
+    names: tuple[str, ...]
+    ranked: Axes = ()
+
+    @cached_property
+    def size(self) -> dict[str, int]:
+        """Of each axis."""
+        return dict(self.sizes) | dict.fromkeys(self.ranked, self.layout.rank)
+
+    @cached_property
+    def factors(self) -> tuple[Factor, ...]:
+        factors = []
+        for k, (name, axes) in enumerate(zip(self.names, self.equation.factors, strict=True)):
+            # what is nearer to the input is contracted: in axes, and those shared with later factors
+            later = {axis for others in self.equation.factors[k + 1 :] for axis in others}
+            read = [axis for axis in axes if axis in self.equation.ins or axis in later]
+            fan_in = 1 if self.layout.one_hot and set(read) & set(self.equation.ins) else self._count(read)
+            factors.append(Factor(name, tuple(self.size[axis] for axis in axes), fan_in))
+        return tuple(factors)
+
+    @property
+    def rank_axes(self):
+        axes = zip(self.names, self.equation.factors, strict=True)
+        return {name: tuple(k for k, axis in enumerate(each) if axis in self.ranked) for name, each in axes}
+
+    @cached_property
+    def multiply_adds(self):
+        import opt_einsum
+
+        tokens = 256
+        shapes = [(tokens, *(self.size[axis] for axis in self.equation.ins)), *(f.shape for f in self.factors)]
+        operands = [("tokens", *self.equation.ins), *self.equation.factors]
+        text = _subscripts(operands, ("tokens", *self.equation.outs))
+        cost = opt_einsum.contract_path(text, *shapes, shapes=True)[1].opt_cost
+        return round(float(cost) / (2 * tokens))  # it counts a multiplication and an addition as two
+
+    def apply(self, factors, x):
+        tokens = x.reshape(-1, *(self.size[axis] for axis in self.equation.ins))
+        y = self._contract(
+            factors, ("tokens", *self.equation.outs), [(tokens, ("tokens", *self.equation.ins))]
+        )
+        return y.reshape(*x.shape[:-1], self.layout.out_features)
+
+    def delta(self, factors):
+        delta = self._contract(factors, self.equation.outs + self.equation.ins)
+        return delta.reshape(self.layout.out_features, self.layout.in_features)
+
+    def low_rank(self, factors):
+        inner, left = min(
+            (self._cut_size(set(left)), left)
+            for count in range(1, len(self.names))
+            for left in itertools.combinations(range(len(self.names)), count)
+        ) if len(self.names) > 1 else (math.inf, ())
+        features = self.layout.in_features, self.layout.out_features
+        if inner * sum(features) > math.prod(features):
+            return None
+        bonds, ins_left, outs_right = self._cut_axes(set(left))
+        some = next(iter(factors.values()))
+        # up copies the out axes that the right factors make, down the in axes that the left factors read
+        cut = (*bonds, *(f"{axis}'" for axis in ins_left), *(f"{axis}'" for axis in outs_right))
+        primed = {axis: f"{axis}'" for axis in (*ins_left, *outs_right)}
+        identities = {
+            axis: (torch.eye(self.size[axis], dtype=some.dtype, device=some.device), (axis, primed[axis]))
+            for axis in primed
+        }
+        sides = []
+        for is_left, own, copied, passed in ((True, self.equation.outs, outs_right, ins_left), (False, self.equation.ins, ins_left, outs_right)):
+            operands = [
+                (factors[name], tuple(primed[a] if a in passed else a for a in axes))
+                for k, (name, axes) in enumerate(zip(self.names, self.equation.factors, strict=True))
+                if (k in left) == is_left
+            ]
+            operands += [identities[axis] for axis in copied]
+            result = _einsum(operands, own + cut if is_left else cut + own)
+            sides.append(result.reshape((-1, inner) if is_left else (inner, -1)))
+        return sides[1], sides[0]
+
+    def norm(self, factors):
+        again = {axis: f"{axis}'" for axis in self.equation.inner}
+        others = [
+            (factors[name], tuple(again.get(axis, axis) for axis in axes))
+            for name, axes in zip(self.names, self.equation.factors, strict=True)
+        ]
+        return self._contract(factors, (), others).clamp(min=0).sqrt()
+
+    def lookup(self, factors, indices):
+        # an in axis of a factor becomes the axis of the tokens: its entry at each token's index
+        positions = dict(
+            zip(
+                self.equation.ins,
+                torch.unravel_index(indices.reshape(-1), [self.size[axis] for axis in self.equation.ins]),
+                strict=True,
+            )
+        )
+        operands = []
+        for name, axes in zip(self.names, self.equation.factors, strict=True):
+            value, read = factors[name], [axis for axis in axes if axis in positions]
+            if read:
+                others = tuple(axis for axis in axes if axis not in positions)
+                value = value.permute([axes.index(axis) for axis in (*read, *others)])
+                value, axes = value[tuple(positions[axis] for axis in read)], ("tokens", *others)
+            operands.append((value, axes))
+        y = _einsum(operands, ("tokens", *self.equation.outs))
+        return y.reshape(*indices.shape, self.layout.out_features)
+
+    def added(self, count):
+        axis = f"term{len(self.sizes)}"
+        factors = tuple((axis, *axes) for axes in self.equation.factors)
+        return replace(
+            self, equation=replace(self.equation, factors=factors), sizes=(*self.sizes, (axis, count))
+        )
+
+    def add(self, parts):
+        return {name: torch.stack([part[name] for part in parts]) for name in self.names}
+
+    def _contract(self, factors, result: Axes, others: Sequence[tuple[Tensor, Axes]] = ()) -> Tensor:
+        own = zip((factors[name] for name in self.names), self.equation.factors, strict=True)
+        return _einsum([*others, *own], result)
+
+    def _count(self, axes: Iterable[str]) -> int:
+        return math.prod(self.size[axis] for axis in axes)
+
+    def _cut_axes(self, left: set[int]) -> tuple[Axes, Axes, Axes]:
+        """Between the factors `left` and the others: the shared axes, the in axes that only they have, and the out
+        axes that they do not have.
+        """
+        axes = [{a for k, own in enumerate(self.equation.factors) if (k in left) == side for a in own} for side in (True, False)]
+        shared = axes[0] & axes[1]
+        bonds = tuple(axis for axis in (*self.equation.inner, *self.equation.outs, *self.equation.ins) if axis in shared)
+        ins_left = tuple(axis for axis in self.equation.ins if axis not in axes[1])
+        outs_right = tuple(axis for axis in self.equation.outs if axis not in axes[0])
+        return bonds, ins_left, outs_right
+
+    def _cut_size(self, left: set[int]) -> int:
+        return math.prod(self._count(axes) for axes in self._cut_axes(left))
+
+
+def _einsum(operands: Sequence[tuple[Tensor, Axes]], result: Axes) -> Tensor:
+    tensors, axes = zip(*operands, strict=True)
+    return torch.einsum(_subscripts(axes, result), *tensors)
+
+
+def _subscripts(operands: Sequence[Axes], result: Axes) -> str:
+    """The equation in the letters that `torch.einsum` takes."""
+    letters = dict(zip(dict.fromkeys(axis for axes in operands for axis in axes), string.ascii_letters, strict=False))
+    return ",".join("".join(letters[a] for a in axes) for axes in operands) + "->" + "".join(
+        letters[a] for a in result
+    )

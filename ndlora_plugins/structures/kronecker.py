@@ -1,0 +1,179 @@
+"""dW = sum_t kron(W_1[t], ..., W_N[t]): a small matrix for each mode of the layer's features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ndlora_plugins.fused import Product
+from ndlora_plugins.structures.base import Factor, Layout, Structure
+from ndlora_plugins.structures.mode_product import kron_with_identity, mode_product, plan_contraction
+
+__all__ = ["KroneckerSum", "kernels", "kronecker", "kronecker_terms"]
+
+# (in_modes, out_modes, terms) -> the product, or None where it cannot do it. Asked in turn before our own.
+kernels: list[Callable[[tuple[int, ...], tuple[int, ...], int], Product | None]] = []
+
+
+@dataclass(frozen=True)
+class KroneckerSum(Structure):
+    """Factors `mode_1` ... `mode_N`, each (terms, out_mode, in_mode).
+
+    Source: arXiv 2503.17353; https://github.com/ensemble-core/NdLinear (`ndlinear.py`) has N modes, there with one term.
+
+    Attributes:
+        in_modes, out_modes: equally many; their products are the layout's features, row-major.
+        copies: of the layout's rank in terms.
+    """
+
+    layout: Layout
+    in_modes: tuple[int, ...]
+    out_modes: tuple[int, ...]
+    copies: int = 1
+
+    @property
+    def terms(self) -> int:
+        """Kronecker products that are added up."""
+        return self.copies * self.layout.rank
+
+    @cached_property
+    def factors(self) -> tuple[Factor, ...]:
+        return tuple(
+            Factor(f"mode_{k}", (self.terms, out, in_), fan_in=1 if self.layout.one_hot else in_)
+            for k, (out, in_) in enumerate(zip(self.out_modes, self.in_modes, strict=True), start=1)
+        )
+
+    @property
+    def rank_axes(self):
+        return {factor.name: (0,) for factor in self.factors}
+
+    @property
+    def multiply_adds(self):
+        return plan_contraction(self.in_modes, self.out_modes, self.terms).multiply_adds
+
+    @property
+    def modes(self):
+        return ", ".join(f"{o}x{i}" for o, i in zip(self.out_modes, self.in_modes, strict=True))
+
+    @property
+    def lopsidedness(self):
+        # modes that are axes of the weight, experts and kernel, are left out
+        ins, outs = self.in_modes, self.out_modes
+        before = tuple(size for size in self.layout.leading if size > 1)
+        after = tuple(size for size in self.layout.trailing if size > 1)
+        first, last = len(before), len(ins) - len(after)
+        if outs[:first] == before and ins[last:] == after:
+            ins, outs = ins[first:last], outs[first:last]
+        numbers = sum(i * o for i, o in zip(ins, outs, strict=True))
+        return numbers / (len(ins) * (math.prod(ins) * math.prod(outs)) ** (1 / len(ins)))
+
+    def apply(self, factors, x):
+        return mode_product(self.in_modes, self.out_modes, self.terms).plain(x, self._modes(factors))
+
+    def product(self, factors):
+        sizes = self.in_modes, self.out_modes, self.terms
+        made = [make(*sizes) for make in kernels] if kernels else []
+        product = next((kernel for kernel in made if kernel is not None), None) or mode_product(*sizes)
+        return product, tuple(self._modes(factors))
+
+    def delta(self, factors):
+        return kronecker(self._modes(factors))
+
+    def low_rank(self, factors):
+        # kron(A, B) = kron(A, I) kron(I, B) = kron(I, B) kron(A, I); small for modes that cross
+        ins, outs = self.in_modes, self.out_modes
+        inner, split, second_first = min(
+            (math.prod((*left[:k], *right[k:])), k, second_first)
+            for k in range(1, len(ins))
+            for left, right, second_first in ((ins, outs, True), (outs, ins, False))
+        )
+        features = self.layout.in_features, self.layout.out_features
+        if self.terms * inner * sum(features) > math.prod(features):
+            return None
+        modes = self._modes(factors)
+        first, second = kronecker_terms(modes[:split]), kronecker_terms(modes[split:])
+        if second_first:
+            down = kron_with_identity(second, before=first.shape[2])
+            up = kron_with_identity(first, after=second.shape[1])
+        else:
+            down = kron_with_identity(first, after=second.shape[2])
+            up = kron_with_identity(second, before=first.shape[1])
+        # the terms, one below the other and side by side
+        return down.flatten(0, 1), up.transpose(0, 1).flatten(1)
+
+    def kronecker_matrices(self, factors):
+        return [mode[0] for mode in self._modes(factors)] if self.terms == 1 else None
+
+    def norm(self, factors):
+        # <kron(A_1, .., A_N), kron(B_1, .., B_N)> = prod_k <A_k, B_k>, for every pair of terms
+        products = 1
+        for mode in self._modes(factors):
+            flat = mode.flatten(1)  # (terms, out_mode, in_mode) -> (terms, out_mode in_mode)
+            products = products * (flat @ flat.T)
+        return products.sum().clamp(min=0).sqrt()
+
+    def lookup(self, factors, indices):
+        # a column of a Kronecker product is the Kronecker product of columns
+        rows = None
+        positions = torch.unravel_index(indices.reshape(-1), self.in_modes)
+        for mode, index in zip(self._modes(factors), positions, strict=True):
+            columns = F.embedding(index, mode.flatten(0, 1).T).view(-1, *mode.shape[:2])
+            # (tokens, terms, out so far, 1) * (tokens, terms, 1, out_mode)
+            rows = columns if rows is None else (rows.unsqueeze(3) * columns.unsqueeze(2)).flatten(2)
+        return rows.sum(1).reshape(*indices.shape, self.layout.out_features)
+
+    def convolve(self, factors, x, convolution):
+        modes = self._modes(factors)
+        kernel = [size for size in self.layout.trailing if size > 1]
+        channels = len(modes) - len(kernel)
+        if self.in_groups(x) or [mode.shape[1:] for mode in modes[channels:]] != [(1, k) for k in kernel]:
+            return super().convolve(factors, x, convolution)
+        # each term: one small kernel for all channels, then the channels mode by mode
+        weights = kronecker_terms(modes[channels:]) if kernel else x.new_ones(self.terms)
+        planes = x.flatten(0, 1).unsqueeze(1)
+        planes = convolution(planes, weights.reshape(self.terms, 1, *self.layout.trailing))
+        planes = planes.view(*x.shape[:2], *planes.shape[1:])  # (batch, channels, terms, *size)
+        product = mode_product(self.in_modes[:channels], self.out_modes[:channels])
+        y = None
+        for term in range(self.terms):
+            one = [mode[term : term + 1] for mode in modes[:channels]]
+            update = product.plain(planes[:, :, term].movedim(1, -1), one)
+            y = update if y is None else y + update
+        return y.movedim(-1, 1)
+
+    def added(self, count):
+        return replace(self, copies=count * self.copies)
+
+    def add(self, parts):
+        return {factor.name: torch.cat([part[factor.name] for part in parts]) for factor in self.factors}
+
+    def _modes(self, factors):
+        return [factors[factor.name] for factor in self.factors]
+
+
+def kronecker(factors: Sequence[Tensor]) -> Tensor:
+    """The sum of Kronecker products as a matrix (out_features, in_features). For merging, never for training.
+
+    Source: dW = kron(W_1, ..., W_N), row-major; arXiv 2503.17353.
+    """
+    if len(factors) == 1:
+        return factors[0].sum(0)
+    first, last = kronecker_terms(factors[:-1]), factors[-1]
+    # the terms are summed in one product: (out in, terms) (terms, out_mode in_mode)
+    product = (first.flatten(1).T @ last.flatten(1)).view(*first.shape[1:], *last.shape[1:])
+    return product.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def kronecker_terms(factors: Sequence[Tensor]) -> Tensor:
+    """Each term as a matrix: (terms, out_features, in_features)."""
+    product = factors[0]
+    for factor in factors[1:]:
+        # (terms, out, 1, in, 1) * (terms, 1, out_mode, 1, in_mode)
+        product = (product[:, :, None, :, None] * factor[:, None, :, None, :]).flatten(3).flatten(1, 2)
+    return product
