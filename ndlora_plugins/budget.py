@@ -35,7 +35,8 @@ class BudgetRow:
     @property
     def modes(self) -> str:
         """One pair (out x in) for each factor, or "-" for structures without modes."""
-        return self.adapter.structure.modes or "-"
+        sides = self.adapter.structure.mode_sizes.values()
+        return ", ".join(f"{o}x{i}" for i, o in zip(*sides, strict=True)) if sides else "-"
 
     @property
     def note(self) -> str:

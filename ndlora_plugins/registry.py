@@ -10,14 +10,16 @@ import pluggy
 
 from ndlora_plugins import builtin, hookspecs
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.methods.base import Method, make_options
+from ndlora_plugins.methods.base import Method, NoOptions, make_options
 from ndlora_plugins.starts.base import Start
+from ndlora_plugins.structures import Chain, Layout
 
 __all__ = [
     "ENTRY_POINT_GROUP",
     "Registered",
     "method_and_start",
     "methods",
+    "product_method",
     "register_plugin",
     "starts",
     "unregister_plugin",
@@ -150,3 +152,13 @@ def _look_up(known: dict[str, Registered], name: str, option: str, kind: str):
         f"{option}={name!r} is no known {kind}. Known: {listed}. A {kind} of another package comes with its "
         f"plugin: install the one that registers {name!r} under the entry-point group {ENTRY_POINT_GROUP!r}."
     )
+
+
+def product_method(in_features: int, out_features: int, rank: int) -> tuple[Method, Chain]:
+    """The first method that can hold any product up @ down of this rank, with its structure."""
+    for found in methods().values():
+        if found.value.Options is NoOptions and found.value.trains is None:
+            structure = found.value.structure(Layout(in_features, out_features, rank, NoOptions()))
+            if isinstance(structure, Chain) and not structure.indexed:
+                return found.value, structure
+    raise NdLoraValueError("No method is registered that holds a product of two matrices.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, merge_utils
@@ -19,10 +19,14 @@ from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.registry import product_method
 
 if TYPE_CHECKING:
+    from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.integrations.peft.config import NdLoraConfig
     from ndlora_plugins.integrations.peft.model import NdLoraModel
+    from ndlora_plugins.methods import Method
+    from ndlora_plugins.structures import Structure
 
 __all__ = ["Combination", "add_weighted"]
 
@@ -110,12 +114,12 @@ def add_weighted(
         for name, layer in model.model.named_modules()
         if isinstance(layer, NdLoraLayer) and any(adapter in layer.ndlora_factors for adapter in adapters)
     }
-    methods = {method for method, _, _ in sums.values()}
+    methods = {found.method.name for found in sums.values()}
     if len(methods) > 1:
         raise NdLoraValueError(
             f"The sum of {list(adapters)} would take the methods {sorted(methods)}: one is needed."
         )
-    ranks = {f"^{re.escape(name)}": rank for name, (_, rank, _) in sums.items()}
+    ranks = {f"^{re.escape(name)}": found.rank for name, found in sums.items()}
     largest = max(ranks.values())
     smaller = {key: rank for key, rank in ranks.items() if rank != largest}
     saved = {module for config in configs for module in config.modules_to_save or ()}
@@ -142,8 +146,8 @@ def add_weighted(
     model.inject_adapter(model.model, adapter_name)
     model.set_requires_grad(adapter_name, False)
     with torch.no_grad():
-        for name, (_, _, factors) in sums.items():
-            for factor, value in factors.items():
+        for name, found in sums.items():
+            for factor, value in found.factors.items():
                 model.model.get_submodule(name).ndlora_factors[adapter_name][factor].copy_(value)
         for wrapper in _wrappers(model):
             for adapter in set(adapters) & set(wrapper.modules_to_save):
@@ -205,18 +209,11 @@ def _union_of_tokens(configs: Sequence[NdLoraConfig]) -> list[int] | dict[str, l
     return {layer: sorted(set().union(*(indices.get(layer, ()) for indices in given))) for layer in layers}
 
 
-def _splits(configs: Sequence[NdLoraConfig], sums: Mapping[str, tuple]) -> dict[str, Any]:
+def _splits(configs: Sequence[NdLoraConfig], sums: Mapping[str, Sum]) -> dict[str, Any]:
     """How dimensions are split into modes, layer by layer where the adapters do not say the same."""
     if len({(str(config.modes), config.num_modes, config.crossed_modes) for config in configs}) == 1:
         return {}
-    modes = {}
-    for name, (method, _, factors) in sums.items():
-        if method == "ndlinear":
-            # each factor is (terms, out_mode, in_mode)
-            modes[f"^{re.escape(name)}"] = {
-                "in_modes": [factor.shape[2] for factor in factors.values()],
-                "out_modes": [factor.shape[1] for factor in factors.values()],
-            }
+    modes = {f"^{re.escape(name)}": dict(found.mode_sizes) for name, found in sums.items() if found.mode_sizes}
     return {"modes": modes or None, "num_modes": 2, "crossed_modes": None}
 
 
@@ -233,59 +230,86 @@ def _sum_tokens(model: NdLoraModel, weighted: Sequence[tuple[str, float]], adapt
                 rows[adapter_name][places] += weight * change
 
 
+class Sum(NamedTuple):
+    """The combined update of one layer: the factors of `method` with this rank, and how the features are split."""
+
+    method: Method
+    rank: int
+    factors: Mapping[str, Tensor]
+    mode_sizes: Mapping[str, tuple[int, ...]] = {}
+
+
 def _sum(
     name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]], combination: Combination
-) -> tuple[str, int, Mapping[str, Tensor]]:
-    """(method, rank, factors) of the sum on one layer."""
+) -> Sum:
+    """The sum on one layer."""
     weighted = [(adapter, weight) for adapter, weight in weighted if adapter in layer.ndlora_factors]
     if not combination.exact:
         return _approximate(name, layer, weighted, combination)
     plans = [layer.plan[adapter] for adapter, _ in weighted]
-    tensors = [layer.tensors(adapter) for adapter, _ in weighted]
-    scales = [weight * layer.scaling[adapter] for adapter, weight in weighted]
     with torch.no_grad():
-        modes = {(plan.method.name, plan.layout.in_modes, plan.layout.out_modes) for plan in plans}
-        if len(modes) == 1 and plans[0].method.name == "ndlinear":
-            # the terms of all, the scale in the first mode of each
-            parts = [
-                plan.method.anchored(plan.layout, frozen, trained) if plan.anchor == "snapshot" else trained
-                for plan, (trained, frozen) in zip(plans, tensors, strict=True)
-            ]
-            parts = [
-                {**part, "mode_1": scale * part["mode_1"]} for scale, part in zip(scales, parts, strict=True)
-            ]
-            factors = {factor: torch.cat([part[factor] for part in parts]) for factor in parts[0]}
-            return "ndlinear", len(factors["mode_1"]), factors
-        products = [plan.low_rank(*pair) for plan, pair in zip(plans, tensors, strict=True)]
-        if all(product is not None for product in products):
-            # sum_i s_i B_i A_i = [B_1 B_2 ..] I [s_1 A_1; s_2 A_2; ..]
-            down = torch.cat([scale * down for scale, (down, _) in zip(scales, products, strict=True)])
-            up = torch.cat([up for _, up in products], dim=1)
-            core = torch.eye(len(down), dtype=down.dtype, device=down.device)
-            return "slora", len(down), {"down": down, "core": core, "up": up}
-    found = ", ".join(
+        updates = [
+            plan.factors(*layer.tensors(adapter)) for plan, (adapter, _) in zip(plans, weighted, strict=True)
+        ]
+        scaled = []
+        for (structure, factors), (adapter, weight) in zip(updates, weighted, strict=True):
+            # linear in each factor: the scale goes into one
+            first = next(factor.name for factor in structure.factors if factor.indices is None)
+            scaled.append((structure, {**factors, first: weight * layer.scaling[adapter] * factors[first]}))
+        found = _same_method(plans, scaled) or _products(scaled)
+    if found is not None:
+        return found
+    named = ", ".join(
         f"{adapter} ({plan.method.name})" for (adapter, _), plan in zip(weighted, plans, strict=True)
     )
     raise NdLoraValueError(
-        f"The updates of {found} on layer {name!r} cannot be added up in one adapter: they must all have a low-rank "
-        f"form, or all be ndlinear with the same modes. Use combination_type='svd' with svd_rank, or merge them into "
-        f"the base model one after the other."
+        f"The updates of {named} on layer {name!r} cannot be added up in one adapter: they must all have a low-rank "
+        f"form, or all be of one method that splits the layer alike. Use combination_type='svd' with svd_rank, or "
+        f"merge them into the base model one after the other."
     )
+
+
+def _same_method(
+    plans: Sequence[LayerAdapter], updates: Sequence[tuple[Structure, Mapping[str, Tensor]]]
+) -> Sum | None:
+    """The sum in the adapters' own method, if it is one, trains all its factors, and holds sums in a larger rank."""
+    method, structures = plans[0].method, [structure for structure, _ in updates]
+    units = {structure.unit for structure in structures}
+    if len(units) > 1 or None in units or any(plan.method != method for plan in plans):
+        return None
+    if method.trained_names(plans[0].layout.options) is not None:
+        return None
+    factors = structures[0].add([factors for _, factors in updates])
+    return Sum(method, sum(structure.rank for structure in structures), factors, structures[0].mode_sizes)
+
+
+def _products(updates: Sequence[tuple[Structure, Mapping[str, Tensor]]]) -> Sum | None:
+    """The sum of low-rank forms: sum_i B_i A_i = [B_1 B_2 ..] [A_1; A_2; ..]."""
+    forms = [structure.low_rank(factors) for structure, factors in updates]
+    if any(form is None for form in forms):
+        return None
+    return _holding(torch.cat([down for down, _ in forms]), torch.cat([up for _, up in forms], dim=1))
+
+
+def _holding(down: Tensor, up: Tensor) -> Sum:
+    """up @ down, in the method that holds any such product."""
+    method, structure = product_method(down.shape[1], up.shape[0], rank=len(down))
+    return Sum(method, len(down), structure.hold(down, up))
 
 
 def _approximate(
     name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]], combination: Combination
-) -> tuple[str, int, Mapping[str, Tensor]]:
+) -> Sum:
     """As `_sum`, by the leading singular vectors of the combined update, which is formed."""
     plans = [layer.plan[adapter] for adapter, _ in weighted]
-    kronecker = [adapter for adapter, _ in weighted if layer.plan[adapter].method.name == "ndlinear"]
-    if kronecker and combination.svd_rank is None:
+    split = [adapter for adapter, _ in weighted if layer.plan[adapter].structure.mode_sizes]
+    if split and combination.svd_rank is None:
         raise NdLoraValueError(
-            f"combination_type={combination.type!r} on layer {name!r}: the update of {kronecker[0]!r} is a Kronecker "
-            f"product, whose r says nothing about the rank to keep. Give svd_rank."
+            f"combination_type={combination.type!r} on layer {name!r}: the update of {split[0]!r} is made of modes, "
+            f"and its r says nothing about the rank to keep. Give svd_rank."
         )
     updates = [layer.form.matrix(layer.get_delta_weight(adapter)) for adapter, _ in weighted]
     update = combination(updates, [weight for _, weight in weighted])
     up, values, down = torch.linalg.svd(update, full_matrices=False)
     rank = min(combination.svd_rank or max(plan.layout.rank for plan in plans), len(values))
-    return "slora", rank, {"down": down[:rank], "core": values[:rank].diag(), "up": up[:, :rank]}
+    return _holding(values[:rank, None] * down[:rank], up[:, :rank])

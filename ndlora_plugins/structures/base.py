@@ -94,9 +94,9 @@ class Structure:
         raise NotImplementedError
 
     @property
-    def modes(self) -> str:
-        """How the features are split, for a table; empty where they are not."""
-        return ""
+    def mode_sizes(self) -> Mapping[str, tuple[int, ...]]:
+        """How the features are split, as the options `in_modes` and `out_modes` say it; empty where they are not."""
+        return {}
 
     @property
     def lopsidedness(self) -> float:
@@ -187,6 +187,16 @@ class Structure:
         }
 
     # Sums
+
+    @property
+    def rank(self) -> int:
+        """How many updates of rank 1 are added up: the layout's rank, but for sums."""
+        return self.layout.rank
+
+    @property
+    def unit(self) -> Structure | None:
+        """The structure of rank 1 if `rank` of its updates add up to this one's, factor beside factor; else None."""
+        return None
 
     def added(self, count: int) -> Structure:
         """The structure of a sum of `count` updates of this structure."""

@@ -104,6 +104,12 @@ class Chain(Structure):
             return down, _through(core, up, transposed=True)
         return _through(core, down.T).T, up
 
+    def hold(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+        """The factors whose update is up @ down."""
+        ones = torch.ones(len(down), dtype=down.dtype, device=down.device)
+        core = {"full": {"core": torch.diag(ones)}, "diagonal": {"core": ones}, "none": {}}[self.core]
+        return {"down": down, **core, "up": up}
+
     def added(self, count):
         return replace(self, down_blocks=count * self.down_blocks, up_blocks=count * self.up_blocks)
 

@@ -29,7 +29,7 @@ class KroneckerSum(Structure):
 
     Attributes:
         in_modes, out_modes: equally many; their products are the layout's features, row-major.
-        copies: of the layout's rank in terms.
+        copies: the terms are so many times the layout's rank.
     """
 
     layout: Layout
@@ -58,8 +58,16 @@ class KroneckerSum(Structure):
         return plan_contraction(self.in_modes, self.out_modes, self.terms).multiply_adds
 
     @property
-    def modes(self):
-        return ", ".join(f"{o}x{i}" for o, i in zip(self.out_modes, self.in_modes, strict=True))
+    def mode_sizes(self):
+        return {"in_modes": self.in_modes, "out_modes": self.out_modes}
+
+    @property
+    def rank(self):
+        return self.terms
+
+    @property
+    def unit(self):
+        return replace(self, layout=replace(self.layout, rank=1, options=None), copies=1)
 
     @property
     def lopsidedness(self):
