@@ -143,7 +143,7 @@ class Chain(Structure):
         rows = ["up" in change, bool(change.keys() & {"core", "down"})]
         changed = {
             "down": torch.cat(_present(columns, [now["down"], change.get("down")])),
-            "up": torch.cat(_present(rows, [change.get("up"), start["up"]]), dim=1),
+            "up": torch.cat(_present(rows, [change.get("up"), start["up"]]), dim=-1),
         }
         if self.core != "none":
             core, zero = _matrix(start["core"]), _matrix(torch.zeros_like(start["core"]))

@@ -23,6 +23,8 @@ __all__ = ["Einsum", "Equation"]
 
 Axes = tuple[str, ...]
 
+_TOKENS = "tokens'"
+
 
 @dataclass(frozen=True)
 class Equation:
@@ -59,6 +61,9 @@ class Equation:
             if len(set(axes)) < len(axes):
                 raise _wrong(text, f"{' '.join(axes)!r} has an axis twice")
         uses = [axis for axes in factors for axis in axes]
+        for axis in uses:
+            if not axis.isidentifier():  # the names that this file adds are none, so that they are nobody's
+                raise _wrong(text, f"{axis!r} is no name of an axis: use letters, digits and underscores")
         for axis in result:
             if axis not in uses:
                 raise _wrong(text, f"no factor has the axis {axis!r}")
@@ -124,15 +129,15 @@ class Einsum(Structure):
 
         tokens = 256
         shapes = [(tokens, *(self.size[axis] for axis in self.equation.ins)), *(f.shape for f in self.factors)]
-        operands = [("tokens", *self.equation.ins), *self.equation.factors]
-        text = _subscripts(operands, ("tokens", *self.equation.outs))
+        operands = [(_TOKENS, *self.equation.ins), *self.equation.factors]
+        text = _subscripts(operands, (_TOKENS, *self.equation.outs))
         cost = opt_einsum.contract_path(text, *shapes, shapes=True)[1].opt_cost
         return round(float(cost) / (2 * tokens))  # it counts a multiplication and an addition as two
 
     def apply(self, factors, x):
         tokens = x.reshape(-1, *(self.size[axis] for axis in self.equation.ins))
         y = self._contract(
-            factors, ("tokens", *self.equation.outs), [(tokens, ("tokens", *self.equation.ins))]
+            factors, (_TOKENS, *self.equation.outs), [(tokens, (_TOKENS, *self.equation.ins))]
         )
         return y.reshape(*x.shape[:-1], self.layout.out_features)
 
@@ -193,13 +198,13 @@ class Einsum(Structure):
             if read:
                 others = tuple(axis for axis in axes if axis not in positions)
                 value = value.permute([axes.index(axis) for axis in (*read, *others)])
-                value, axes = value[tuple(positions[axis] for axis in read)], ("tokens", *others)
+                value, axes = value[tuple(positions[axis] for axis in read)], (_TOKENS, *others)
             operands.append((value, axes))
-        y = _einsum(operands, ("tokens", *self.equation.outs))
+        y = _einsum(operands, (_TOKENS, *self.equation.outs))
         return y.reshape(*indices.shape, self.layout.out_features)
 
     def added(self, count):
-        axis = f"term{len(self.sizes)}"
+        axis = f"term'{len(self.sizes)}"
         factors = tuple((axis, *axes) for axes in self.equation.factors)
         return replace(
             self, equation=replace(self.equation, factors=factors), sizes=(*self.sizes, (axis, count))
@@ -216,14 +221,13 @@ class Einsum(Structure):
         return math.prod(self.size[axis] for axis in axes)
 
     def _cut_axes(self, left: set[int]) -> tuple[Axes, Axes, Axes]:
-        """Between the factors `left` and the others: the shared axes, the in axes that only they have, and the out
-        axes that they do not have.
+        """Between the factors `left` and the others: the inner axes of both, the in axes of the left ones, the out axes
+        of the others.
         """
         axes = [{a for k, own in enumerate(self.equation.factors) if (k in left) == side for a in own} for side in (True, False)]
-        shared = axes[0] & axes[1]
-        bonds = tuple(axis for axis in (*self.equation.inner, *self.equation.outs, *self.equation.ins) if axis in shared)
-        ins_left = tuple(axis for axis in self.equation.ins if axis not in axes[1])
-        outs_right = tuple(axis for axis in self.equation.outs if axis not in axes[0])
+        bonds = tuple(axis for axis in self.equation.inner if axis in axes[0] & axes[1])
+        ins_left = tuple(axis for axis in self.equation.ins if axis in axes[0])
+        outs_right = tuple(axis for axis in self.equation.outs if axis in axes[1])
         return bonds, ins_left, outs_right
 
     def _cut_size(self, left: set[int]) -> int:
