@@ -271,7 +271,7 @@ def plan_layer(
     rank = method.default_rank if options.rank is None else options.rank
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise NdLoraValueError(f"r={rank!r} for layer {layer!r}: the rank must be an integer of at least 1.")
-    in_modes, out_modes = _modes(options, in_features, out_features, layer, leading, trailing)
+    in_modes, out_modes = _modes(method, options, in_features, out_features, layer, leading, trailing)
     layout = Layout(in_features, out_features, rank, in_modes, out_modes, leading, trailing, one_hot)
     if initializer.max_rank is not None and rank > initializer.max_rank(layout):
         raise NdLoraValueError(
@@ -307,6 +307,7 @@ def _axes(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _modes(
+    method: Method,
     options: AdapterOptions,
     in_features: int,
     out_features: int,
@@ -335,9 +336,11 @@ def _modes(
         "out_modes": (out_features, before, (1,) * len(after)),
     }
     rest = {side: features // math.prod((*first, *last)) for side, (features, first, last) in sides.items()}
-    crossed = {}
-    if options.crossed_modes is not None and not lengths:
-        crossed = dict(
+    splits = {}
+    if not method.uses_modes:  # nothing reads them: no divisor is searched
+        splits = {side: (1,) * (num_modes - 1) + (features,) for side, features in rest.items()}
+    elif options.crossed_modes is not None and not lengths:
+        splits = dict(
             zip(rest, crossed_modes(*rest.values(), options.crossed_modes, num_modes), strict=True)
         )
     found = []
@@ -345,6 +348,6 @@ def _modes(
         if given[side] is not None:
             found.append(check_modes(tuple(given[side]), features, side, layer))
         else:
-            split = crossed.get(side) or balanced_modes(rest[side], num_modes)
+            split = splits.get(side) or balanced_modes(rest[side], num_modes)
             found.append((*first, *split, *last))
     return found[0], found[1]

@@ -7,6 +7,7 @@ Layers' shapes are compared for every method.
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
+from ndlora_plugins.modes import MAX_FEATURES
 
-__all__ = ["FingerprintedLayer", "compare_fingerprint", "make_fingerprint"]
+__all__ = ["FingerprintedLayer", "check_fingerprint", "compare_fingerprint", "make_fingerprint"]
 
 MAX_LAYERS = 16
 MAX_VALUES = 8
+_LARGEST = torch.finfo(torch.float32).max
 
 # relative difference that a change of storage alone may cause, by the coarser of the two kinds
 _TOLERANCE = {"float64": 0.0, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "8bit": 0.1, "4bit": 0.3}
@@ -64,6 +67,43 @@ def _sample(layer: FingerprintedLayer) -> dict:
     return {"shape": list(layer.shape), "storage": layer.storage, "values": values}
 
 
+def check_fingerprint(saved: dict) -> None:
+    """Raise unless `saved` is of the form that `make_fingerprint` makes: a broken one would compare with nothing.
+
+    Raises:
+        NdLoraValueError: names the entry.
+    """
+    entries = saved.items() if isinstance(saved, dict) else [("?", None)]
+    for name, entry in entries:
+        fields = entry if isinstance(entry, dict) else {}
+        shape, values = fields.get("shape"), fields.get("values", ())
+        if not (
+            is_shape(shape)
+            and len(shape) == 2
+            and isinstance(fields.get("storage"), str)
+            and (values is None or isinstance(values, list) and values and all(map(_is_float32, values)))
+        ):
+            raise NdLoraValueError(
+                f"base_fingerprint in the adapter's configuration is broken: its entry for layer {name!r} must have a "
+                f"shape of two sizes, a storage, and finite values (or null), but is {shorten(entry)}. Save "
+                f"the adapter again."
+            )
+
+
+def is_shape(value: object) -> bool:
+    """Whether a value read from JSON is a list of sizes that a layer can have."""
+    return isinstance(value, list) and all(type(size) is int and 1 <= size <= MAX_FEATURES for size in value)
+
+
+def _is_float32(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # not so for NaN
+
+
+def shorten(value: object) -> str:
+    """A value read from JSON for a message, however long it is."""
+    return textwrap.shorten(repr(value), 200)
+
+
 def compare_fingerprint(
     saved: dict, layers: Sequence[FingerprintedLayer], *, reads_weight: bool, base_name: str | None
 ) -> None:
@@ -76,8 +116,10 @@ def compare_fingerprint(
         base_name: of the model that the adapter was trained on, for the message.
 
     Raises:
-        NdLoraValueError: a layer is missing, has another shape or, with `reads_weight`, other weights.
+        NdLoraValueError: a layer is missing, has another shape or, with `reads_weight`, other weights; or `saved` is
+            no fingerprint.
     """
+    check_fingerprint(saved)
     remedy = f"Load the adapter on the model it was trained on{f' ({base_name})' if base_name else ''}."
     present = {layer.name: layer for layer in layers}
     for name, expected in saved.items():
@@ -93,21 +135,22 @@ def compare_fingerprint(
             )
     for name, expected in saved.items():
         found = _sample(present[name])
-        if not found["values"] or not expected["values"]:
-            continue
+        if found["values"] is None or expected["values"] is None:
+            continue  # the weight could not be read, here or there
         difference = _relative_difference(found["values"], expected["values"])
         kinds = (found["storage"], expected["storage"])
         if kinds[0] == kinds[1]:
             allowed = 1e-6 if hasattr(torch, kinds[0]) else 1e-2  # dequantised to one float dtype or another
         else:
             allowed = max(_TOLERANCE.get(kind, 0.3) for kind in kinds)
-        if difference > allowed and reads_weight:
+        differs = not difference <= allowed  # so for NaN in the model's weights
+        if differs and reads_weight:
             raise NdLoraValueError(
                 f"The weights of layer {name!r} differ from those that the adapter was trained on by "
                 f"{difference:.2g} of their norm (stored as {kinds[0]}, then {kinds[1]}), and its start is "
                 f"recomputed from them: the result would be wrong. {remedy}"
             )
-        if difference > allowed:
+        if differs:
             warnings.warn(
                 f"The weights of layer {name!r} differ from those that the adapter was trained on by "
                 f"{difference:.2g} of their norm: another or a changed base model? {remedy}",
@@ -128,6 +171,5 @@ def compare_fingerprint(
 def _relative_difference(found: Sequence[float], expected: Sequence[float]) -> float:
     if len(found) != len(expected):
         return math.inf
-    norm = math.sqrt(sum(value * value for value in expected))
-    difference = math.sqrt(sum((a - b) ** 2 for a, b in zip(found, expected, strict=True)))
+    norm, difference = math.hypot(*expected), math.dist(found, expected)
     return difference / norm if norm else (math.inf if difference else 0.0)
