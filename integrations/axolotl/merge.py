@@ -16,6 +16,7 @@ from axolotl.utils.logging import get_logger
 
 from ndlora_plugins.integrations.peft.base_files import BaseFiles, NotInFilesError
 from ndlora_plugins.integrations.peft.merge_files import merge_files
+from ndlora_plugins.integrations.peft.problems import check_sound
 from ndlora_plugins.integrations.peft.reading import AdapterReader
 
 __all__ = ["enable", "merge_by_shard"]
@@ -75,7 +76,7 @@ def merge_by_shard(
     reader = AdapterReader(adapter)
     files = BaseFiles.open(base, revision=revision, trust_remote_code=trust_remote_code)
     reader.check_base(files)
-    reader.check_complete(files)
+    check_sound(reader, files)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         merged = merge_files(reader, files, Path(scratch) / "new")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import AutoConfig
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.directories import local_directory
+from ndlora_plugins.integrations.peft.json_files import read_shards
 from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
 
@@ -96,7 +96,8 @@ class BaseFiles:
             return module, None
         parent, _, parameter_name = name.rpartition(".")
         module = self.module(parent) if parent else None
-        return (module, parameter_name) if hasattr(module, parameter_name) else (None, None)
+        found = isinstance(getattr(module, parameter_name, None), nn.Parameter)
+        return (module, parameter_name) if found else (None, None)
 
     def same_tensor(self, parameter: str) -> list[str]:
         """All names of a parameter: more than one where weights are tied."""
@@ -123,9 +124,18 @@ class BaseFiles:
         """The stored weight of a layer, or a bare parameter, as (out_features, in_features)."""
         key = self.stored_name(self.parameter(name))
         with safe_open(self.directory / self.shards[key], framework="pt") as file:
+            if key not in file.keys():
+                raise self.broken_index(key)
             weight = file.get_tensor(key)
         self.check_plain(name, weight.shape, weight.dtype)
         return self.form(name).matrix(weight)
+
+    def broken_index(self, *keys: str) -> NdLoraValueError:
+        """The error for tensors that are not in the file that the index names."""
+        return NdLoraValueError(
+            f"{self.directory / INDEX_FILE} says that {self.shards[keys[0]]!r} holds {list(keys)}, which it does not: "
+            f"take the model from its source again."
+        )
 
     def check_plain(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
         """Raise unless a stored weight is floating and as large as the layer: quantised ones are neither."""
@@ -140,7 +150,7 @@ class BaseFiles:
 def _shards(directory: Path) -> dict[str, str]:
     index = directory / INDEX_FILE
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return read_shards(index)
     if not (directory / SINGLE_FILE).is_file():
         raise NotInFilesError(
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Save the model as safetensors: "

@@ -18,6 +18,7 @@ from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.directories import check_new, new_directory
 from ndlora_plugins.integrations.peft.files import ADAPTER_FILE
 from ndlora_plugins.integrations.peft.merge_files import merge_files
+from ndlora_plugins.integrations.peft.problems import check_sound
 from ndlora_plugins.integrations.peft.reading import AdapterReader
 from ndlora_plugins.integrations.peft.stock import ExportedLayer, to_lokr, to_lora
 
@@ -83,7 +84,7 @@ def export_adapter(
     files = None
     if to == "merged" or reader.reads_base or base is not None:
         files = reader.open_base(base, trust_remote_code)
-    reader.check_complete(files)
+    check_sound(reader, files)
     if to == "merged":
         layers = tuple(
             ExportedLayer(layer.name, "merged", layer.parameters, layer.lost)

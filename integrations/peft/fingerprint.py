@@ -7,7 +7,6 @@ Layers' shapes are compared for every method.
 from __future__ import annotations
 
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
-from ndlora_plugins.modes import MAX_FEATURES
+from ndlora_plugins.integrations.peft.json_files import check_fingerprint
 
-__all__ = ["FingerprintedLayer", "check_fingerprint", "compare_fingerprint", "make_fingerprint"]
+__all__ = ["FingerprintedLayer", "compare_fingerprint", "make_fingerprint"]
 
 MAX_LAYERS = 16
 MAX_VALUES = 8
-_LARGEST = torch.finfo(torch.float32).max
 
 # relative difference that a change of storage alone may cause, by the coarser of the two kinds
 _TOLERANCE = {"float64": 0.0, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "8bit": 0.1, "4bit": 0.3}
@@ -65,43 +63,6 @@ def _sample(layer: FingerprintedLayer) -> dict:
         sampled = weight[row.to(weight.device), column.to(weight.device)]
         values = sampled.to("cpu", torch.float32).tolist()
     return {"shape": list(layer.shape), "storage": layer.storage, "values": values}
-
-
-def check_fingerprint(saved: dict) -> None:
-    """Raise unless `saved` is of the form that `make_fingerprint` makes: a broken one would compare with nothing.
-
-    Raises:
-        NdLoraValueError: names the entry.
-    """
-    entries = saved.items() if isinstance(saved, dict) else [("?", None)]
-    for name, entry in entries:
-        fields = entry if isinstance(entry, dict) else {}
-        shape, values = fields.get("shape"), fields.get("values", ())
-        if not (
-            is_shape(shape)
-            and len(shape) == 2
-            and isinstance(fields.get("storage"), str)
-            and (values is None or isinstance(values, list) and values and all(map(_is_float32, values)))
-        ):
-            raise NdLoraValueError(
-                f"base_fingerprint in the adapter's configuration is broken: its entry for layer {name!r} must have a "
-                f"shape of two sizes, a storage, and finite values (or null), but is {shorten(entry)}. Save "
-                f"the adapter again."
-            )
-
-
-def is_shape(value: object) -> bool:
-    """Whether a value read from JSON is a list of sizes that a layer can have."""
-    return isinstance(value, list) and all(type(size) is int and 1 <= size <= MAX_FEATURES for size in value)
-
-
-def _is_float32(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= _LARGEST  # not so for NaN
-
-
-def shorten(value: object) -> str:
-    """A value read from JSON for a message, however long it is."""
-    return textwrap.shorten(repr(value), 200)
 
 
 def compare_fingerprint(
