@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import INDEX_FILE, BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.directories import new_directory
+from ndlora_plugins.integrations.peft.files import open_tensors, save_tensors
 from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, AdapterReader
 
 __all__ = ["MergedLayer", "merge_files"]
@@ -55,7 +53,7 @@ class _Plan:
     merged: list[MergedLayer] = field(default_factory=list)
 
 
-def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> list[MergedLayer]:
+def merge_files(reader: AdapterReader, base: BaseFiles, directory: Path) -> list[MergedLayer]:
     """Write the base model with the adapter merged in: the same shards, dtypes, tokenizer and configuration.
 
     A weight that was tied to one that now differs gets a tensor of its own, and `tie_word_embeddings` becomes
@@ -63,35 +61,33 @@ def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> l
 
     Args:
         base: as `reader.open_base` checked it.
-        output: a directory that does not exist yet; it appears when it is whole.
+        directory: an empty one, as `new_directory` makes it.
 
     Raises:
         NotInFilesError: something has no place in the files; nothing was written.
-        NdLoraValueError: a factor is missing or a merged weight not finite; nothing was left behind.
+        NdLoraValueError: a factor is missing, a merged weight not finite, or a file of the base model cut off.
+        OSError: a file cannot be read or written; the error names it.
     """
     plan = _plan(reader, base)
-    with new_directory(output) as directory:
-        _copy_other_files(base.directory, directory)
-        sizes = 0
-        for shard in sorted(set(base.shards.values())):
-            with safe_open(base.directory / shard, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                metadata = file.metadata() or {"format": "pt"}
-            for new, stored in plan.untied.items():
-                if stored in tensors:
-                    tensors[new] = tensors[stored].clone()
-            for key in tensors.keys() & plan.changes.keys():
-                for change in plan.changes[key]:
-                    tensors[key] = change(tensors[key])
-            sizes += sum(tensor.nbytes for tensor in tensors.values())
-            save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()},
-                directory / shard,
-                metadata=metadata,
-            )
-            del tensors
-        if plan.untied:
-            _write_untied(plan, base, directory, sizes)
+    _copy_other_files(base.directory, directory)
+    sizes = 0
+    for shard in sorted(set(base.shards.values())):
+        with open_tensors(base.directory / shard) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata()
+        for new, stored in plan.untied.items():
+            if stored in tensors:
+                tensors[new] = tensors[stored].clone()
+        for key in tensors.keys() & plan.changes.keys():
+            for change in plan.changes[key]:
+                tensors[key] = change(tensors[key])
+        sizes += sum(tensor.nbytes for tensor in tensors.values())
+        save_tensors(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, directory / shard, metadata
+        )
+        del tensors
+    if plan.untied:
+        _write_untied(plan, base, directory, sizes)
     order = [reader.name(path) for path in reader.shapes]
     return sorted(plan.merged, key=lambda layer: order.index(layer.name))
 
