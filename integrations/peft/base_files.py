@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.directories import local_directory
+from ndlora_plugins.integrations.peft.files import open_tensors
 from ndlora_plugins.integrations.peft.json_files import read_shards
 from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
@@ -56,7 +56,8 @@ class BaseFiles:
             download: whether a model that is not on this machine is fetched.
 
         Raises:
-            NdLoraValueError: it is not there, has no safetensors files, or is no model of transformers.
+            NdLoraValueError: it is not there, has no whole safetensors files, or is no model of transformers.
+            OSError: a file may not be read.
         """
         directory = local_directory(name, "config.json", revision=revision, download=download)
         return cls(directory, trust_remote_code=trust_remote_code)
@@ -123,7 +124,7 @@ class BaseFiles:
     def weight(self, name: str) -> Tensor:
         """The stored weight of a layer, or a bare parameter, as (out_features, in_features)."""
         key = self.stored_name(self.parameter(name))
-        with safe_open(self.directory / self.shards[key], framework="pt") as file:
+        with open_tensors(self.directory / self.shards[key]) as file:
             if key not in file.keys():
                 raise self.broken_index(key)
             weight = file.get_tensor(key)
@@ -156,7 +157,7 @@ def _shards(directory: Path) -> dict[str, str]:
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Save the model as safetensors: "
             f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
         )
-    with safe_open(directory / SINGLE_FILE, framework="pt") as file:
+    with open_tensors(directory / SINGLE_FILE) as file:
         return dict.fromkeys(file.keys(), SINGLE_FILE)
 
 
@@ -164,6 +165,8 @@ def _skeleton(directory: Path, trust_remote_code: bool) -> nn.Module:
     """The model class that the directory was saved from, without weights."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise NdLoraValueError(
             f"{directory} has no config.json of transformers: {str(error).splitlines()[0]}"

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import INDEX_FILE, BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.directories import new_directory
+from ndlora_plugins.integrations.peft.files import open_tensors, save_tensors
 from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, TOKEN_ROWS, AdapterReader
 
 __all__ = ["MergedLayer", "merge_files"]
@@ -54,7 +52,7 @@ class _Plan:
     merged: list[MergedLayer] = field(default_factory=list)
 
 
-def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> list[MergedLayer]:
+def merge_files(reader: AdapterReader, base: BaseFiles, directory: Path) -> list[MergedLayer]:
     """Write the base model with the adapter merged in: the same shards, dtypes, tokenizer and configuration.
 
     A weight that was tied to one that now differs gets a tensor of its own, and `tie_word_embeddings` becomes
@@ -62,44 +60,41 @@ def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> l
 
     Args:
         base: as `reader.open_base` checked it.
-        output: a directory that does not exist yet; it appears when it is whole.
+        directory: an empty one, as `new_directory` makes it.
 
     Raises:
         NotInFilesError: something has no place in the files; nothing was written.
-        NdLoraValueError: a factor is missing or a merged weight not finite; nothing was left behind.
+        NdLoraValueError: a factor is missing, a merged weight not finite, or a file of the base model cut off.
+        OSError: a file cannot be read or written; the error names it.
     """
     plan = _plan(reader, base)
-    with new_directory(output) as directory:
-        _copy_other_files(base.directory, directory)
-        sizes = 0
-        for shard in sorted(set(base.shards.values())):
-            with safe_open(base.directory / shard, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                metadata = file.metadata() or {"format": "pt"}
-            lost = [key for key, file in base.shards.items() if file == shard and key not in tensors]
-            if lost:
-                raise base.broken_index(*lost)
-            for new, stored in plan.untied.items():
-                if stored in tensors:
-                    tensors[new] = tensors[stored].clone()
-            for key in tensors.keys() & plan.changes.keys():
-                for change in plan.changes[key]:
-                    tensors[key] = change(tensors[key])
-                if not torch.isfinite(tensors[key]).all():
-                    raise NdLoraValueError(
-                        f"The merged {key!r} holds NaN or infinity: its dtype {tensors[key].dtype} is too narrow for "
-                        f"the adapter, or the base model is broken. Nothing was written."
-                    )
-            sizes += sum(tensor.nbytes for tensor in tensors.values())
-            (directory / shard).parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()},
-                directory / shard,
-                metadata=metadata,
-            )
-            del tensors
-        if plan.untied:
-            _write_untied(plan, base, directory, sizes)
+    _copy_other_files(base.directory, directory)
+    sizes = 0
+    for shard in sorted(set(base.shards.values())):
+        with open_tensors(base.directory / shard) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata()
+        lost = [key for key, file in base.shards.items() if file == shard and key not in tensors]
+        if lost:
+            raise base.broken_index(*lost)
+        for new, stored in plan.untied.items():
+            if stored in tensors:
+                tensors[new] = tensors[stored].clone()
+        for key in tensors.keys() & plan.changes.keys():
+            for change in plan.changes[key]:
+                tensors[key] = change(tensors[key])
+            if not torch.isfinite(tensors[key]).all():
+                raise NdLoraValueError(
+                    f"The merged {key!r} holds NaN or infinity: its dtype {tensors[key].dtype} is too narrow for "
+                    f"the adapter, or the base model is broken. Nothing was written."
+                )
+        sizes += sum(tensor.nbytes for tensor in tensors.values())
+        (directory / shard).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_tensors(tensors, directory / shard, metadata)
+        del tensors
+    if plan.untied:
+        _write_untied(plan, base, directory, sizes)
     order = [reader.name(path) for path in reader.shapes]
     return sorted(plan.merged, key=lambda layer: order.index(layer.name))
 
