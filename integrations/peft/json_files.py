@@ -51,7 +51,7 @@ def read_shards(index: Path) -> dict[str, str]:
                 f"{index} names the file {shorten(name)}: it must be a .safetensors file in {index.parent}, or in a "
                 f"directory inside it that is no link. Nothing was written. Take the model from its source again."
             )
-        if not (index.parent / name).is_file():
+        if not (index.parent / name).exists():
             raise NdLoraValueError(f"{index} names the file {name!r}, which is not there: copy it there too.")
     return shards
 
