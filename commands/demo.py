@@ -320,12 +320,9 @@ def demo(
     transformers_logging.disable_progress_bar()  # they would break into ours
     warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do
     console = Console(width=None if Console().is_terminal else 160)  # a file does not fold the table at 80
-    try:
-        report = run_demo(
-            model, data, method or tuple(RECIPES), steps=steps, seed=seed, output=output, console=console
-        )
-    except OSError as error:  # a path or a hub name that is not there; the command line shows our own errors
-        raise NdLoraValueError(f"the demo cannot read what it was given: {error}") from error
+    report = run_demo(
+        model, data, method or tuple(RECIPES), steps=steps, seed=seed, output=output, console=console
+    )
     demo_report.show(report, output, console)
     if report.failures:
         raise typer.Exit(1)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -36,7 +40,7 @@ class Dtype(str, Enum):
 def export(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
     to: Annotated[Kind, typer.Option(help="lora, lokr, or merged into the base model.")],
-    output: Annotated[Path, typer.Option(help="A directory that does not exist yet.")],
+    output: Annotated[Path, typer.Option(help="A directory that does not exist yet, or is empty.")],
     base: Annotated[
         str | None, typer.Option(help="The base model, if not where the adapter's configuration says.")
     ] = None,
@@ -57,7 +61,7 @@ def export(
 
     from ndlora_plugins.integrations.peft.export import export_adapter
 
-    with warnings.catch_warnings(record=True) as caught:
+    with _sigterm_raises(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NdLoraWarning)
         report = export_adapter(
             adapter,
@@ -86,6 +90,21 @@ def export(
         f"{output}",
         soft_wrap=True,
     )
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM end the process by an exception, so that what is unfinished is removed; only the first counts."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _error(error: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from typing import Annotated
 
 import typer
@@ -26,13 +28,22 @@ console = Console(width=None if Console().is_terminal else 160)
 
 
 def run() -> None:
-    """The console script: our own errors are shown as one line, without a traceback."""
+    """The console script: our own errors and the operating system's are shown as one line, without a traceback."""
     try:
         app()
-    except NdLoraError as error:
-        message = f"[red]Error:[/red] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+    except (NdLoraError, OSError) as error:
+        text = _in_one_line(error) if isinstance(error, OSError) else str(error)
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
+
+
+def _in_one_line(error: OSError) -> str:
+    """What and where: "No space left on device: /models/merged/model.safetensors"."""
+    if isinstance(error, shutil.Error):  # of copytree: (source, target, reason) of each file
+        return error.args[0][0][2]
+    what = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
+    where = " -> ".join(os.fsdecode(path) for path in (error.filename, error.filename2) if path is not None)
+    return f"{what}: {where}" if where else what
 
 
 @app.command()

@@ -24,6 +24,7 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
 
     Raises:
         NdLoraValueError: no model can be made of `model`, an option cannot work, or nothing matches.
+        PermissionError: its config.json may not be read.
     """
     from transformers import AutoConfig
 
@@ -33,6 +34,8 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
     path = os.path.dirname(model) or "." if model.endswith(".json") else model
     try:
         model_config = AutoConfig.from_pretrained(path)
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise NdLoraValueError(
             f"{model!r} is neither a directory with a transformers config.json nor a model on the hub that can be "

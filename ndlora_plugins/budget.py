@@ -6,9 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ndlora_plugins.adapter import LayerAdapter
+from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.structures.base import LOPSIDED_RATIO
 
-__all__ = ["Budget", "BudgetRow", "make_budget"]
+__all__ = ["Budget", "BudgetRow", "check_size", "make_budget"]
+
+# an adapter larger than both is a mistake: so many times its layer's weight, and so many numbers
+_LARGEST_RATIO = 16
+_ALWAYS_ALLOWED = 2**20
 
 
 @dataclass(frozen=True)
@@ -140,3 +145,23 @@ def make_budget(layers: Iterable[tuple[str, LayerAdapter]], lora_rank: int = 8) 
         features = adapter.layout.in_features + adapter.layout.out_features
         rows.append(BudgetRow(name, count, adapter, lora_rank * features))
     return Budget(tuple(rows), lora_rank)
+
+
+def check_size(adapter: LayerAdapter, layer: str) -> None:
+    """Refuse an adapter that is many times as large as its layer's weight, before memory runs out.
+
+    Args:
+        layer: its name, for the message.
+
+    Raises:
+        NdLoraValueError: it holds more than 2**20 numbers and more than 16 times those of the weight.
+    """
+    numbers = adapter.num_parameters + adapter.num_frozen
+    layout = adapter.layout
+    weight = layout.in_features * layout.out_features
+    if numbers > max(_ALWAYS_ALLOWED, _LARGEST_RATIO * weight):
+        raise NdLoraValueError(
+            f"r={layout.rank} makes an adapter of {numbers:,} numbers on layer {layer!r}, {numbers // weight:,} times "
+            f"its weight of {layout.out_features} x {layout.in_features} (out x in); at most {_LARGEST_RATIO} times "
+            f"is allowed. Lower r, or give this layer a smaller one in rank_pattern."
+        )

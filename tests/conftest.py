@@ -8,16 +8,38 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "step(name, host=, method=): what it runs, for the tables of tests/test_hosts.py"
+def pytest_addoption(parser):
+    parser.addoption(
+        "--examples", type=int, help="of each test of properties; other ones every time, not always the same"
     )
+
+
+def pytest_configure(config):
+    for marker in (
+        "step(name, host=, method=): what it runs, for the tables of tests/test_hosts.py",
+        "examples(number): how many a test of properties makes without --examples",
+    ):
+        config.addinivalue_line("markers", marker)
+    fixed = config.getoption("examples") is None
+    hypothesis.settings.register_profile(
+        "ndlora", derandomize=fixed, database=None, deadline=None, print_blob=True
+    )
+    hypothesis.settings.load_profile("ndlora")
+
+
+def pytest_collection_modifyitems(config, items):
+    # a function with parameters is several items
+    functions = {item.obj: item.get_closest_marker("examples") for item in items if hasattr(item, "obj")}
+    for function, marker in functions.items():
+        if marker is not None:
+            hypothesis.settings(max_examples=config.getoption("examples") or marker.args[0])(function)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,18 @@
-"""`ndlora plan` and `ndlora methods`, as a user types them."""
+"""`ndlora plan` and `ndlora methods`, as a user types them, and the errors of every command."""
 
 import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
 
 import pytest
+from peft import get_peft_model
 from transformers import LlamaConfig, Qwen3Config
 from typer.testing import CliRunner
 
+from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.main import app, run
 from ndlora_plugins.errors import NdLoraValueError
 
@@ -23,6 +30,51 @@ WRONG = [
     (["--target", "nope"], "match no layer"),
     (["--r", "0"], "r=0"),
 ]
+EXPORT = ["export", "adapter", "--to", "merged", "--output"]
+LONG = "n" * 300
+
+
+SHARD = "base/model-00001-of-00002.safetensors"
+
+
+def cut_off():
+    os.truncate(SHARD, 1000)
+
+
+def lose_a_shard():
+    os.remove(SHARD)
+
+
+def fill_the_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+# what is done, what follows `ndlora`, what must stand in the one line
+SYSTEM = {
+    "base cut off": (cut_off, [*EXPORT, "out"], SHARD + " (1000 bytes) is truncated"),
+    "shard missing": (
+        lose_a_shard,
+        [*EXPORT, "out"],
+        "No such file or directory: {}/" + SHARD,
+    ),
+    "disk full": (
+        fill_the_disk,
+        [*EXPORT, "out"],
+        "File too large: {}/.out-unfinished/files/model-00001-of-00002.safetensors",
+    ),
+    "export, name too long": (bool, [*EXPORT, LONG], "File name too long: {}/" + LONG),
+    "check, name too long": (bool, ["check", LONG], "File name too long: " + LONG),
+    "sft, no such file": (bool, ["sft", "--config", "no.yaml"], "No such file or directory: no.yaml"),
+    "demo, no such file": (bool, ["demo", "--data", "no.jsonl"], "No such file or directory: no.jsonl"),
+}
+# what may not be read or written, its mode, what follows `ndlora`, what must stand in the one line
+FORBIDDEN = {
+    "adapter": (
+        "adapter/adapter_model.safetensors", 0, ["check", "adapter"], "Permission denied: adapter/adapter_model",
+    ),
+    "base": ("base/config.json", 0, [*EXPORT, "out"], "Permission denied: {}/base/config.json"),
+    "output": (".", 0o555, [*EXPORT, "out"], "Permission denied: {}/.out-unfinished"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +142,45 @@ def test_an_error_is_one_line_with_its_brackets(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 2 and "anchor='[demo]'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def directories(make_llama, shake, tmp_path, monkeypatch):
+    """Base model and adapter in the current directory, which is returned."""
+    make_llama().save_pretrained(tmp_path / "base", max_shard_size="150KB")
+    model = make_llama()
+    model.name_or_path = str(tmp_path / "base")
+    shake(get_peft_model(model, NdLoraConfig())).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(("damage", "arguments", "message"), SYSTEM.values(), ids=SYSTEM)
+def test_an_error_of_the_operating_system_is_one_line(
+    damage, arguments, message, directories, monkeypatch, capsys
+):
+    damage()
+    before = sorted(os.listdir())
+    monkeypatch.setattr("sys.argv", ["ndlora", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error:")]
+    assert stopped.value.code == 2 and message.format(directories) in line
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(("path", "mode", "arguments", "message"), FORBIDDEN.values(), ids=FORBIDDEN)
+def test_what_may_not_be_read_or_written_is_said_so(path, mode, arguments, message, directories):
+    as_a_user = []
+    if os.geteuid() == 0:  # who may read everything
+        as_a_user = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+        if shutil.which("setpriv") is None:
+            pytest.skip("run by root, and there is no setpriv")
+    allowed = os.stat(path).st_mode
+    os.chmod(path, mode)
+    command = [*as_a_user, sys.executable, "-P", "-m", "ndlora_plugins.commands.main", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    os.chmod(path, allowed)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"Error: {message.format(directories)}" in result.stderr.replace("\n", "")

@@ -184,5 +184,5 @@ def test_command_names_the_data_that_is_missing(tmp_path):
     pytest.importorskip("matplotlib")
     from ndlora_plugins.commands.demo import demo
 
-    with pytest.raises(NdLoraValueError, match=r"cannot read what it was given: .*nowhere\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         demo(data=tmp_path / "nowhere.jsonl", output=tmp_path / "out")

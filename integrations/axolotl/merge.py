@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
 
 from ndlora_plugins.integrations.peft.base_files import BaseFiles, NotInFilesError
+from ndlora_plugins.integrations.peft.directories import new_directory
 from ndlora_plugins.integrations.peft.merge_files import merge_files
+from ndlora_plugins.integrations.peft.problems import check_sound
 from ndlora_plugins.integrations.peft.reading import AdapterReader
 
 __all__ = ["enable", "merge_by_shard"]
@@ -75,11 +76,7 @@ def merge_by_shard(
     reader = AdapterReader(adapter)
     files = BaseFiles.open(base, revision=revision, trust_remote_code=trust_remote_code)
     reader.check_base(files)
-    reader.check_complete(files)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        merged = merge_files(reader, files, Path(scratch) / "new")
-        if output.exists():  # of an earlier merge, which Axolotl's own way would write over too
-            output.rename(Path(scratch) / "earlier")
-        (Path(scratch) / "new").rename(output)
+    check_sound(reader, files)
+    with new_directory(output, replace=True) as directory:  # as Axolotl's own way would write over it too
+        merged = merge_files(reader, files, directory)
     return len(merged)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.directories import local_directory
+from ndlora_plugins.integrations.peft.files import open_tensors
+from ndlora_plugins.integrations.peft.json_files import read_shards
 from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
 
@@ -56,7 +56,8 @@ class BaseFiles:
             download: whether a model that is not on this machine is fetched.
 
         Raises:
-            NdLoraValueError: it is not there, has no safetensors files, or is no model of transformers.
+            NdLoraValueError: it is not there, has no whole safetensors files, or is no model of transformers.
+            OSError: a file may not be read.
         """
         directory = local_directory(name, "config.json", revision=revision, download=download)
         return cls(directory, trust_remote_code=trust_remote_code)
@@ -96,7 +97,8 @@ class BaseFiles:
             return module, None
         parent, _, parameter_name = name.rpartition(".")
         module = self.module(parent) if parent else None
-        return (module, parameter_name) if hasattr(module, parameter_name) else (None, None)
+        found = isinstance(getattr(module, parameter_name, None), nn.Parameter)
+        return (module, parameter_name) if found else (None, None)
 
     def same_tensor(self, parameter: str) -> list[str]:
         """All names of a parameter: more than one where weights are tied."""
@@ -122,10 +124,19 @@ class BaseFiles:
     def weight(self, name: str) -> Tensor:
         """The stored weight of a layer, or a bare parameter, as (out_features, in_features)."""
         key = self.stored_name(self.parameter(name))
-        with safe_open(self.directory / self.shards[key], framework="pt") as file:
+        with open_tensors(self.directory / self.shards[key]) as file:
+            if key not in file.keys():
+                raise self.broken_index(key)
             weight = file.get_tensor(key)
         self.check_plain(name, weight.shape, weight.dtype)
         return self.form(name).matrix(weight)
+
+    def broken_index(self, *keys: str) -> NdLoraValueError:
+        """The error for tensors that are not in the file that the index names."""
+        return NdLoraValueError(
+            f"{self.directory / INDEX_FILE} says that {self.shards[keys[0]]!r} holds {list(keys)}, which it does not: "
+            f"take the model from its source again."
+        )
 
     def check_plain(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
         """Raise unless a stored weight is floating and as large as the layer: quantised ones are neither."""
@@ -140,13 +151,13 @@ class BaseFiles:
 def _shards(directory: Path) -> dict[str, str]:
     index = directory / INDEX_FILE
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return read_shards(index)
     if not (directory / SINGLE_FILE).is_file():
         raise NotInFilesError(
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Save the model as safetensors: "
             f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
         )
-    with safe_open(directory / SINGLE_FILE, framework="pt") as file:
+    with open_tensors(directory / SINGLE_FILE) as file:
         return dict.fromkeys(file.keys(), SINGLE_FILE)
 
 
@@ -154,6 +165,8 @@ def _skeleton(directory: Path, trust_remote_code: bool) -> nn.Module:
     """The model class that the directory was saved from, without weights."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise NdLoraValueError(
             f"{directory} has no config.json of transformers: {str(error).splitlines()[0]}"

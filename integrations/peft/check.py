@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraError, NdLoraWarning
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.directories import local_directory
-from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, AdapterReader, listed
+from ndlora_plugins.integrations.peft.problems import find_problems
+from ndlora_plugins.integrations.peft.reading import AdapterReader, listed
 
 __all__ = ["CheckReport", "CheckedLayer", "check_adapter"]
 
@@ -93,33 +92,25 @@ def check_adapter(
     files = None if base is None else BaseFiles.open(base, trust_remote_code=trust_remote_code)
     try:
         reader = AdapterReader(directory)
-    except (NdLoraError, ValueError, TypeError, KeyError) as error:  # PEFT's and json's errors are among them
+    except NdLoraError as error:
         return CheckReport(directory, "?", (str(error),), ())
     problems, remarks = [], []
     if files is not None:
         _check_base(reader, files, problems, remarks)
-    try:
-        reader.check_complete(files)
-    except NdLoraError as error:
-        problems.append(str(error))
+    found = find_problems(reader, files)
+    problems += [problem.sentence for problem in found]
+    broken = {problem.path for problem in found}
     layers, dtypes, data = [], [], 0
     for path in reader.shapes:
         tensors = reader.tensors(path)
         dtypes += [tensor.dtype for tensor in tensors.values()]
         data += sum(tensor.nbytes for tensor in tensors.values())
-        sound = _check_finite(problems, {f"{path}.{tensor}": value for tensor, value in tensors.items()})
-        try:
-            plan = reader.plan(path, files)
-        except NdLoraError as error:
-            problems.append(str(error))
-            continue
-        layers.append(_layer(path, reader, plan, tensors, files, sound))
-    for key in reader.others:
-        tensor = reader.tensor(key)
-        data += tensor.nbytes
-        _check_finite(problems, {key: tensor})
-    problems += _unknown_names(reader, files)
-    problems += _check_dtypes(dtypes)
+        if path not in broken:
+            try:
+                layers.append(_layer(path, reader, tensors, files))
+            except NdLoraError as error:  # its weight cannot be read from the base model
+                problems.append(str(error))
+    data += sum(reader.tensor(key).nbytes for key in reader.others)
     idle = [layer.name for layer in layers if layer.idle]
     if idle and len(idle) == len(layers):
         problems.append(
@@ -140,15 +131,10 @@ def check_adapter(
 
 
 def _layer(
-    path: str,
-    reader: AdapterReader,
-    plan: LayerAdapter,
-    tensors: dict[str, Tensor],
-    files: BaseFiles | None,
-    sound: bool,
+    path: str, reader: AdapterReader, tensors: dict[str, Tensor], files: BaseFiles | None
 ) -> CheckedLayer:
-    norm = None
-    if sound and (files is not None or not plan.recomputed):
+    plan, norm = reader.plan(path, files), None
+    if files is not None or not plan.recomputed:
         read = reader.read(path, files)
         norm = plan.scaling * plan.delta_norm(read.trained, read.frozen)
     # without the weights: no change since the start, or a core of zeros
@@ -166,55 +152,3 @@ def _check_base(reader: AdapterReader, files: BaseFiles, problems: list[str], re
         except NdLoraError as error:
             problems.append(str(error))
     remarks += [str(entry.message) for entry in caught if issubclass(entry.category, NdLoraWarning)]
-
-
-def _unknown_names(reader: AdapterReader, files: BaseFiles | None) -> list[str]:
-    """Tensors that nothing accounts for, and options whose tensors are not there."""
-    config, problems = reader.config, []
-    names = [key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in reader.others]
-    rows = [name for name in names if ".token_adapter." in name]
-    for key in reader.others:
-        if ".token_adapter." in key:
-            try:
-                reader.token_indices(key)
-            except NdLoraError as error:
-                problems.append(str(error))
-    saved = [f".{module}." for module in config.modules_to_save or ()]
-    # PEFT saves a resized or adapted embedding with the adapter, whatever the options say
-    embeddings = (".embed_tokens.weight", ".lm_head.weight", ".wte.weight")
-    unknown = [
-        name
-        for name in names
-        if name not in rows
-        and not any(module in f".{name}" for module in saved)
-        and not (config.bias != "none" and name.endswith(".bias"))
-        and not f".{name}".endswith(embeddings)
-    ]
-    if unknown:
-        problems.append(f"{len(unknown)} tensors belong to nothing in the configuration: {listed(unknown)}.")
-    for module in saved:
-        if not any(module in f".{name}" for name in names):
-            problems.append(
-                f"modules_to_save names {module.strip('.')!r}, of which the file holds no tensor."
-            )
-    if config.trainable_token_indices and not rows:
-        problems.append("trainable_token_indices is set, but the file holds no token rows.")
-    return problems
-
-
-def _check_finite(problems: list[str], tensors: dict[str, Tensor]) -> bool:
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    problems += [f"{name!r} holds NaN or infinity." for name in broken]
-    return not broken
-
-
-def _check_dtypes(dtypes: Iterable[torch.dtype]) -> list[str]:
-    kinds = list(dict.fromkeys(dtypes))
-    names = [str(kind).removeprefix("torch.") for kind in kinds]
-    if len(kinds) > 1:
-        return [f"The adapter's tensors are of several dtypes, {names}: cast them to one."]
-    return (
-        []
-        if all(kind.is_floating_point for kind in kinds)
-        else [f"The adapter's tensors are of dtype {names[0]}."]
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -15,6 +15,22 @@ from peft.utils.peft_types import PeftType
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.registration import NAME, extend_enum
+from ndlora_plugins.integrations.peft.validation import (
+    Alpha,
+    Bias,
+    CrossedModes,
+    Dropout,
+    Indices,
+    Modes,
+    NumModes,
+    Pattern,
+    Patterns,
+    Rank,
+    Rows,
+    Schema,
+    Targets,
+    check_fields,
+)
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import AdapterOptions
@@ -65,14 +81,14 @@ class NdLoraConfig(PeftConfig):
             "from `init_lora_weights` ('n_lora' means nlora, 's_lora' means slora), else it is 'ndlinear'."
         },
     )
-    r: int | None = field(
+    r: Rank | None = field(
         default=None,
         metadata={
             "help": "The rank in the method's own sense: Kronecker terms for ndlinear (default 1), the rank for "
             "the others (default 8)."
         },
     )
-    lora_alpha: float | None = field(
+    lora_alpha: Alpha | None = field(
         default=None,
         metadata={
             "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default: 16, as in LoRA recipes, for "
@@ -80,13 +96,13 @@ class NdLoraConfig(PeftConfig):
             "scaling is 1."
         },
     )
-    lora_dropout: float = field(
+    lora_dropout: Dropout = field(
         default=0.0,
         metadata={
             "help": "Dropout on the adapter's input, in [0, 1). An embedding's input are indices: none there."
         },
     )
-    init_lora_weights: bool | str = field(
+    init_lora_weights: bool | str | None = field(
         default=True,
         metadata={
             "help": "True: the method's own start, which leaves the model's function as it is. False: random and "
@@ -102,14 +118,14 @@ class NdLoraConfig(PeftConfig):
             "the reference code. Default 'snapshot' where the start would move the model."
         },
     )
-    num_modes: int = field(
+    num_modes: NumModes = field(
         default=2,
         metadata={
             "help": "Into how many modes in and out features are split, as evenly as it comes. Experts, and the "
             "height and width of a kernel, are modes of their own beside them."
         },
     )
-    crossed_modes: int | None = field(
+    crossed_modes: CrossedModes | None = field(
         default=None,
         metadata={
             "help": "Uneven modes that cross instead: in = (n, in / n) and out = (out / n, n), n the largest common "
@@ -118,7 +134,7 @@ class NdLoraConfig(PeftConfig):
             "n * n * n. Layers that `modes` names keep those."
         },
     )
-    modes: dict | None = field(
+    modes: Modes | None = field(
         default=None,
         metadata={
             "help": "Modes by hand: {'in_modes': [32, 64], 'out_modes': [32, 64]} for all layers, or one such "
@@ -129,51 +145,51 @@ class NdLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "Makes the start reproducible; the global random generator is then not touched."},
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: Targets | None = field(
         default=None,
         metadata={
             "help": "Names (the end of the path is enough), a regex, or 'all-linear' (default): every linear "
             "layer but the output layer."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: Targets | None = field(
         default=None, metadata={"help": "Names or a regex of modules that get no adapter."}
     )
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: Indices | None = field(
         default=None, metadata={"help": "The layer indices that get an adapter, if not all of them."}
     )
-    layers_pattern: list[str] | str | None = field(
+    layers_pattern: Patterns | None = field(
         default=None,
         metadata={
             "help": "The name of the layer list, where `layers_to_transform` cannot tell it by itself."
         },
     )
-    rank_pattern: dict = field(
+    rank_pattern: dict[Pattern, Rank] = field(
         default_factory=dict,
         metadata={"help": "Layer name or regex to a rank other than `r`, as in LoraConfig."},
     )
-    alpha_pattern: dict = field(
+    alpha_pattern: dict[Pattern, Alpha] = field(
         default_factory=dict,
         metadata={"help": "Layer name or regex to an alpha other than `lora_alpha`, as in LoraConfig."},
     )
-    modules_to_save: list[str] | None = field(
+    modules_to_save: list[Pattern] | None = field(
         default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
     )
-    bias: str = field(
+    bias: Bias = field(
         default="none",
         metadata={
             "help": "Which biases of the base model train: 'none', 'all' or 'ndlora_only' (those of adapted layers; "
             "'lora_only' means it too)."
         },
     )
-    fan_in_fan_out: bool = field(
+    fan_in_fan_out: bool | None = field(
         default=False,
         metadata={
             "help": "Accepted for compatibility: the way a layer stores its weight is seen from its type."
         },
     )
-    use_rslora: bool = field(default=False, metadata={"help": "scaling = lora_alpha / sqrt(r)."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+    use_rslora: bool | None = field(default=False, metadata={"help": "scaling = lora_alpha / sqrt(r)."})
+    trainable_token_indices: Rows | None = field(
         default=None, metadata={"help": "Rows of the embedding that are trained and saved, as in LoraConfig."}
     )
     target_parameters: list[str] | None = field(
@@ -183,7 +199,7 @@ class NdLoraConfig(PeftConfig):
             "LoraConfig: 'mlp.experts.down_proj'. Without `target_modules` nothing else is adapted."
         },
     )
-    ensure_weight_tying: bool = field(
+    ensure_weight_tying: bool | None = field(
         default=False,
         metadata={"help": "Keep tied embeddings tied in `modules_to_save` and `trainable_token_indices`."},
     )
@@ -200,79 +216,57 @@ class NdLoraConfig(PeftConfig):
             "by hand."
         },
     )
-    schema_version: int = field(default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."})
-    use_dora: InitVar[Any] = None
-    use_qalora: InitVar[Any] = None
-    qalora_group_size: InitVar[Any] = None
-    use_bdlora: InitVar[Any] = None
-    loftq_config: InitVar[Any] = None
-    eva_config: InitVar[Any] = None
-    corda_config: InitVar[Any] = None
-    lora_ga_config: InitVar[Any] = None
-    alora_invocation_tokens: InitVar[Any] = None
-    megatron_config: InitVar[Any] = None
-    megatron_core: InitVar[Any] = None
-    layer_replication: InitVar[Any] = None
-    lora_bias: InitVar[Any] = None
-    arrow_config: InitVar[Any] = None
-    velora_config: InitVar[Any] = None
-    monteclora_config: InitVar[Any] = None
-    kasa_config: InitVar[Any] = None
+    schema_version: Schema = field(
+        default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."}
+    )
+    use_dora: InitVar = None
+    use_qalora: InitVar = None
+    qalora_group_size: InitVar = None
+    use_bdlora: InitVar = None
+    loftq_config: InitVar = None
+    eva_config: InitVar = None
+    corda_config: InitVar = None
+    lora_ga_config: InitVar = None
+    alora_invocation_tokens: InitVar = None
+    megatron_config: InitVar = None
+    megatron_core: InitVar = None
+    layer_replication: InitVar = None
+    lora_bias: InitVar = None
+    arrow_config: InitVar = None
+    velora_config: InitVar = None
+    monteclora_config: InitVar = None
+    kasa_config: InitVar = None
 
     def __post_init__(self, *refused):
         from ndlora_plugins.adapter import resolve_alpha, resolve_anchor
         from ndlora_plugins.registry import method_and_initializer
 
-        super().__post_init__()
         for keyword, value in zip(_REFUSED, refused, strict=True):
             if value and value != _WITHOUT_EFFECT.get(keyword):
                 raise NdLoraValueError(
                     f"{keyword}={value!r} is an option of LoraConfig that NdLoraConfig does not have: "
                     f"{_REFUSED[keyword]}."
                 )
-        if self.schema_version > SCHEMA_VERSION:
+        if isinstance(self.schema_version, int) and self.schema_version > SCHEMA_VERSION:
             raise NdLoraValueError(
                 f"This adapter_config.json has schema_version={self.schema_version}; the installed ndlora-plugins "
                 f"reads up to {SCHEMA_VERSION}. Upgrade it: pip install -U ndlora-plugins."
             )
+        check_fields(self)
+        try:
+            super().__post_init__()
+        except ValueError as error:  # a task that PEFT does not know
+            raise NdLoraValueError(f"task_type={self.task_type!r}: {error}") from error
         self.peft_type = extend_enum(PeftType, NAME, NAME)
         method, initializer = method_and_initializer(self.method, self.init_lora_weights)
         self.method = method.name
         self.r = method.default_rank if self.r is None else self.r
-        self._check_numbers()
         self.lora_alpha = resolve_alpha(self.lora_alpha, self.r, initializer)
         self.anchor = resolve_anchor(self.anchor, initializer)
-        self._check_modes()
         self._check_targets()
         # of this session's base model; become `base_fingerprint` and `weight_forms` when saved
         self._session_fingerprint = None
         self._session_weight_forms = None
-
-    def _check_numbers(self) -> None:
-        for name, rank in (("r", self.r), *self.rank_pattern.items()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise NdLoraValueError(f"{name}={rank!r}: a rank must be an integer of at least 1.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise NdLoraValueError(
-                f"lora_dropout={self.lora_dropout!r}: choose a value from 0 up to below 1."
-            )
-        if not isinstance(self.num_modes, int) or self.num_modes < 2:
-            raise NdLoraValueError(f"num_modes={self.num_modes!r}: choose an integer of at least 2.")
-
-    def _check_modes(self) -> None:
-        crossed = self.crossed_modes
-        if crossed is not None and (not isinstance(crossed, int) or crossed < 1):
-            raise NdLoraValueError(f"crossed_modes={crossed!r}: choose an integer of at least 1, such as 4.")
-        if self.modes is None:
-            return
-        sides = {"in_modes", "out_modes"}
-        blocks = [self.modes] if sides & set(self.modes) else list(self.modes.values())
-        for block in blocks:
-            if not isinstance(block, dict) or not block or set(block) - sides:
-                raise NdLoraValueError(
-                    f"modes={self.modes!r}: give {{'in_modes': [...], 'out_modes': [...]}} (either may be left "
-                    f"out), or a dict of target names to such dicts."
-                )
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, list):
@@ -292,8 +286,6 @@ class NdLoraConfig(PeftConfig):
             )
         if self.bias == "lora_only":
             self.bias = "ndlora_only"
-        if self.bias not in ("none", "all", "ndlora_only"):
-            raise NdLoraValueError(f"bias={self.bias!r}: choose 'none', 'all' or 'ndlora_only'.")
 
     def options_for(self, layer: str) -> AdapterOptions:
         """The core's options for one layer, patterns applied.

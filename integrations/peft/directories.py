@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from ndlora_plugins.errors import NdLoraValueError
 
 __all__ = ["check_new", "local_directory", "new_directory"]
+
+logger = logging.getLogger("ndlora_plugins")
 
 
 def local_directory(name: str, must_hold: str, *, revision: str | None = None, download: bool = True) -> Path:
@@ -42,38 +46,92 @@ def local_directory(name: str, must_hold: str, *, revision: str | None = None, d
     return directory
 
 
-def check_new(output: str | Path) -> Path:
-    """Raise if there is something at `output`; an empty directory may be.
+def check_new(output: str | Path, *, replace: bool = False) -> Path:
+    """Raise unless a new directory can take the name `output`; an empty directory may be there.
+
+    Args:
+        replace: whether anything else may be there too.
+
+    Returns:
+        Its absolute path; where `output` is a link, that of what it leads to.
 
     Raises:
-        NdLoraValueError: nothing is ever overwritten.
+        NdLoraValueError: there is something at `output`, or it is a mount point.
     """
-    output = Path(output).absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    output = Path(os.path.realpath(output))
+    if not replace and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise NdLoraValueError(
             f"{output} exists already, and nothing is overwritten: name a new directory, or remove it."
+        )
+    # all of them: os.path.ismount does not see a mount from the same file system
+    if str(output) in {partition.mountpoint for partition in psutil.disk_partitions(all=True)}:
+        raise NdLoraValueError(
+            f"{output} is a mount point, which no new directory can take the place of: name a directory inside "
+            f"it, as {output / 'exported'}."
         )
     return output
 
 
 @contextmanager
-def new_directory(output: str | Path) -> Iterator[Path]:
+def new_directory(output: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A directory beside `output` to write into; it takes that name at the end, and goes after an error.
 
+    What a process that was killed left there is removed. One that is still running keeps it: it holds a lock.
+
+    Args:
+        replace: whether it takes the place of what is at `output`; else that is an error.
+
     Raises:
-        NdLoraValueError: there is something at `output`.
+        NdLoraValueError: there is something at `output`, it is a mount point, or another process writes it.
+        OSError: it cannot be written; the error names a file or a directory.
     """
-    output = check_new(output)
+    output = check_new(output, replace=replace)
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    scratch = output.with_name(f".{output.name}-unfinished")
+    files, earlier = scratch / "files", scratch / "earlier"
+    lock = _lock(scratch, output)
     try:
-        yield scratch
-        mask = os.umask(0)
-        os.umask(mask)
-        scratch.chmod(0o777 & ~mask)  # mkdtemp lets nobody else in
-        if check_new(output).is_dir():
-            output.rmdir()
-        scratch.rename(output)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _clear(files, earlier, output)
+        files.mkdir()
+        yield files
+        if check_new(output, replace=replace).exists():
+            output.rename(earlier)
+        files.rename(output)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a write that failed does not say where
+            error.filename = str(output)
         raise
+    finally:
+        _clear(files, earlier, output, quietly=True)
+        # the lock's file last, and while it is held: whoever comes next starts anew
+        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.rmdir()
+        lock.release()
+
+
+def _lock(scratch: Path, output: Path) -> FileLock:
+    """Make `scratch` and lock it; the lock goes with the process."""
+    scratch.mkdir(mode=0o700, exist_ok=True)
+    lock = FileLock(scratch / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, FileNotFoundError) as error:  # not found: it was just given up
+        raise NdLoraValueError(
+            f"Another process is writing {output} (in {scratch}): wait for it, or name another directory."
+        ) from error
+    return lock
+
+
+def _clear(files: Path, earlier: Path, output: Path, *, quietly: bool = False) -> None:
+    """Remove what is unfinished, and what was at `output` before, or put that back if nothing took its place."""
+    if earlier.exists() and not output.exists():
+        earlier.rename(output)
+    for directory in (files, earlier):
+        if directory.exists():
+            size = sum(path.lstat().st_size for path in directory.rglob("*"))
+            shutil.rmtree(directory, ignore_errors=True)
+            if not quietly:
+                logger.warning(
+                    "Removed %s (%s bytes), left by a process that was killed.", directory, f"{size:,}"
+                )

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from safetensors.torch import save_file
 
 from ndlora_plugins.compress import RankTarget
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.directories import check_new, new_directory
-from ndlora_plugins.integrations.peft.files import ADAPTER_FILE
+from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, save_tensors
 from ndlora_plugins.integrations.peft.merge_files import merge_files
+from ndlora_plugins.integrations.peft.problems import check_sound
 from ndlora_plugins.integrations.peft.reading import AdapterReader
 from ndlora_plugins.integrations.peft.stock import ExportedLayer, to_lokr, to_lora
 
@@ -57,7 +57,7 @@ def export_adapter(
 
     Args:
         adapter: directory of the adapter, or its name on the hub.
-        output: a directory that does not exist yet.
+        output: a directory that does not exist yet, or an empty one; it appears when it is whole.
         to: "lora": exact for slora, nlora and inttune, else the best of a chosen rank; "lokr": exact for
             ndlinear with one term of two modes; "merged": the base model's files, shard by shard.
         base: directory or hub name of the base model; needed where the start is read from its weights and for
@@ -66,7 +66,8 @@ def export_adapter(
         dtype: of the written adapter; the file's own by default.
 
     Raises:
-        NdLoraValueError: it cannot be done; nothing is written then.
+        NdLoraValueError: it cannot be done.
+        OSError: a file cannot be read or written; the error names it. Nothing is left behind in either case.
     """
     if to not in EXPORT_KINDS:
         raise NdLoraValueError(f"to={to!r}: choose one of {list(EXPORT_KINDS)}.")
@@ -83,19 +84,17 @@ def export_adapter(
     files = None
     if to == "merged" or reader.reads_base or base is not None:
         files = reader.open_base(base, trust_remote_code)
-    reader.check_complete(files)
-    if to == "merged":
-        layers = tuple(
-            ExportedLayer(layer.name, "merged", layer.parameters, layer.lost)
-            for layer in merge_files(reader, files, output)
-        )
-        notes: tuple[str, ...] = ()
-    else:
-        stock = to_lora(reader, files, target, dtype) if to == "lora" else to_lokr(reader, files, dtype)
-        layers, notes = stock.layers, _notes(stock.config, reader)
-        with new_directory(output) as directory:
+    check_sound(reader, files)
+    with new_directory(output) as directory:
+        if to == "merged":
+            merged = merge_files(reader, files, directory)
+            layers = tuple(ExportedLayer(layer.name, "merged", layer.parameters, layer.lost) for layer in merged)
+            notes: tuple[str, ...] = ()
+        else:
+            stock = to_lora(reader, files, target, dtype) if to == "lora" else to_lokr(reader, files, dtype)
+            layers, notes = stock.layers, _notes(stock.config, reader)
             stock.config.save_pretrained(str(directory))
-            save_file(stock.tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+            save_tensors(stock.tensors, directory / ADAPTER_FILE)
     for note in notes:
         warnings.warn(note, NdLoraWarning, stacklevel=2)
     return ExportReport(Path(output), to, layers, notes)

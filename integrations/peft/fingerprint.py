@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
+from ndlora_plugins.integrations.peft.json_files import check_fingerprint
 
 __all__ = ["FingerprintedLayer", "compare_fingerprint", "make_fingerprint"]
 
@@ -76,8 +77,10 @@ def compare_fingerprint(
         base_name: of the model that the adapter was trained on, for the message.
 
     Raises:
-        NdLoraValueError: a layer is missing, has another shape or, with `reads_weight`, other weights.
+        NdLoraValueError: a layer is missing, has another shape or, with `reads_weight`, other weights; or `saved` is
+            no fingerprint.
     """
+    check_fingerprint(saved)
     remedy = f"Load the adapter on the model it was trained on{f' ({base_name})' if base_name else ''}."
     present = {layer.name: layer for layer in layers}
     for name, expected in saved.items():
@@ -93,21 +96,22 @@ def compare_fingerprint(
             )
     for name, expected in saved.items():
         found = _sample(present[name])
-        if not found["values"] or not expected["values"]:
-            continue
+        if found["values"] is None or expected["values"] is None:
+            continue  # the weight could not be read, here or there
         difference = _relative_difference(found["values"], expected["values"])
         kinds = (found["storage"], expected["storage"])
         if kinds[0] == kinds[1]:
             allowed = 1e-6 if hasattr(torch, kinds[0]) else 1e-2  # dequantised to one float dtype or another
         else:
             allowed = max(_TOLERANCE.get(kind, 0.3) for kind in kinds)
-        if difference > allowed and reads_weight:
+        differs = not difference <= allowed  # so for NaN in the model's weights
+        if differs and reads_weight:
             raise NdLoraValueError(
                 f"The weights of layer {name!r} differ from those that the adapter was trained on by "
                 f"{difference:.2g} of their norm (stored as {kinds[0]}, then {kinds[1]}), and its start is "
                 f"recomputed from them: the result would be wrong. {remedy}"
             )
-        if difference > allowed:
+        if differs:
             warnings.warn(
                 f"The weights of layer {name!r} differ from those that the adapter was trained on by "
                 f"{difference:.2g} of their norm: another or a changed base model? {remedy}",
@@ -128,6 +132,5 @@ def compare_fingerprint(
 def _relative_difference(found: Sequence[float], expected: Sequence[float]) -> float:
     if len(found) != len(expected):
         return math.inf
-    norm = math.sqrt(sum(value * value for value in expected))
-    difference = math.sqrt(sum((a - b) ** 2 for a, b in zip(found, expected, strict=True)))
+    norm, difference = math.hypot(*expected), math.dist(found, expected)
     return difference / norm if norm else (math.inf if difference else 0.0)

@@ -9,20 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import INDEX_FILE, BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.directories import new_directory
-from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, AdapterReader
+from ndlora_plugins.integrations.peft.files import open_tensors, save_tensors
+from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, TOKEN_ROWS, AdapterReader
 
 __all__ = ["MergedLayer", "merge_files"]
 
 # weights in whatever form; what the index names is written anew, the rest would still be the base model
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 Change = Callable[[Tensor], Tensor]
 
@@ -55,7 +52,7 @@ class _Plan:
     merged: list[MergedLayer] = field(default_factory=list)
 
 
-def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> list[MergedLayer]:
+def merge_files(reader: AdapterReader, base: BaseFiles, directory: Path) -> list[MergedLayer]:
     """Write the base model with the adapter merged in: the same shards, dtypes, tokenizer and configuration.
 
     A weight that was tied to one that now differs gets a tensor of its own, and `tie_word_embeddings` becomes
@@ -63,35 +60,41 @@ def merge_files(reader: AdapterReader, base: BaseFiles, output: str | Path) -> l
 
     Args:
         base: as `reader.open_base` checked it.
-        output: a directory that does not exist yet; it appears when it is whole.
+        directory: an empty one, as `new_directory` makes it.
 
     Raises:
         NotInFilesError: something has no place in the files; nothing was written.
-        NdLoraValueError: a factor is missing or a merged weight not finite; nothing was left behind.
+        NdLoraValueError: a factor is missing, a merged weight not finite, or a file of the base model cut off.
+        OSError: a file cannot be read or written; the error names it.
     """
     plan = _plan(reader, base)
-    with new_directory(output) as directory:
-        _copy_other_files(base.directory, directory)
-        sizes = 0
-        for shard in sorted(set(base.shards.values())):
-            with safe_open(base.directory / shard, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                metadata = file.metadata() or {"format": "pt"}
-            for new, stored in plan.untied.items():
-                if stored in tensors:
-                    tensors[new] = tensors[stored].clone()
-            for key in tensors.keys() & plan.changes.keys():
-                for change in plan.changes[key]:
-                    tensors[key] = change(tensors[key])
-            sizes += sum(tensor.nbytes for tensor in tensors.values())
-            save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()},
-                directory / shard,
-                metadata=metadata,
-            )
-            del tensors
-        if plan.untied:
-            _write_untied(plan, base, directory, sizes)
+    _copy_other_files(base.directory, directory)
+    sizes = 0
+    for shard in sorted(set(base.shards.values())):
+        with open_tensors(base.directory / shard) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata()
+        lost = [key for key, file in base.shards.items() if file == shard and key not in tensors]
+        if lost:
+            raise base.broken_index(*lost)
+        for new, stored in plan.untied.items():
+            if stored in tensors:
+                tensors[new] = tensors[stored].clone()
+        for key in tensors.keys() & plan.changes.keys():
+            for change in plan.changes[key]:
+                tensors[key] = change(tensors[key])
+            if not torch.isfinite(tensors[key]).all():
+                raise NdLoraValueError(
+                    f"The merged {key!r} holds NaN or infinity: its dtype {tensors[key].dtype} is too narrow for "
+                    f"the adapter, or the base model is broken. Nothing was written."
+                )
+        sizes += sum(tensor.nbytes for tensor in tensors.values())
+        (directory / shard).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_tensors(tensors, directory / shard, metadata)
+        del tensors
+    if plan.untied:
+        _write_untied(plan, base, directory, sizes)
     order = [reader.name(path) for path in reader.shapes]
     return sorted(plan.merged, key=lambda layer: order.index(layer.name))
 
@@ -103,9 +106,11 @@ def _plan(reader: AdapterReader, base: BaseFiles) -> _Plan:
     shared = []  # of all
     for key, shape in reader.others.items():  # first: what is brought whole may be updated too
         name = key.removeprefix(KEY_PREFIX)
-        if name.endswith(_TOKEN_ROWS):
+        if name.endswith(TOKEN_ROWS):
+            parameter = f"{name.removesuffix(TOKEN_ROWS)}.weight"
+            _check_rows(base, parameter, reader.token_indices(key), shape)
             # PEFT ties the rows where the weights are tied
-            shared.append((f"{name.removesuffix(_TOKEN_ROWS)}.weight", _rows(reader, key)))
+            shared.append((parameter, _rows(reader, key)))
             continue
         parameter = name.replace(".base_layer.", ".")
         _check_counterpart(base, parameter, shape)
@@ -162,11 +167,6 @@ def _update(reader: AdapterReader, base: BaseFiles, path: str, merged: list[Merg
             delta = base.form(layer.name).stored(delta)
             wide = stored.to(dtype)
             result = (wide + delta).to(stored.dtype)
-            if not torch.isfinite(result).all():
-                raise NdLoraValueError(
-                    f"The merged weight of layer {layer.name!r} holds NaN or infinity: the adapter is broken. "
-                    f"Nothing was written."
-                )
             lost = float(
                 (result.to(dtype) - wide - delta).norm() / delta.norm().clamp(min=torch.finfo(dtype).tiny)
             )
@@ -194,10 +194,7 @@ def _rows(reader: AdapterReader, key: str) -> Change:
 
 def _check_counterpart(base: BaseFiles, parameter: str, shape: tuple[int, ...]) -> None:
     """The model has a parameter of that name and shape, and the files hold it."""
-    try:
-        found = tuple(base.model.get_parameter(base.full_name(parameter)).shape)
-    except AttributeError:
-        found = None
+    found = _shape(base, parameter)
     if found != shape:
         raise NotInFilesError(
             f"The adapter brings a whole tensor {parameter!r} {list(shape)}; the base model's is "
@@ -207,17 +204,39 @@ def _check_counterpart(base: BaseFiles, parameter: str, shape: tuple[int, ...]) 
     base.stored_name(parameter)
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
-    """Everything but weights and hidden files: configuration, tokenizer, templates, code, licence."""
+def _check_rows(base: BaseFiles, parameter: str, indices: list[int], shape: tuple[int, ...]) -> None:
+    """The model has an embedding of that name with these rows, as wide as those of the adapter."""
+    found = _shape(base, parameter)
+    if found is None or len(found) != 2 or found[1] != shape[1] or max(indices) >= found[0]:
+        raise NotInFilesError(
+            f"The adapter brings rows up to {max(indices)} of {parameter!r}, {shape[1]} wide; the base model's is "
+            f"{'not there' if found is None else list(found)}: a resized vocabulary? Load the model with its adapter "
+            f"and call merge_and_unload()."
+        )
 
-    def weights(directory: str, names: list[str]) -> list[str]:
+
+def _shape(base: BaseFiles, parameter: str) -> tuple[int, ...] | None:
+    """Of a parameter of the model; None if it has none of that name."""
+    try:
+        return tuple(base.model.get_parameter(base.full_name(parameter)).shape)
+    except AttributeError:
+        return None
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    """Everything but weights, hidden files and links to directories: configuration, tokenizer, code, licence."""
+
+    def left_out(directory: str, names: list[str]) -> list[str]:
         return [
             n
             for n in names
-            if n.startswith(".") or Path(n).suffix in _WEIGHTS or n.endswith(".bin.index.json")
+            if n.startswith(".")
+            or Path(n).suffix in _WEIGHTS
+            or n.endswith(".bin.index.json")
+            or (Path(directory, n).is_dir() and Path(directory, n).is_symlink())
         ]
 
-    shutil.copytree(source, target, ignore=weights, dirs_exist_ok=True)
+    shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
 
 
 def _write_untied(plan: _Plan, base: BaseFiles, directory: Path, total_size: int) -> None:

@@ -34,6 +34,7 @@ from ndlora_plugins.errors import (
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, Call, NdLoraLayer
 from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.undo import undone_on_failure
 from ndlora_plugins.integrations.peft.weights import (
     WeightForm,
     base_weight,
@@ -186,8 +187,9 @@ def _plan(config: NdLoraConfig, target: Target) -> Planned:
 def plan_form(config: NdLoraConfig, name: str, form: WeightForm) -> LayerAdapter:
     """The plan of one weight."""
     from ndlora_plugins.adapter import plan_layer
+    from ndlora_plugins.budget import check_size
 
-    return plan_layer(
+    plan = plan_layer(
         config.options_for(name),
         form.in_features,
         form.out_features,
@@ -196,6 +198,8 @@ def plan_form(config: NdLoraConfig, name: str, form: WeightForm) -> LayerAdapter
         trailing=form.trailing,
         one_hot=form.kind == "embedding",
     )
+    check_size(plan, name)
+    return plan
 
 
 class NdLoraModel(BaseTuner):
@@ -214,6 +218,11 @@ class NdLoraModel(BaseTuner):
     def __init__(self, *args, **kwargs) -> None:
         self.call = Call()  # the layers, which are made next, share it
         super().__init__(*args, **kwargs)
+
+    def inject_adapter(self, *args, **kwargs) -> None:
+        """As PEFT's; a failure halfway, such as no memory left, leaves the model as it was."""
+        with undone_on_failure(self):
+            super().inject_adapter(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config  # `_prepare_model` fills in the targets, as it has the model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -15,20 +15,28 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter, plan_layer
-from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.directories import local_directory
 from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, check_adapter_file
 from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
-from ndlora_plugins.integrations.peft.model import plan_form, plan_model
-from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.json_files import (
+    check_fingerprint,
+    check_weight_forms,
+    read_object,
+    shorten,
+)
+from ndlora_plugins.integrations.peft.model import plan_form
+from ndlora_plugins.integrations.peft.registration import NAME, PREFIX
 from ndlora_plugins.integrations.peft.weights import WeightForm
 
-__all__ = ["AdapterReader", "KEY_PREFIX", "ReadLayer", "listed", "read_adapter"]
+__all__ = ["AdapterReader", "KEY_PREFIX", "ReadLayer", "TOKEN_ROWS", "listed", "read_adapter"]
 
 # PEFT's, of every key in an adapter file
 KEY_PREFIX = "base_model.model."
+# and of the trained rows of an embedding
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 _GROUPS = (f"{PREFIX}factors", f"{PREFIX}frozen")
 
 
@@ -70,14 +78,8 @@ class AdapterReader:
 
     def __init__(self, adapter: str | Path):
         self.directory = local_directory(str(adapter), "adapter_config.json")
-        config = PeftConfig.from_pretrained(str(self.directory))
-        if not isinstance(config, NdLoraConfig):
-            kind = getattr(config.peft_type, "value", config.peft_type)
-            raise NdLoraValueError(
-                f"{adapter} holds an adapter of type {kind}, not NDLORA: PEFT reads it by itself."
-            )
+        self.config = _read_config(self.directory)
         check_adapter_file(str(self.directory))
-        self.config = config
         self.path = self.directory / ADAPTER_FILE
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self.others: dict[str, tuple[int, ...]] = {}
@@ -107,6 +109,11 @@ class AdapterReader:
         if entry is None:
             return None
         return WeightForm(entry["kind"], tuple(entry["shape"]), transposed=entry["kind"] == "embedding")
+
+    def is_parameter(self, path: str) -> bool:
+        """Whether a bare parameter is adapted, not a layer's weight."""
+        form = self.form(path)
+        return form is not None and form.kind == "parameter"
 
     def plan(self, path: str, base: BaseFiles | None = None) -> LayerAdapter:
         """The plan of one layer; features come from the base model if given, else from the factors' shapes.
@@ -150,8 +157,8 @@ class AdapterReader:
         shapes = {name.partition(".")[2]: shape for name, shape in self.shapes[path].items()}
         modes = [shape for name, shape in shapes.items() if name.startswith("mode_") and len(shape) == 3]
         if modes:
-            sizes = torch.tensor(modes).prod(0)  # (terms, out_mode, in_mode) of each, multiplied
-            return WeightForm("linear", (int(sizes[1]), int(sizes[2])))
+            _, out_modes, in_modes = zip(*modes, strict=True)  # each (terms, out_mode, in_mode)
+            return WeightForm("linear", (math.prod(out_modes), math.prod(in_modes)))
         if len(shapes.get("down", ())) == len(shapes.get("up", ())) == 2:
             return WeightForm("linear", (shapes["up"][0], shapes["down"][1]))
         known = (self.config.base_fingerprint or {}).get(path)
@@ -210,16 +217,17 @@ class AdapterReader:
         """
         indices = self.config.trainable_token_indices
         if isinstance(indices, dict):
-            module = key.removeprefix(KEY_PREFIX).partition(".token_adapter.")[0]
+            module = key.removeprefix(KEY_PREFIX).removesuffix(TOKEN_ROWS)
             matching = [
                 rows for name, rows in indices.items() if module == name or module.endswith(f".{name}")
             ]
             indices = matching[0] if matching else None
-        if indices is None or len(indices) != self.others[key][0]:
+        shape, rows = self.others[key], set(indices or ())
+        if len(shape) != 2 or not len(rows) == len(indices or ()) == shape[0] or min(rows, default=-1) < 0:
             raise NdLoraValueError(
-                f"{key!r} in {self.path} holds {self.others[key][0]} rows, and "
-                f"trainable_token_indices={self.config.trainable_token_indices!r} does not say which. Save "
-                f"the adapter again."
+                f"{key!r} in {self.path} has shape {list(shape)}, and trainable_token_indices="
+                f"{shorten(self.config.trainable_token_indices)} does not say which row of the embedding each of its "
+                f"rows is. Save the adapter again."
             )
         return indices
 
@@ -238,27 +246,6 @@ class AdapterReader:
                 layers.append(FingerprintedLayer(name, tuple(weight.shape), weight, kind))
         base_name = self.config.base_model_name_or_path
         compare_fingerprint(saved, layers, reads_weight=self.reads_base, base_name=base_name)
-
-    def check_complete(self, base: BaseFiles | None) -> None:
-        """Hold the file's layers against those that the configuration matches in a base model, or fingerprints.
-
-        Raises:
-            NdLoraValueError: some are not in the file.
-        """
-        found = {self.name(path) for path in self.shapes}
-        if base is None:
-            expected, by = self.config.base_fingerprint or {}, "its fingerprint of the base model"
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NdLoraWarning)
-                expected, by = dict(plan_model(base.model, self.config)), "its target_modules"
-            found = {base.full_name(name) for name in found}
-        missing = [name for name in expected if name not in found]
-        if missing:
-            raise NdLoraValueError(
-                f"{len(missing)} layers have no tensor in {self.path}, but by {by} they should: "
-                f"{listed(missing)}. Save the adapter again."
-            )
 
     def open_base(self, base: str | None, trust_remote_code: bool = False) -> BaseFiles:
         """The base model `base`, else the one that the configuration names if it is on this machine; checked.
@@ -284,11 +271,26 @@ class AdapterReader:
         return found
 
 
+def _read_config(directory: Path) -> NdLoraConfig:
+    """The configuration of an adapter, down to what `NdLoraConfig` takes as it stands."""
+    kind = read_object(directory / "adapter_config.json").get("peft_type")
+    if kind != NAME:
+        raise NdLoraValueError(
+            f"{directory} holds an adapter of type {kind}, not {NAME}: PEFT reads it by itself."
+        )
+    config = PeftConfig.from_pretrained(str(directory))
+    if config.base_fingerprint is not None:
+        check_fingerprint(config.base_fingerprint)
+    if config.weight_forms is not None:
+        check_weight_forms(config.weight_forms)
+    return config
+
+
 def _split(key: str) -> tuple[str | None, str]:
     """(layer, "ndlora_factors.down"), or (None, key) of a tensor that is not ours."""
     for group in _GROUPS:
         layer, found, factor = key.rpartition(f".{group}.")
-        if found and "." not in factor:
+        if found and "." not in factor and layer.startswith(KEY_PREFIX):
             return layer.removeprefix(KEY_PREFIX), f"{group}.{factor}"
     return None, key
 

@@ -7,7 +7,12 @@ from functools import cache
 
 from ndlora_plugins.errors import NdLoraValueError
 
-__all__ = ["balanced_modes", "check_modes", "crossed_modes"]
+__all__ = ["MAX_FEATURES", "MAX_MODES", "balanced_modes", "check_modes", "crossed_modes"]
+
+# No layer is larger: what is, stands in a broken file, and its divisors would be searched for years.
+MAX_FEATURES = 2**31
+# 2**31 has 31 prime factors: of more modes, some have the size 1.
+MAX_MODES = 64
 
 
 @cache
@@ -18,20 +23,27 @@ def balanced_modes(features: int, num_modes: int = 2) -> tuple[int, ...]:
     (https://github.com/ensemble-core/NdLinear-LoRA, `find_factors`); more minimise their sum.
 
     Args:
-        features: the dimension, at least 1.
-        num_modes: the number of modes, at least 1.
+        features: the dimension, 1 to `MAX_FEATURES`.
+        num_modes: the number of modes, 1 to `MAX_MODES`.
 
     Raises:
-        NdLoraValueError: if either is below 1.
+        NdLoraValueError: if either is out of range.
 
     >>> balanced_modes(576), balanced_modes(4096, 3), balanced_modes(7)
     ((24, 24), (16, 16, 16), (1, 7))
     """
-    if features < 1 or num_modes < 1:
-        raise NdLoraValueError(
-            f"features={features} cannot be split into num_modes={num_modes}: both must be at least 1."
-        )
+    _check_range(num_modes, features=features)
     return _smallest_sum(features, num_modes, 1)
+
+
+def _check_range(num_modes: int, **dimensions: int) -> None:
+    values = dimensions.values()
+    if not 1 <= num_modes <= MAX_MODES or min(values) < 1 or max(values) > MAX_FEATURES:
+        named = " and ".join(f"{name}={value}" for name, value in dimensions.items())
+        raise NdLoraValueError(
+            f"{named} cannot be split into num_modes={num_modes}: a dimension can be from 1 to {MAX_FEATURES}, the "
+            f"number of modes from 1 to {MAX_MODES}."
+        )
 
 
 def _smallest_sum(features: int, num_modes: int, at_least: int) -> tuple[int, ...] | None:
@@ -71,22 +83,25 @@ def crossed_modes(
     and an inner dimension of nm min(n, m).
 
     Raises:
-        NdLoraValueError: if any of the first three is below 1.
+        NdLoraValueError: if any is out of range.
 
     >>> crossed_modes(576, 1536, 4), crossed_modes(7, 5, 4), crossed_modes(576, 1536, 4, 3)
     (((4, 144), (384, 4)), ((1, 7), (5, 1)), ((4, 4, 36), (96, 4, 4)))
     """
-    if min(in_features, out_features, size) < 1:
-        raise NdLoraValueError(
-            f"in_features={in_features} and out_features={out_features} cannot be split with crossed_modes={size}: "
-            f"all must be at least 1."
-        )
+    _check_range(num_modes, in_features=in_features, out_features=out_features)
+    if size < 1:
+        raise NdLoraValueError(f"crossed_modes={size}: choose an integer of at least 1.")
     small = []
     for _ in range(num_modes - 1):
-        common = math.gcd(in_features, out_features)
-        small.append(next(n for n in range(min(size, common), 0, -1) if common % n == 0))
+        small.append(_largest_divisor(math.gcd(in_features, out_features), size))
         in_features, out_features = in_features // small[-1], out_features // small[-1]
     return (*small, in_features), (out_features, *small)
+
+
+def _largest_divisor(value: int, at_most: int) -> int:
+    """Divisors come in pairs, one of each up to the square root."""
+    below = [divisor for divisor in range(1, math.isqrt(value) + 1) if value % divisor == 0]
+    return max(d for divisor in below for d in (divisor, value // divisor) if d <= at_most)
 
 
 def check_modes(modes: tuple[int, ...], features: int, side: str) -> tuple[int, ...]:
@@ -97,8 +112,10 @@ def check_modes(modes: tuple[int, ...], features: int, side: str) -> tuple[int, 
         features: the dimension that they split.
         side: "in_modes" or "out_modes", for the message.
     """
-    if not modes or any(not isinstance(mode, int) or mode < 1 for mode in modes):
-        raise NdLoraValueError(f"{side}={list(modes)} must be integers of at least 1.")
+    if not 1 <= len(modes) <= MAX_MODES or any(not isinstance(mode, int) or mode < 1 for mode in modes):
+        raise NdLoraValueError(
+            f"{side}={list(modes)} must be 1 to {MAX_MODES} integers of at least 1."
+        )
     if math.prod(modes) != features:
         raise NdLoraValueError(
             f"{side}={list(modes)} multiply to {math.prod(modes)}, but the layer has "

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from ndlora_plugins.adapter import AdapterOptions, plan_layer
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.modes import balanced_modes, check_modes, crossed_modes, lopsidedness
 
@@ -42,7 +43,8 @@ def test_no_split_has_a_smaller_sum(features, num_modes):
     assert sum(balanced_modes(features, num_modes)) == min(sum(s) for s in all_splits)
 
 
-@pytest.mark.parametrize("features, num_modes", [(0, 2), (8, 0)])
+# the last two would search for divisors for minutes, and recurse too deep
+@pytest.mark.parametrize("features, num_modes", [(0, 2), (8, 0), (10**18 + 9, 2), (8, 2000)])
 def test_impossible_splits_raise(features, num_modes):
     with pytest.raises(NdLoraValueError, match=f"features={features}.*num_modes={num_modes}"):
         balanced_modes(features, num_modes)
@@ -69,9 +71,32 @@ def test_more_modes_cross_in_turn(features, size, num_modes, modes):
     assert crossed_modes(*features, size, num_modes) == modes
 
 
-def test_an_impossible_crossing_raises():
-    with pytest.raises(NdLoraValueError, match="crossed_modes=0"):
-        crossed_modes(8, 8, 0)
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((8, 8, 0), "crossed_modes=0"),
+        ((10**18 + 9, 8, 4), "in_features=1000000000000000009"),
+        ((8, 8, 4, 2000), "num_modes=2000"),
+    ],
+)
+def test_impossible_crossings_raise(arguments, message):
+    with pytest.raises(NdLoraValueError, match=message):
+        crossed_modes(*arguments)
+
+
+def test_a_large_prime_is_crossed_without_trying_every_number_below_it():
+    assert crossed_modes(2**31 - 1, 2**31 - 1, 2**31 - 2) == ((1, 2**31 - 1), (2**31 - 1, 1))
+
+
+@pytest.mark.parametrize("method", ["slora", "nlora", "inttune"])
+def test_methods_without_modes_search_no_divisors(method):
+    plan = plan_layer(AdapterOptions(method=method, num_modes=3), 10**18 + 9, 8, layer="q_proj")
+    assert plan.layout.in_modes == (1, 1, 10**18 + 9) and plan.layout.out_modes == (1, 1, 8)
+
+
+def test_too_many_modes_by_hand():
+    with pytest.raises(NdLoraValueError, match="must be 1 to 64 integers"):
+        check_modes((1,) * 65, 1, "in_modes", "q_proj")
 
 
 def test_wrong_product_names_the_layer_both_numbers_and_a_remedy():

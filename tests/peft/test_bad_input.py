@@ -2,7 +2,10 @@
 
 import json
 import warnings
+from dataclasses import fields
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -44,6 +47,74 @@ OPTIONS = [
     ({"use_dora": True}, r"use_dora=True is an option of LoraConfig"),
     ({"loftq_config": {"loftq_bits": 4}}, r"loftq_config=.*use init_lora_weights='n_lora'"),
     ({"layer_replication": [(0, 2)]}, r"layer_replication="),
+    ({"target_modules": ["q_proj"], "layers_pattern": ["("], "layers_to_transform": [0]}, r"layers_pattern=\['\('\]"),
+    ({"task_type": "NOPE"}, r"Invalid task type: 'NOPE'"),
+]
+NAN, INFINITY = float("nan"), float("inf")
+# field -> values that it cannot have: refused by the configuration alone, by a message that begins with the field
+REFUSED_VALUES = {
+    "method": [5, True, ["slora"]],
+    "r": ["8", 2.0, True, -1, [8], {}, NAN, 10**400],
+    "lora_alpha": ["16", True, [16], NAN, INFINITY, -INFINITY, 10**400, 1e39],
+    "lora_dropout": ["0.1", None, True, [0.1], NAN, -0.1],
+    "init_lora_weights": [1, 0.5, ["s_lora"]],
+    "anchor": [False, 5, ["none"]],
+    "num_modes": ["2", None, 2.0, True, [2], 2000, 10**30],
+    "crossed_modes": ["4", True, 4.0, [4], -4],
+    "modes": [
+        [4, 6],
+        "6x8",
+        5,
+        {"in_modes": 6},
+        {"in_modes": "68"},
+        {"in_modes": [6, "8"]},
+        {"in_modes": [6, True]},
+        {"in_modes": [0, 8]},
+        {"in_modes": [6.0, 8]},
+        {"q_proj": {"in_modes": [6, 8], "modes": []}},
+        {"(": {"in_modes": [6, 8]}},
+        {"in_modes": [6, 8], "q_proj": {"in_modes": [6, 8]}},
+    ],
+    "random_seed": [[1], "1", 1.0, True, {}],
+    "target_modules": ["(", "a{99999999999}", "(" * 2000, 5, True, [5], [["q_proj"]], {"q_proj": 1}, b"q_proj"],
+    "exclude_modules": ["*", 5, True, [5], {"q_proj": 1}],
+    "layers_to_transform": ["0", True, 0.5, ["0"], [True], {"0": 1}],
+    "layers_pattern": ["(", 5, [5], {}],
+    "rank_pattern": [None, [("q_proj", 2)], "q_proj", {"q_proj": "2"}, {"q_proj": True}, {"(": 2}, {True: 2}],
+    "alpha_pattern": [None, ["q_proj"], 2, {"q_proj": NAN}, {"q_proj": "2"}, {"q_proj": True}, {"[": 2}],
+    "modules_to_save": ["lm_head", 5, [5], {"lm_head": 1}, ["("]],
+    "bias": [None, True, 5, ["all"]],
+    "fan_in_fan_out": ["false", 1, []],
+    "use_rslora": ["false", 1, 0, []],
+    "trainable_token_indices": ["1", 5, True, ["1"], [True], [0.5], {"embed_tokens": 1}, {"embed_tokens": ["1"]}],
+    "target_parameters": ["experts.down_proj", 5, [5]],
+    "ensure_weight_tying": ["false", 1],
+    "base_fingerprint": [[], "q_proj", 5],
+    "weight_forms": [[], "q_proj", 5],
+    "schema_version": [0, -1, "1", 1.0, True, None],
+    "task_type": [5, ["CAUSAL_LM"]],
+    "peft_type": [5],
+    "auto_mapping": [5, []],
+    "peft_version": [5],
+    "base_model_name_or_path": [5, ["base"]],
+    "revision": [5],
+    "inference_mode": ["false", 1],
+}
+# options, the same in Python's own types: what YAML, OmegaConf and numpy give
+ACCEPTED_VALUES = [
+    ({"lora_alpha": 16}, {"lora_alpha": 16}),
+    ({"lora_alpha": np.float32(0.5), "r": np.int64(2)}, {"lora_alpha": 0.5, "r": 2}),
+    ({"lora_dropout": 0}, {"lora_dropout": 0}),
+    ({"use_rslora": None, "init_lora_weights": None}, {"use_rslora": None, "init_lora_weights": None}),
+    ({"use_rslora": np.True_}, {"use_rslora": True}),
+    ({"target_modules": ("q_proj", "v_proj")}, {"target_modules": {"q_proj", "v_proj"}}),
+    ({"exclude_modules": {"q_proj": 1}.keys()}, {"exclude_modules": {"q_proj"}}),
+    ({"modules_to_save": ("lm_head",)}, {"modules_to_save": ["lm_head"]}),
+    ({"layers_to_transform": range(2)}, {"layers_to_transform": [0, 1]}),
+    ({"layers_to_transform": np.arange(2)}, {"layers_to_transform": [0, 1]}),
+    ({"rank_pattern": MappingProxyType({0: 2})}, {"rank_pattern": {"0": 2}}),
+    ({"modes": {"in_modes": (6, 8), "out_modes": None}}, {"modes": {"in_modes": [6, 8], "out_modes": None}}),
+    ({"trainable_token_indices": (1, 2)}, {"trainable_token_indices": [1, 2]}),
 ]
 # options, what the error must say: refused when the model is seen
 MODELS = [
@@ -108,13 +179,39 @@ def test_a_weight_split_over_processes_is_refused(make_llama):
         distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    "field, value", [(field, value) for field, values in REFUSED_VALUES.items() for value in values]
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(NdLoraValueError, match=rf"^{field}=(?s:.){{1,250}}: \w(?s:.)*\.$"):
+        NdLoraConfig(**{field: value})
+
+
+def test_every_field_has_values_that_are_refused():
+    assert set(REFUSED_VALUES) == {f.name for f in fields(NdLoraConfig)}
+
+
+@pytest.mark.parametrize("options, expected", ACCEPTED_VALUES)
+def test_what_yaml_and_numpy_give_is_accepted_and_saved(options, expected, tmp_path):
+    config = NdLoraConfig(**options)
+    config.save_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in options} == expected
+    assert {name: getattr(PeftConfig.from_pretrained(tmp_path), name) for name in options} == expected
+
+
+def test_a_wrong_value_in_a_file_is_refused(adapters):
+    directory = adapters()
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": "false"}))
+    with pytest.raises(NdLoraValueError, match=r"^use_rslora='false': choose True or False"):
+        PeftConfig.from_pretrained(directory)
+
+
 def test_values_that_mean_nothing_are_accepted():
     NdLoraConfig(use_dora=False, loftq_config=None, megatron_config={})
 
 
 def test_every_option_of_lora_config_is_ours_or_refused_with_a_reason():
-    from dataclasses import fields
-
     from ndlora_plugins.integrations.peft.config import _REFUSED
 
     ours = {f.name for f in fields(NdLoraConfig)}

@@ -1,10 +1,15 @@
 """Exports against the adapter they came from: stock LoRA, LoKr, merged files, and PEFT's own conversion."""
 
 import json
+import logging
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +119,18 @@ STOCK = """
     assert not any(name.partition(".")[0] == "ndlora_plugins" for name in sys.modules)
     torch.save(logits.detach(), {out!r})
 """
+# exit status of an export that is stopped while it writes, what the next one says
+STOPPED = {
+    signal.SIGTERM: (128 + signal.SIGTERM, ""),
+    signal.SIGKILL: (
+        -signal.SIGKILL,
+        r"Removed .*\.out-unfinished/files \([\d,]+ bytes\), left by a process",
+    ),
+}
+OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]
+INTO_A_MOUNT = (
+    f"mount --bind elsewhere out && exec {sys.executable} -P -m ndlora_plugins.commands.main export"
+)
 
 
 @pytest.fixture(params=MODELS)
@@ -282,6 +299,56 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(to, make_llama, tra
     (tmp_path / "empty").mkdir()
     save_file({key: torch.zeros_like(value) for key, value in load_file(file).items()}, file)
     assert export_adapter(tmp_path / "adapter", tmp_path / "empty", to).largest_error == 0
+
+
+@pytest.mark.parametrize("prepare", [Path.mkdir, Path.exists], ids=["to an empty directory", "to nothing"])
+def test_a_link_is_followed(prepare, make_llama, trained, tmp_path):
+    trained(make_llama, method="slora")
+    (tmp_path / "link").symlink_to("elsewhere")
+    prepare(tmp_path / "elsewhere")
+    export_adapter(tmp_path / "adapter", tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "elsewhere", "link"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "adapter_config.json").is_file()
+
+
+@pytest.mark.skipif(
+    subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode != 0,
+    reason="nothing can be mounted",
+)
+def test_a_mount_point_is_refused_at_the_start(make_llama, trained, tmp_path):
+    trained(make_llama)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    command = [*OWN_MOUNTS, "sh", "-c", f"{INTO_A_MOUNT} broken-adapter --to lora --output out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "out is a mount point" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "expected"), STOPPED.items(), ids=[stop.name for stop in STOPPED])
+def test_an_export_that_is_stopped_leaves_all_or_nothing(
+    number, expected, make_llama, trained, tmp_path, caplog
+):
+    trained(make_llama, "20KB", method="slora")
+    shard = next((tmp_path / "base").glob("model-00001-*"))
+    shard.rename(tmp_path / "kept")
+    os.mkfifo(shard)  # whoever opens it waits: the embedding, which nothing else reads
+    paths = [str(tmp_path / "adapter"), "--to", "merged", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-P", "-m", "ndlora_plugins.commands.main", "export", *paths]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / ".out-unfinished" / "files" / "config.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(NdLoraValueError, match="Another process is writing"):
+            export_adapter(tmp_path / "adapter", tmp_path / "out", "lora")
+        process.send_signal(number)
+    status, message = expected
+    assert process.returncode == status and not (tmp_path / "out").exists()
+    assert (tmp_path / ".out-unfinished").exists() == bool(message)
+    (tmp_path / "kept").rename(shard)
+    with caplog.at_level(logging.WARNING, "ndlora_plugins"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "merged")
+    assert re.search(message, caplog.text) and bool(caplog.text) == bool(message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
 @pytest.mark.parametrize("to", ["lora", "lokr", "merged"])
