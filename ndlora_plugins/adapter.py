@@ -41,6 +41,13 @@ class AdapterOptions:
     use_rslora: bool
     anchor: str
 
+    @property
+    def recomputed(self) -> bool:
+        """Whether frozen tensors are read from the base weight when an adapter is loaded; see `LayerAdapter`."""
+        names, trained = self.method.factor_names(self.options), self.method.trained_names(self.options)
+        frozen = len(names) > 1 if self.anchor == "snapshot" else trained is not None and set(trained) < set(names)
+        return frozen and self.start.recomputable and self.start.reads == {"weight"}
+
 
 def adapter_options(
     method: str | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = [
     "Registered",
     "method_and_start",
     "methods",
+    "option_names",
     "product_method",
     "register_plugin",
     "starts",
@@ -107,16 +109,8 @@ def method_and_start(
     Raises:
         NdLoraValueError: an unknown name or option, or a start that does not fit the method.
     """
-    start = None
-    if not (init_lora_weights is None or isinstance(init_lora_weights, bool)):
-        start = _look_up(starts(), init_lora_weights, "init_lora_weights", "start")
-    if method is None:
-        method = (start.implies if start is not None else None) or next(iter(methods()))
-    resolved = _look_up(methods(), method, "method", "method")
+    resolved, start = _look_up_both(method, init_lora_weights)
     chosen = make_options(resolved, options or {})
-    if start is None:
-        name = "random" if init_lora_weights is False else resolved.start
-        start = _look_up(starts(), name, "init_lora_weights", "start")
     reason = _misfit(resolved, start, chosen)
     if reason is not None:
         fitting = [name for name, found in starts().items() if _misfit(resolved, found.value, chosen) is None]
@@ -125,6 +119,24 @@ def method_and_start(
             f"Use init_lora_weights=True or one of {fitting}."
         )
     return resolved, start, chosen
+
+
+def option_names(method: str | None, init_lora_weights: bool | str | None) -> frozenset[str]:
+    """The names of the options that the method has which these two resolve to."""
+    return frozenset(field.name for field in fields(_look_up_both(method, init_lora_weights)[0].Options))
+
+
+def _look_up_both(method: str | None, init_lora_weights: bool | str | None) -> tuple[Method, Start]:
+    start = None
+    if not (init_lora_weights is None or isinstance(init_lora_weights, bool)):
+        start = _look_up(starts(), init_lora_weights, "init_lora_weights", "start")
+    if method is None:
+        method = (start.implies if start is not None else None) or next(iter(methods()))
+    resolved = _look_up(methods(), method, "method", "method")
+    if start is None:
+        name = "random" if init_lora_weights is False else resolved.start
+        start = _look_up(starts(), name, "init_lora_weights", "start")
+    return resolved, start
 
 
 def _misfit(method: Method, start: Start, options: Any) -> str | None:

@@ -6,14 +6,16 @@ The core is imported when it is first used: registration, which runs at `import 
 from __future__ import annotations
 
 import os
-from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.lora_keywords import LoraKeywords, refuse_keywords
 from ndlora_plugins.integrations.peft.registration import NAME, extend_enum
 from ndlora_plugins.integrations.peft.validation import (
     Alpha,
@@ -33,39 +35,36 @@ from ndlora_plugins.integrations.peft.validation import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ndlora_plugins.adapter import AdapterOptions
 
-__all__ = ["NdLoraConfig", "SCHEMA_VERSION"]
+__all__ = ["NdLoraConfig", "SCHEMA_VERSION", "Session"]
 
 # of adapter_config.json; raised when the meaning of a field or of a tensor changes
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-# keywords of LoraConfig that have no meaning here -> what to do instead
-_REFUSED = {
-    "use_dora": "the magnitude vector is defined for LoRA's product only; leave it out",
-    "use_qalora": "it is defined for LoRA's product only; leave it out",
-    "qalora_group_size": "it belongs to use_qalora; leave it out",
-    "use_bdlora": "it is defined for LoRA's product only; leave it out",
-    "loftq_config": "LoftQ computes LoRA's two matrices; use init_lora_weights='n_lora' or True instead",
-    "eva_config": "EVA computes LoRA's two matrices; use init_lora_weights=True instead",
-    "corda_config": "CorDA computes LoRA's two matrices; use init_lora_weights=True instead",
-    "lora_ga_config": "LoRA-GA computes LoRA's two matrices; use init_lora_weights=True instead",
-    "alora_invocation_tokens": "activated LoRA is defined for LoRA's product only; leave it out",
-    "megatron_config": "Megatron layers are not supported; leave it out",
-    "megatron_core": "Megatron layers are not supported; leave it out",
-    "layer_replication": "it writes new layers into the model; replicate them before the adapter is added",
-    "lora_bias": "a biased update cannot be merged and has no place in these methods; use bias='all' instead",
-    "arrow_config": "Arrow routes between LoRA adapters; leave it out",
-    "velora_config": "VeLoRA compresses what LoRA's product keeps for backward; leave it out",
-    "monteclora_config": "MonteCLoRA samples LoRA's matrices; leave it out",
-    "kasa_config": "KaSA is defined for LoRA's product only; leave it out",
-}
-# what LoraConfig itself fills in, so that all its fields can be passed on
-_WITHOUT_EFFECT = {"qalora_group_size": 16, "megatron_core": "megatron.core"}
+_SIDES = {"in_modes", "out_modes"}
 
 
 @dataclass
-class NdLoraConfig(PeftConfig):
+class Session:
+    """What is known of an adapter while it is in memory.
+
+    Attributes:
+        base_fingerprint, layers: of the model that it is on; become the fields of these names when it is saved.
+        training: what a trainer noted, for the model card.
+        gradients: layer's name -> gradient of its weight (out_features, in_features), for starts that read one.
+    """
+
+    base_fingerprint: dict | None = None
+    layers: dict | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class NdLoraConfig(PeftConfig, LoraKeywords):
     """Configuration of an NDLORA adapter: `get_peft_model(model, NdLoraConfig())`.
 
     The fields are documented where they stand (`metadata["help"]`); docs/options.md lists them all.
@@ -77,23 +76,23 @@ class NdLoraConfig(PeftConfig):
     method: str | None = field(
         default=None,
         metadata={
-            "help": "'ndlinear', 'slora', 'nlora', 'inttune' or one of an installed plugin. Left out, it follows "
-            "from `init_lora_weights` ('n_lora' means nlora, 's_lora' means slora), else it is 'ndlinear'."
+            "help": "One that `ndlora methods` lists. Left out, it follows from `init_lora_weights` where that is the "
+            "start of one method, else it is the first of the list."
         },
     )
     r: Rank | None = field(
         default=None,
         metadata={
-            "help": "The rank in the method's own sense: Kronecker terms for ndlinear (default 1), the rank for "
-            "the others (default 8)."
+            "help": "The rank in the method's own sense: Kronecker terms for methods with modes, the rank of the "
+            "product for the others. `ndlora methods` has each one's default."
         },
     )
     lora_alpha: Alpha | None = field(
         default=None,
         metadata={
             "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default: 16, as in LoRA recipes, for "
-            "the starts 'lora_step', 'kronecker', 'n_lora_step' and 'n_lora_pivots', which are made for it; else r: "
-            "scaling is 1."
+            "the starts that are made for it (`ndlora methods` says which); else r: scaling is 1. Layers with a rank "
+            "of their own keep it, as in LoraConfig."
         },
     )
     lora_dropout: Dropout = field(
@@ -106,9 +105,7 @@ class NdLoraConfig(PeftConfig):
         default=True,
         metadata={
             "help": "True: the method's own start, which leaves the model's function as it is. False: random and "
-            "not zero (for tests). Or a name: 'lora_step', 'kronecker', 'zero_mode', 'ndlinear' (the reference's), "
-            "'s_lora', 'n_lora', 'n_lora_step', 'n_lora_pivots', or one of a plugin; `ndlora methods` says what each "
-            "is."
+            "not zero (for tests). Or the name of a start that fits the method; `ndlora methods` lists them."
         },
     )
     anchor: str | None = field(
@@ -116,6 +113,13 @@ class NdLoraConfig(PeftConfig):
         metadata={
             "help": "'snapshot': a start that is not zero is subtracted, so the model begins as it is. 'none': as "
             "the reference code. Default 'snapshot' where the start would move the model."
+        },
+    )
+    options: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "The method's own options, by name: {'equation': 'out r, r in -> out in'}. `ndlora methods --json` "
+            "lists each one's."
         },
     )
     num_modes: NumModes = field(
@@ -212,41 +216,21 @@ class NdLoraConfig(PeftConfig):
     weight_forms: dict | None = field(
         default=None,
         metadata={
-            "help": "Written when an adapter is saved: which of its layers are not linear, and what they are. Not set "
-            "by hand."
+            "help": "As `layers`, in files of schema 1: of the layers that are not linear. Not set by hand."
+        },
+    )
+    layers: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Written when an adapter is saved: its layers, as the file names them, with name, kind and shape. "
+            "Not set by hand."
         },
     )
     schema_version: Schema = field(
         default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."}
     )
-    use_dora: InitVar = None
-    use_qalora: InitVar = None
-    qalora_group_size: InitVar = None
-    use_bdlora: InitVar = None
-    loftq_config: InitVar = None
-    eva_config: InitVar = None
-    corda_config: InitVar = None
-    lora_ga_config: InitVar = None
-    alora_invocation_tokens: InitVar = None
-    megatron_config: InitVar = None
-    megatron_core: InitVar = None
-    layer_replication: InitVar = None
-    lora_bias: InitVar = None
-    arrow_config: InitVar = None
-    velora_config: InitVar = None
-    monteclora_config: InitVar = None
-    kasa_config: InitVar = None
-
     def __post_init__(self, *refused):
-        from ndlora_plugins.adapter import resolve_alpha, resolve_anchor
-        from ndlora_plugins.registry import method_and_initializer
-
-        for keyword, value in zip(_REFUSED, refused, strict=True):
-            if value and value != _WITHOUT_EFFECT.get(keyword):
-                raise NdLoraValueError(
-                    f"{keyword}={value!r} is an option of LoraConfig that NdLoraConfig does not have: "
-                    f"{_REFUSED[keyword]}."
-                )
+        refuse_keywords(refused)
         if isinstance(self.schema_version, int) and self.schema_version > SCHEMA_VERSION:
             raise NdLoraValueError(
                 f"This adapter_config.json has schema_version={self.schema_version}; the installed ndlora-plugins "
@@ -258,15 +242,11 @@ class NdLoraConfig(PeftConfig):
         except ValueError as error:  # a task that PEFT does not know
             raise NdLoraValueError(f"task_type={self.task_type!r}: {error}") from error
         self.peft_type = extend_enum(PeftType, NAME, NAME)
-        method, initializer = method_and_initializer(self.method, self.init_lora_weights)
-        self.method = method.name
-        self.r = method.default_rank if self.r is None else self.r
-        self.lora_alpha = resolve_alpha(self.lora_alpha, self.r, initializer)
-        self.anchor = resolve_anchor(self.anchor, initializer)
+        resolved = self.resolved()
+        self.method, self.r = resolved.method.name, resolved.rank
+        self.lora_alpha, self.anchor = resolved.alpha, resolved.anchor
         self._check_targets()
-        # of this session's base model; become `base_fingerprint` and `weight_forms` when saved
-        self._session_fingerprint = None
-        self._session_weight_forms = None
+        self.session = Session()
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, list):
@@ -287,37 +267,62 @@ class NdLoraConfig(PeftConfig):
         if self.bias == "lora_only":
             self.bias = "ndlora_only"
 
-    def options_for(self, layer: str) -> AdapterOptions:
+    def resolved(self) -> AdapterOptions:
+        """The core's options, all defaults filled in, of a layer that no pattern names.
+
+        Raises:
+            NdLoraValueError: a value that cannot work.
+        """
+        from ndlora_plugins.adapter import adapter_options
+
+        modes = self.modes if self.modes and _SIDES & set(self.modes) else {}
+        return adapter_options(
+            self.method,
+            self.init_lora_weights,
+            self.r,
+            self.lora_alpha,
+            self.use_rslora,
+            self.anchor,
+            self._method_options(modes),
+        )
+
+    def options_for(self, layer: str, resolved: AdapterOptions | None = None) -> AdapterOptions:
         """The core's options for one layer, patterns applied.
 
         Args:
             layer: the module's full name in the model, without the name of the adapter.
+            resolved: what `resolved` gave, where it is asked for many layers.
         """
-        from ndlora_plugins.adapter import AdapterOptions
+        from ndlora_plugins.methods.base import make_options
 
-        modes = self.modes or {}
-        if modes and not {"in_modes", "out_modes"} & set(modes):
-            modes = modes.get(get_pattern_key(modes.keys(), layer), {})
-        return AdapterOptions(
-            method=self.method,
-            init_lora_weights=self.init_lora_weights,
-            rank=self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r),
-            alpha=self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), layer), self.lora_alpha),
-            use_rslora=self.use_rslora,
-            anchor=self.anchor,
-            num_modes=self.num_modes,
-            crossed_modes=self.crossed_modes,
-            in_modes=modes.get("in_modes"),
-            out_modes=modes.get("out_modes"),
+        found = resolved or self.resolved()
+        rank, alpha = _of_pattern(self.rank_pattern, layer), _of_pattern(self.alpha_pattern, layer)
+        modes = {} if not self.modes or _SIDES & set(self.modes) else _of_pattern(self.modes, layer)
+        return replace(
+            found,
+            rank=rank or found.rank,
+            alpha=found.alpha if alpha is None else alpha,
+            options=make_options(found.method, self._method_options(modes)) if modes else found.options,
         )
+
+    def _method_options(self, modes: Mapping[str, Any]) -> dict[str, Any]:
+        """`options`, and those of the fields above that the method has as options of its own."""
+        from ndlora_plugins.registry import option_names
+
+        given = {"num_modes": self.num_modes, "crossed_modes": self.crossed_modes, **modes}
+        defaults = {field.name: field.default for field in fields(self)}
+        said = {name: value for name, value in given.items() if value != defaults.get(name)}
+        known = option_names(self.method, self.init_lora_weights)
+        return {name: value for name, value in said.items() if name in known} | (self.options or {})
 
     def to_dict(self) -> dict:
         """The fields, with what this session knows of the base model unless it was loaded."""
         fields = super().to_dict()
-        if self.base_fingerprint is None:
-            fields["base_fingerprint"] = self._session_fingerprint
-        if self.weight_forms is None:
-            fields["weight_forms"] = self._session_weight_forms
+        for name in ("base_fingerprint", "layers"):
+            if fields[name] is None:
+                fields[name] = getattr(self.session, name)
+        if fields["layers"] is not None:
+            fields["weight_forms"], fields["schema_version"] = None, SCHEMA_VERSION
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
@@ -342,3 +347,8 @@ class NdLoraConfig(PeftConfig):
         if os.path.isfile(os.path.join(directory, ADAPTER_FILE)):
             check_adapter_file(directory)
         return config
+
+
+def _of_pattern(pattern: Mapping[str, Any], layer: str) -> Any:
+    """What a pattern says of a layer, or None."""
+    return pattern.get(get_pattern_key(pattern.keys(), layer))
