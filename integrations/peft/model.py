@@ -32,7 +32,7 @@ from ndlora_plugins.errors import (
     UnmatchedTargetWarning,
 )
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, Call, NdLoraLayer
+from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, NdLoraLayer
 from ndlora_plugins.integrations.peft.registration import PREFIX
 from ndlora_plugins.integrations.peft.weights import (
     WeightForm,
@@ -211,10 +211,6 @@ class NdLoraModel(BaseTuner):
     tuner_layer_cls = NdLoraLayer
     target_module_mapping: dict = {}
 
-    def __init__(self, *args, **kwargs) -> None:
-        self.call = Call()  # the layers, which are made next, share it
-        super().__init__(*args, **kwargs)
-
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config  # `_prepare_model` fills in the targets, as it has the model
 
@@ -294,7 +290,6 @@ class NdLoraModel(BaseTuner):
             **arguments,
             **get_quantization_kwargs(self.model),
         )
-        layer.call = self.call
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
         self._replace_module(parent, target_name, layer, target)
@@ -332,8 +327,6 @@ class NdLoraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
         """PEFT calls this around `forward` and `generate`: brings `adapter_names` to every layer with adapters.
 
-        Until it ends the factors stay as they are; see `Call`.
-
         Args:
             adapter_names: for each sample of the batch the adapter to use; "__base__" for none.
 
@@ -341,8 +334,7 @@ class NdLoraModel(BaseTuner):
             NdLoraValueError: the model is in training mode, or an adapter does not exist.
         """
         if adapter_names is None:
-            with self.call.running():
-                yield
+            yield
             return
         if self.training:
             raise NdLoraValueError(
