@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.fused import AddFew, Product, add_product, fold, linear_with_product
+from ndlora_plugins.fused import Product, add_product, linear_with_product
 from ndlora_plugins.initializers import Initializer
 from ndlora_plugins.methods.base import Factor, Layout, Method
 from ndlora_plugins.modes import balanced_modes, check_modes, crossed_modes, lopsidedness
@@ -178,14 +178,6 @@ class LayerAdapter:
         if found is None:
             return self.add_update(F.linear(x, weight, bias), trained, frozen, x, scaling)
         return linear_with_product(*found, weight, bias, x, scaling)
-
-    def fold(
-        self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
-    ) -> tuple[AddFew, torch.dtype] | None:
-        """What `fused.linear_with_few` takes, for factors that stay as they are; None if it cannot take them."""
-        with torch.no_grad():
-            found = self._product(trained, frozen)
-            return None if found is None else fold(*found, self.low_rank(trained, frozen))
 
     def lookup(self, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], indices: Tensor) -> Tensor:
         """Columns of dW for integer indices (...) -> (..., out_features), without scaling."""

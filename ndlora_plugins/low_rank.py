@@ -33,6 +33,12 @@ class CoreProduct(Product):
         kept = ((x,) if needs[0] else ()) + ((h,) if needs[1] or needs[2] else ())
         return add_mm_(result, h @ core.T, up.T, scaling), kept
 
+    def add_few(self, tensors, result, x, scaling):
+        if not _is_vector(x):
+            return super().add_few(tensors, result, x, scaling)
+        down, core, up = tensors
+        result.view(-1).addmv_(up, core.mv(down.mv(x.reshape(-1))), alpha=scaling)
+
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         down, core, up = _cast(tensors, grad.dtype)
         grads = [None, None, None]
@@ -82,10 +88,18 @@ class AnchoredCoreProduct(Product):
     def add_few(self, tensors, result, x, scaling):
         # joining the tensors would cost more than it saves
         down, core, up, start_down, start_core, start_up = tensors
+        if _is_vector(x):
+            x, result = x.reshape(-1), result.view(-1)
+            d = down.mv(x)
+            both = torch.addmv(d, start_down, x)
+            changed = core.mv(both)
+            result.addmv_(up, torch.addmv(changed, start_core, both), alpha=scaling)
+            result.addmv_(start_up, torch.addmv(changed, start_core, d), alpha=scaling)
+            return
         x, result = x.reshape(-1, self.in_features), result.view(-1, self.out_features)
-        d = x @ down.T
+        d = F.linear(x, down)
         both = torch.addmm(d, x, start_down.T)
-        changed = both @ core.T
+        changed = F.linear(both, core)
         result.addmm_(torch.addmm(changed, both, start_core.T), up.T, alpha=scaling)
         result.addmm_(torch.addmm(changed, d, start_core.T), start_up.T, alpha=scaling)
 
@@ -111,6 +125,11 @@ class AnchoredCoreProduct(Product):
         now = start_core + core
         cores = torch.cat([torch.cat([now, now], dim=1), torch.cat([core, now], dim=1)])
         return torch.cat([start_down, down]), now, cores, torch.cat([up, start_up], dim=1)
+
+
+def _is_vector(x):
+    """Whether x is one token, whose products with matrices are called faster as vectors'; not so in 16 bit."""
+    return x.numel() == x.shape[-1] and x.dtype.itemsize >= 4
 
 
 def _cast(tensors, dtype):
