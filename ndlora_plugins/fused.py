@@ -7,31 +7,24 @@ intermediates kept for backward. A `Product` adds into what is there instead, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ndlora_plugins.errors import NdLoraValueError
 
 __all__ = [
-    "FEW_TOKENS",
-    "AddFew",
     "Product",
     "add_mm_",
     "add_product",
-    "compute_dtype",
-    "fold",
-    "is_few",
-    "linear_with_few",
     "linear_with_product",
 ]
 
 Kept = tuple[Tensor, ...]
 Gradients = list[Tensor | None]
-AddFew = Callable[[Tensor, Tensor, float], None]  # (result, x, scaling), of `Product.add_few`
 
 
 class Product:
@@ -77,7 +70,7 @@ class Product:
         Args:
             tensors: of one dtype.
             result: (..., out_features), contiguous.
-            x: (..., in_features), at most `FEW_TOKENS`; both of the tensors' dtype.
+            x: (..., in_features); both of the tensors' dtype.
         """
         tokens, result = x.reshape(-1, self.in_features), result.view(-1, self.out_features)
         self.forward(tokens, tensors, (False,) * len(tensors), result, scaling)
@@ -111,23 +104,28 @@ def add_mm_(result: Tensor | None, left: Tensor, right: Tensor, scaling: float) 
     return result.addmm_(left, right, alpha=scaling)
 
 
-def compute_dtype(x: Tensor, tensors: Sequence[Tensor]) -> torch.dtype:
+def _compute_dtype(x: Tensor, tensors: Sequence[Tensor], autocast: bool) -> torch.dtype:
     """The dtype that dW x is computed in.
 
     Under autocast it is autocast's. A bfloat16 x meets float32 tensors in bfloat16, which has float32's range:
     no copy of x is made and kept, long sums are float32 inside. Otherwise it is the tensors' dtype. A few tokens
     of which no gradient is wanted are cheaper to cast than the tensors.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     dtype = tensors[0].dtype
     if x.dtype == torch.bfloat16 and dtype == torch.float32:
-        if not is_few(x):
+        if not _is_few(x):
             return torch.bfloat16
     return dtype
 
 
-FEW_TOKENS = 64  # up to so many, what is done to the tensors costs more than what is done to x
+_FEW_TOKENS = 64  # up to so many, what is done to the tensors costs more than what is done to x
+
+
+def _is_few(x: Tensor) -> bool:
+    """Whether x (..., in_features) is a few tokens of which no gradient is wanted."""
+    return not torch.is_grad_enabled() and x.numel() <= _FEW_TOKENS * x.shape[-1]
 
 
 class _Update(torch.autograd.Function):
@@ -136,12 +134,9 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product, scaling, weight, bias, output, x, *tensors):
         needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
-        if weight is not None:
-            result = F.linear(x, weight, bias)
-        else:
-            result = output
-            if output is not None:
-                ctx.mark_dirty(output)
+        if output is not None:
+            ctx.mark_dirty(output)
+        result = output if weight is None else _linear(x, weight, bias)
         tokens = x.reshape(-1, product.in_features)
         result, kept = _forward(product, scaling, result, x.shape, tokens, tensors, needs)
         # x itself and not a view of it: a second derivative needs it as autograd knows it
@@ -156,9 +151,21 @@ class _Update(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
-        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
-        grad_x, grads = backward(ctx, grad, weight, tensors, kept, needs, needs_x)
+        grad_x, grads = None, [None] * ctx.count
+        if needs_x or True in needs:  # else `output` alone needs its gradient
+            backward = _differentiable_backward if torch.is_grad_enabled() else _backward
+            grad_x, grads = backward(ctx, grad, weight, tensors, kept, needs, needs_x)
         return None, None, None, None, grad if ctx.needs_input_grad[4] else None, grad_x, *grads
+
+
+def _linear(x, weight, bias):
+    """F.linear, but never a view, as it may give with a bias: autograd lets nobody change a function's view."""
+    if bias is None or x.dim() == 2:
+        return F.linear(x, weight, bias)
+    result = x.new_empty(*x.shape[:-1], len(weight))
+    # (..., in) -> (tokens, in); (..., out) -> (tokens, out), the same memory
+    torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T, out=result.view(-1, len(weight)))
+    return result
 
 
 def _forward(product, scaling, result, shape, tokens, tensors, needs):
@@ -204,10 +211,22 @@ enabled = True  # False: plain autograd everywhere
 
 def _can_fuse(*tensors: Tensor | None) -> bool:
     # torch.compile fuses plain functions itself; subclasses (DTensor, quantised) bring their own products
-    return enabled and not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
+    return (
+        enabled
+        and not torch.compiler.is_compiling()
+        and not _is_transforming()
+        and _PLAIN.issuperset(map(type, tensors))
+    )
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, type(None)))
+# torch has no public name for either; without them a transform ends in torch's own error, as it says for `_Update`
+_in_functorch = getattr(torch._C, "_are_functorch_transforms_active", bool)
+
+
+def _is_transforming() -> bool:
+    """Whether `torch.func` (grad, vmap, jvp, ..) or forward-mode AD runs, which see through plain functions alone."""
+    return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def _run(product, tensors, weight, bias, output, x, scaling):
@@ -217,6 +236,9 @@ def _run(product, tensors, weight, bias, output, x, scaling):
         return _Update.apply(product, scaling, weight, bias, output, x, *tensors)
     if weight is not None:
         output = F.linear(x, weight, bias)
+    if output is not None and _is_few(x) and x.dtype == tensors[0].dtype:
+        product.add_few(tensors, output, x, scaling)
+        return output
     tokens = x.reshape(-1, product.in_features)
     return _forward(product, scaling, output, x.shape, tokens, tensors, (False,) * len(tensors))[0]
 
@@ -241,7 +263,8 @@ def add_product(
     Returns:
         (..., out_features), in output's dtype.
     """
-    return _add(product, tensors, output, x, scaling, in_place, compute_dtype(x, tensors))
+    dtype = _compute_dtype(x, tensors, torch.is_autocast_enabled(x.device.type))
+    return _add(product, tensors, output, x, scaling, in_place, dtype)
 
 
 def _add(product, tensors, output, x, scaling, in_place, dtype):
@@ -284,65 +307,11 @@ def linear_with_product(
     Returns:
         (..., out_features).
     """
-    if is_few(x) and _can_fuse(*tensors):
-        add = partial(product.add_few, tensors)
-        result = linear_with_few(add, tensors[0].dtype, weight, bias, x, scaling)
-        if result is not None:
-            return result
-    dtype = compute_dtype(x, tensors)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = _compute_dtype(x, tensors, autocast)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if frozen and x.dtype == weight.dtype == dtype and _can_fuse(weight, bias, x, *tensors):
         return _run(product, tensors, weight, bias, None, x, scaling)
     return _add(product, tensors, F.linear(x, weight, bias), x, scaling, True, dtype)
-
-
-def is_few(x: Tensor) -> bool:
-    """Whether x (..., in_features) is a few tokens of which no gradient is wanted."""
-    return not torch.is_grad_enabled() and x.numel() <= FEW_TOKENS * x.shape[-1]
-
-
-def linear_with_few(
-    add: AddFew, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, x: Tensor, scaling: float
-) -> Tensor | None:
-    """`linear_with_product` for a few tokens; None if it takes more than this.
-
-    Args:
-        add: of tensors of `dtype`.
-        x: such that `is_few`.
-    """
-    if not _can_fuse(weight, bias, x) or torch.is_autocast_enabled(x.device.type):
-        return None
-    given = x.dtype
-    if given is dtype:
-        result = F.linear(x, weight, bias)
-        add(result, x, scaling)
-        return result
-    if torch.promote_types(given, dtype) is not dtype:
-        return None
-    result = F.linear(x, weight, bias).to(dtype)
-    add(result, x.to(dtype), scaling)
-    return result.to(given)
-
-
-def fold(
-    product: Product, tensors: Sequence[Tensor], low_rank: tuple[Tensor, Tensor] | None
-) -> tuple[AddFew, torch.dtype] | None:
-    """What `linear_with_few` takes, for tensors that stay as they are; None if it cannot take them.
-
-    Args:
-        low_rank: (down, up) with dW = up @ down, if there is a low-rank form: two products, made ready once.
-    """
-    if not _can_fuse(*tensors):
-        return None
-    dtype = tensors[0].dtype
-    if low_rank is None:
-        return partial(product.add_few, tensors), dtype
-    down, up = (matrix.T for matrix in low_rank)
-
-    def add(result: Tensor, x: Tensor, scaling: float) -> None:
-        h = x.reshape(-1, down.shape[0]) @ down
-        result.view(-1, up.shape[1]).addmm_(h, up, alpha=scaling)
-
-    return add, dtype

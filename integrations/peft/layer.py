@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
-from ndlora_plugins.fused import is_few, linear_with_few
 from ndlora_plugins.integrations.peft.weights import base_weight, quantization_backend, weight_form
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LAYER_KINDS",
-    "Call",
     "FrozenFactors",
     "NdLoraConvolution",
     "NdLoraEmbedding",
@@ -30,45 +27,6 @@ __all__ = [
     "NdLoraLinear",
     "ParamWrapper",
 ]
-
-
-class Call:
-    """The call of a model's `forward` or `generate` that is running, shared by its layers.
-
-    Attributes:
-        seen: while it runs, (layer, adapter) -> None for layers that it reached once; if it reaches them again with a
-            few tokens, `LayerAdapter.fold` of their factors, which stay as they are until it ends; () if there is none.
-            None while no call runs.
-    """
-
-    seen: dict[tuple[nn.Module, str], Any] | None = None
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around the call; one inside another changes nothing."""
-        if self.seen is not None:
-            yield
-            return
-        self.seen = {}
-        try:
-            yield
-        finally:
-            self.seen = None
-
-    def folded(self, layer: NdLoraLayer, adapter: str, x: Tensor) -> tuple:
-        """What `fused.linear_with_few` takes of an adapter that is reached again, with a few tokens; () else."""
-        seen = self.seen
-        if seen is None or torch.is_grad_enabled():
-            return ()
-        key = layer, adapter
-        if key not in seen:
-            seen[key] = None
-            return ()
-        if not is_few(x):
-            return ()
-        if seen[key] is None:
-            seen[key] = layer.plan[adapter].fold(*layer.tensors(adapter)) or ()
-        return seen[key]
 
 
 class FrozenFactors(nn.Module):
@@ -129,7 +87,6 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.quantization_backend = quantization_backend(self.get_base_layer(), get_apply_tensor_subclass)
-        self.call = Call()
         self.form = weight_form(self.get_base_layer(), parameter_name)
         self.in_features, self.out_features = self.form.in_features, self.form.out_features
         for name in self.shown_of_base:
@@ -224,10 +181,7 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             trained, frozen = self.tensors(adapter)
             dtype = torch.promote_types(next(iter(trained.values())).dtype, torch.float32)
-            delta = self.plan[adapter].delta(
-                {name: value.to(dtype) for name, value in trained.items()},
-                {name: value.to(dtype) for name, value in frozen.items()},
-            )
+            delta = self.plan[adapter].delta(_cast(trained, dtype), _cast(frozen, dtype))
             return self.form.stored(delta * self.scaling[adapter])
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -288,10 +242,17 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
     def _add_update(self, result: Tensor, adapter: str, x: Tensor) -> Tensor:
         return result + self.update(adapter, x)
 
+    def _tensors_for(self, adapter: str, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`tensors`, in the dtype of x while PEFT's `disable_input_dtype_casting` keeps x as it is."""
+        trained, frozen = self.tensors(adapter)
+        if self.cast_input_dtype_enabled:
+            return trained, frozen
+        return _cast(trained, x.dtype), _cast(frozen, x.dtype)
+
     def _cast_to_factors(self, x: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # the products cast, and to less
             return x
-        return self._cast_input_dtype(x, next(iter(trained.values())).dtype)
+        return x.to(next(iter(trained.values())).dtype)
 
     def _scaled(self, adapter: str, y: Tensor) -> Tensor:
         scaling = self.scaling[adapter]
@@ -386,6 +347,10 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         return "ndlora." + super().__repr__()
 
 
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(dtype) for name, value in tensors.items()}
+
+
 class NdLoraLinear(NdLoraLayer):
     """Adapters on `nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
 
@@ -394,17 +359,14 @@ class NdLoraLinear(NdLoraLayer):
         base, factors = self._modules["base_layer"], self._modules["ndlora_factors"]._modules
         if args or kwargs or self.merged_adapters or self._disable_adapters or not _is_plain_linear(base):
             return super().forward(x, *args, **kwargs)
-        first, *others = [name for name in self.active_adapters if name in factors] or [None]
-        if first is None or (self.training and not isinstance(self.ndlora_dropout[first], nn.Identity)):
+        active = [name for name in self.active_adapters if name in factors]
+        if not active or (self.training and not isinstance(self.ndlora_dropout[active[0]], nn.Identity)):
             return super().forward(x)
         # `_parameters`: see `tensors`
         weight, bias = base._parameters["weight"], base._parameters["bias"]
-        # not in a graph, which would be compiled anew whenever more is seen
-        folded = () if torch.compiler.is_compiling() else self.call.folded(self, first, x)
-        result = linear_with_few(*folded, weight, bias, x, self.scaling[first]) if folded else None
-        if result is None:
-            result = self.plan[first].linear(weight, bias, *self.tensors(first), x, self.scaling[first])
-        for adapter in others:
+        first = active[0]
+        result = self.plan[first].linear(weight, bias, *self._tensors_for(first, x), x, self.scaling[first])
+        for adapter in active[1:]:
             result = self._add_update(result, adapter, x)
         return result
 
@@ -412,7 +374,7 @@ class NdLoraLinear(NdLoraLayer):
         # the output of a plain linear layer is fresh, and its backward does not need it
         return self.plan[adapter].add_update(
             result,
-            *self.tensors(adapter),
+            *self._tensors_for(adapter, x),
             self.ndlora_dropout[adapter](x),
             self.scaling[adapter],
             in_place=_is_plain_linear(self.base_layer),
@@ -420,7 +382,7 @@ class NdLoraLinear(NdLoraLayer):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """scaling * dW x: (..., in_features) -> (..., out_features)."""
-        trained, frozen = self.tensors(adapter)
+        trained, frozen = self._tensors_for(adapter, x)
         x = self._cast_to_factors(x, trained)
         y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x))
         return self._scaled(adapter, y)
@@ -459,7 +421,7 @@ class NdLoraConvolution(NdLoraLayer):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """scaling * the convolution with dW: ([batch,] in_channels, *size) -> ([batch,] out_channels, *size)."""
-        trained, frozen = self.tensors(adapter)
+        trained, frozen = self._tensors_for(adapter, x)
         x = self._cast_to_factors(x, trained)
         single = x.dim() == len(self.form.trailing) + 1
         x = self.ndlora_dropout[adapter](x.unsqueeze(0) if single else x)
@@ -497,10 +459,7 @@ class ParamWrapper(NdLoraLayer):
             return self.base_layer(*args, **kwargs)
         name, weight = self._parameter()
         for adapter in adapters:
-            trained, frozen = (
-                {key: value.to(weight.dtype) for key, value in group.items()}
-                for group in self.tensors(adapter)
-            )
+            trained, frozen = (_cast(group, weight.dtype) for group in self.tensors(adapter))
             delta = self.form.stored(self.plan[adapter].delta(trained, frozen))
             weight = torch.add(weight, delta, alpha=self.scaling[adapter])
         return torch.func.functional_call(self.base_layer, {name: weight}, args, kwargs)

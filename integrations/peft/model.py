@@ -32,7 +32,7 @@ from ndlora_plugins.errors import (
     UnmatchedTargetWarning,
 )
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, Call, NdLoraLayer
+from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, NdLoraLayer
 from ndlora_plugins.integrations.peft.registration import PREFIX
 from ndlora_plugins.integrations.peft.undo import undone_on_failure
 from ndlora_plugins.integrations.peft.weights import (
@@ -215,10 +215,6 @@ class NdLoraModel(BaseTuner):
     tuner_layer_cls = NdLoraLayer
     target_module_mapping: dict = {}
 
-    def __init__(self, *args, **kwargs) -> None:
-        self.call = Call()  # the layers, which are made next, share it
-        super().__init__(*args, **kwargs)
-
     def inject_adapter(self, *args, **kwargs) -> None:
         """As PEFT's; a failure halfway, such as no memory left, leaves the model as it was."""
         with undone_on_failure(self):
@@ -303,7 +299,6 @@ class NdLoraModel(BaseTuner):
             **arguments,
             **get_quantization_kwargs(self.model),
         )
-        layer.call = self.call
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
         self._replace_module(parent, target_name, layer, target)
@@ -341,8 +336,6 @@ class NdLoraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
         """PEFT calls this around `forward` and `generate`: brings `adapter_names` to every layer with adapters.
 
-        Until it ends the factors stay as they are; see `Call`.
-
         Args:
             adapter_names: for each sample of the batch the adapter to use; "__base__" for none.
 
@@ -350,8 +343,7 @@ class NdLoraModel(BaseTuner):
             NdLoraValueError: the model is in training mode, or an adapter does not exist.
         """
         if adapter_names is None:
-            with self.call.running():
-                yield
+            yield
             return
         if self.training:
             raise NdLoraValueError(

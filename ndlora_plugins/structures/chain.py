@@ -203,6 +203,12 @@ class ChainProduct(Product):
         kept = ((x,) if needs[0] else ()) + ((h,) if any(needs[1:]) else ())
         return add_mm_(result, _through(core, h), up.T, scaling), kept
 
+    def add_few(self, tensors, result, x, scaling):
+        down, core, up = _sides(tensors)
+        if not _is_vector(x) or core is None or core.dim() == 1:
+            return super().add_few(tensors, result, x, scaling)
+        result.view(-1).addmv_(up, core.mv(down.mv(x.reshape(-1))), alpha=scaling)
+
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         down, core, up = _sides(_cast(tensors, grad.dtype))
         grads = [None] * len(tensors)
@@ -254,10 +260,18 @@ class ChangedChainProduct(Product):
     def add_few(self, tensors, result, x, scaling):
         # joining the tensors would cost more than it saves
         down, core, up, start_down, start_core, start_up = tensors
+        if _is_vector(x):
+            x, result = x.reshape(-1), result.view(-1)
+            d = down.mv(x)
+            both = torch.addmv(d, start_down, x)
+            changed = core.mv(both)
+            result.addmv_(up, torch.addmv(changed, start_core, both), alpha=scaling)
+            result.addmv_(start_up, torch.addmv(changed, start_core, d), alpha=scaling)
+            return
         x, result = x.reshape(-1, self.in_features), result.view(-1, self.out_features)
-        d = x @ down.T
+        d = F.linear(x, down)
         both = torch.addmm(d, x, start_down.T)
-        changed = both @ core.T
+        changed = F.linear(both, core)
         result.addmm_(torch.addmm(changed, both, start_core.T), up.T, alpha=scaling)
         result.addmm_(torch.addmm(changed, d, start_core.T), start_up.T, alpha=scaling)
 
@@ -288,6 +302,11 @@ class ChangedChainProduct(Product):
 def _sides(tensors):
     """(down, core or None, up)."""
     return tensors if len(tensors) == 3 else (tensors[0], None, tensors[1])
+
+
+def _is_vector(x):
+    """Whether x is one token, whose products with matrices are called faster as vectors'; not so in 16 bit."""
+    return x.numel() == x.shape[-1] and x.dtype.itemsize >= 4
 
 
 def _cast(tensors, dtype):

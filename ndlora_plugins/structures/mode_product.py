@@ -90,8 +90,9 @@ class _Step:
         """The way back from `matrix`, for gradients: in the factor's shape and dtype."""
         matrix = matrix.to(factor.dtype)
         if self.repeats > 1:
-            # (out, repeats, in, repeats) -> (out, in)
-            matrix = matrix.unflatten(1, (-1, self.repeats)).unflatten(0, (-1, self.repeats))
+            # (out, repeats, in, repeats) -> (out, in); not `unflatten`, which vmap does not know
+            out_size, in_size = self.out_size // self.repeats, self.in_size // self.repeats
+            matrix = matrix.view(out_size, self.repeats, in_size, self.repeats)
             matrix = matrix.diagonal(dim1=1, dim2=3).sum(-1)
         if self.axes is None:
             return matrix.view(factor.shape)
@@ -202,12 +203,17 @@ class ModeProduct(Product):
         return result, tuple(kept)
 
     def add_few(self, tensors, result, x, scaling):
-        if not self.two_matrices or x.numel() > self.in_features:
+        if not self.two_matrices:
             return super().add_few(tensors, result, x, scaling)
-        # (in_1, in_2) -> (out_1, out_2)
         first, second = tensors
-        y = torch.bmm(x.reshape(1, first.shape[2], second.shape[2]), second.mT)
-        result.view(1, first.shape[1], second.shape[1]).baddbmm_(first, y, alpha=scaling)
+        (_, out_1, in_1), (_, out_2, in_2) = first.shape, second.shape
+        # (tokens, in_1, in_2) -> (tokens, in_1, out_2) -> (tokens, out_1, out_2)
+        x, result = x.reshape(-1, in_1, in_2), result.view(-1, out_1, out_2)
+        if len(x) == 1:
+            y = torch.bmm(x, second.mT)
+        else:
+            y, first = F.linear(x, second[0]), first.expand(len(x), out_1, in_1)
+        result.baddbmm_(first, y, alpha=scaling)
 
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         beta = 1
