@@ -9,7 +9,7 @@ from typing import Any
 from ndlora_plugins.budget import Budget, make_budget
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.model import plan_model
+from ndlora_plugins.integrations.peft.targets import plan_model
 
 __all__ = ["plan_from_model_config", "versions"]
 

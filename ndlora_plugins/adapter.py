@@ -134,7 +134,7 @@ class LayerAdapter:
     @property
     def recomputed(self) -> bool:
         """Whether `frozen` is read from the base weight when an adapter is loaded, so that it need not be saved."""
-        return bool(self.frozen) and self.start.recomputable and self.start.reads == {"weight"}
+        return bool(self.frozen) and not self.shared and self.start.recomputable and self.start.reads == {"weight"}
 
     def __reduce__(self):
         # methods and starts travel by name: they are code, and may come from a plugin
@@ -200,6 +200,17 @@ class LayerAdapter:
         if self.anchor == "snapshot":
             return {factor.name: torch.zeros_like(values[factor.name]) for factor in self.trained}, frozen
         return {factor.name: values[factor.name] for factor in self.trained}, frozen
+
+    def zeros(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(trained, frozen) as `initialize` makes them, of zeros: for values that come from elsewhere."""
+        made = [
+            {
+                factor.name: torch.zeros(factor.shape, dtype=torch.float32 if factor.indices is None else torch.long)
+                for factor in factors
+            }
+            for factors in (self.trained, self.frozen)
+        ]
+        return made[0], made[1]
 
     # Those below leave the scaling to the host, which may have changed it since (PEFT's `set_scale`). `moment` is
     # given in training alone, for methods that show a part of their factors.

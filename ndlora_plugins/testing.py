@@ -21,7 +21,7 @@ from ndlora_plugins.structures.base import Factors
 
 __all__ = ["LAYOUTS", "check_method"]
 
-# in_features, out_features, and what else there is to know of the weight: linear layers, experts, a kernel, an embedding
+# in_features, out_features, and what else there is to know of the weight: linear, experts, a kernel, an embedding
 LAYOUTS: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (24, 18, {}),
     (13, 30, {}),

@@ -9,11 +9,12 @@ import peft as _peft  # noqa: F401
 _PUBLIC = {
     "NdLoraConfig": "config",
     "NdLoraLayer": "layer",
-    "NdLoraLinear": "layer",
+    "NdLoraLinear": "kinds",
     "NdLoraModel": "model",
-    "plan_model": "model",
+    "measure_gradients": "measure",
+    "plan_model": "targets",
 }
-__all__ = ["NdLoraConfig", "NdLoraLayer", "NdLoraLinear", "NdLoraModel", "plan_model"]
+__all__ = ["NdLoraConfig", "NdLoraLayer", "NdLoraLinear", "NdLoraModel", "measure_gradients", "plan_model"]
 
 
 def __getattr__(name: str):

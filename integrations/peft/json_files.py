@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.modes import MAX_FEATURES
+from ndlora_plugins.methods.modes import MAX_FEATURES
 
-__all__ = ["check_fingerprint", "check_weight_forms", "read_object", "read_shards", "shorten"]
+__all__ = ["check_fingerprint", "check_layers", "check_weight_forms", "read_object", "read_shards", "shorten"]
 
 _LARGEST = torch.finfo(torch.float32).max
 # kind of a weight -> how many axes it can have
-_AXES = {"embedding": (2,), "convolution": (3, 4, 5), "parameter": (2, 3)}
+_AXES = {"linear": (2,), "embedding": (2,), "convolution": (3, 4, 5), "parameter": (2, 3)}
 
 
 def read_object(path: Path) -> dict:
@@ -108,6 +108,26 @@ def check_weight_forms(saved: dict) -> None:
                 f"weight_forms of the adapter's configuration is broken: the entry of {shorten(path)} must have a "
                 f"name, a kind out of {list(_AXES)} and a shape that fits it, but is {shorten(entry)}. Save the "
                 f"adapter again."
+            )
+
+
+def check_layers(saved: dict) -> None:
+    """Raise unless `saved` has the form in which `NdLoraConfig` saves its layers: see `format`.
+
+    Raises:
+        NdLoraValueError: names the entry.
+    """
+    for path, entry in saved.items():
+        if not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == 3
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], str)
+            and _is_shape(entry[2], _AXES.get(entry[1], ()))
+        ):
+            raise NdLoraValueError(
+                f"layers of the adapter's configuration is broken: the entry of {shorten(path)} must be a name, a kind "
+                f"out of {list(_AXES)} and a shape that fits it, but is {shorten(entry)}. Save the adapter again."
             )
 
 

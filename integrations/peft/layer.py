@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.weights import base_weight, quantization_backend, weight_form
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.merging import Merging
+from ndlora_plugins.integrations.peft.shared import Bank, Clock
+from ndlora_plugins.integrations.peft.weights import base_weight
+from ndlora_plugins.structures.base import cast_factors
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
+    from ndlora_plugins.integrations.peft.targets import Planned
+    from ndlora_plugins.methods import Moment
 
-__all__ = [
-    "LAYER_KINDS",
-    "FrozenFactors",
-    "NdLoraConvolution",
-    "NdLoraEmbedding",
-    "NdLoraLayer",
-    "NdLoraLinear",
-    "ParamWrapper",
-]
+__all__ = ["FrozenFactors", "NdLoraLayer"]
 
 
 class FrozenFactors(nn.Module):
@@ -48,14 +42,14 @@ class FrozenFactors(nn.Module):
         return {**self._parameters, **self._buffers}
 
 
-class NdLoraLayer(nn.Module, BaseTunerLayer):
+class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
     """Adapters on one layer. `ndlora_factors[adapter][factor]` trains, `ndlora_frozen[adapter]` does not.
 
     Args:
         base_layer: the layer, or another adapter's of PEFT around it.
-        adapter_name, plan: as `update_layer` takes them, with its keywords.
-        parameter_name: the bare parameter that is adapted, instead of the layer's weight.
-        get_apply_tensor_subclass: as PEFT's `get_quantization_kwargs` gives it.
+        adapter_name, planned: as `update_layer` takes them, with its keywords.
+        bank: what the layers of the model share.
+        clock: the training steps of the model.
     """
 
     # what models read of a layer of this kind
@@ -67,15 +61,15 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        plan: LayerAdapter,
+        planned: Planned,
         *,
-        parameter_name: str | None = None,
-        get_apply_tensor_subclass=None,
+        bank: Bank,
+        clock: Clock,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.parameter_name = parameter_name
+        self.parameter_name = planned.target.parameter_name
         self.ndlora_factors = nn.ModuleDict({})
         self.ndlora_frozen = nn.ModuleDict({})
         self.ndlora_dropout = nn.ModuleDict({})
@@ -83,35 +77,46 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.bank, self.clock = bank, clock
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self.quantization_backend = quantization_backend(self.get_base_layer(), get_apply_tensor_subclass)
-        self.form = weight_form(self.get_base_layer(), parameter_name)
+        self.form, self.quantization_backend = planned.form, planned.backend
         self.in_features, self.out_features = self.form.in_features, self.form.out_features
         for name in self.shown_of_base:
             setattr(self, name, getattr(self.get_base_layer(), name))
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, plan, **kwargs)
+        self.update_layer(adapter_name, planned, **kwargs)
 
     def update_layer(
         self,
         adapter_name: str,
-        plan: LayerAdapter,
+        planned: Planned,
         *,
-        lora_alpha: float,
         lora_dropout: float,
+        gradient: Tensor | None = None,
         generator: torch.Generator | None = None,
         inference_mode: bool = False,
     ) -> None:
-        """Add an adapter, or replace the one of that name."""
-        trained, frozen = plan.initialize(self._read_weight(plan), generator)
+        """Add an adapter, or replace the one of that name.
+
+        Args:
+            gradient: (out_features, in_features), of the weight, for starts that read one.
+        """
+        from ndlora_plugins.starts.base import Seen
+
+        plan = planned.plan
+        if "gradient" in plan.start.reads and gradient is None:
+            trained, frozen = plan.zeros()  # all of them will be loaded
+        else:
+            shared = self.bank.start_values(adapter_name, plan)
+            trained, frozen = plan.initialize(Seen(self._read_weight(plan), gradient, shared), generator)
         if not self._base_is_floating():  # PEFT moves adapters to the base's dtype only where that is a float
-            trained = {name: value.float() for name, value in trained.items()}
-            frozen = {name: value.float() for name, value in frozen.items()}
+            trained, frozen = cast_factors(trained, torch.float32), cast_factors(frozen, torch.float32)
+        trained, frozen = self.bank.keep(adapter_name, plan, trained, frozen)
         self.plan[adapter_name] = plan
         self.r[adapter_name] = plan.layout.rank
-        self.lora_alpha[adapter_name] = lora_alpha
+        self.lora_alpha[adapter_name] = planned.alpha
         self.scaling[adapter_name] = plan.scaling
         self.ndlora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
         self.ndlora_factors[adapter_name] = nn.ParameterDict(
@@ -131,8 +136,8 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         return dtype is not None and dtype.is_floating_point
 
     def _read_weight(self, plan: LayerAdapter) -> Tensor | None:
-        """The base weight (out, in), dequantised, if the initialiser reads it."""
-        if not plan.initializer.reads_weight:
+        """The base weight (out, in), dequantised, if the start reads it."""
+        if "weight" not in plan.start.reads:
             return None
         weight = getattr(self.get_base_layer(), self.parameter_name or "weight", None)
         if weight is not None and hasattr(weight, "ds_id"):  # ZeRO-3 keeps a shard: gather the whole
@@ -143,21 +148,30 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         return self.form.matrix(self.get_base_weight())
 
     def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(trained, frozen) of one adapter, of one dtype."""
+        """(trained, frozen) of one adapter, shared ones too, of one dtype.
+
+        Frozen factors that lie elsewhere or in another dtype than the trained ones are brought there first, and those
+        that were made on "meta" are read from the base weight.
+        """
         # `_modules` and `_parameters`: attributes of a module and ParameterDict.items() cost microseconds
         trained = self._modules["ndlora_factors"]._modules[adapter]._parameters
         holder = self._modules["ndlora_frozen"]._modules.get(adapter)
-        if holder is None:
-            return trained, {}
-        frozen = holder.tensors()
+        frozen = {} if holder is None else holder.tensors()
+        if self.plan[adapter].shared:
+            trained, frozen = self.bank.join(adapter, self.plan[adapter], trained, frozen)
+        if not frozen:
+            return trained, frozen
         reference = next(iter(trained.values()))
         dtype, device = reference.dtype, reference.device
-        if all(value.dtype == dtype and value.device == device for value in frozen.values()):
+        if all(
+            value.device == device and (value.dtype == dtype or not value.is_floating_point())
+            for value in frozen.values()
+        ):
             return trained, frozen
         if self.plan[adapter].recomputed and not reference.is_meta:
             self._refresh(holder, adapter, reference)
             return trained, holder.tensors()
-        return trained, {name: value.to(device, dtype) for name, value in frozen.items()}
+        return trained, {name: value.to(device) for name, value in cast_factors(frozen, dtype).items()}
 
     def _refresh(self, holder: FrozenFactors, adapter: str, reference: Tensor) -> None:
         """Bring recomputed factors to the trained ones' device and dtype, anew if they were made on "meta"."""
@@ -168,9 +182,26 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
                     f"The start of adapter {adapter!r} is read from the base weight, which is merged with "
                     f"{self.merged_adapters}: unmerge it first."
                 )
-            frozen = self.plan[adapter].initialize(self._read_weight(self.plan[adapter]))[1]
+            frozen = self._recompute(self.plan[adapter])
         for name, value in frozen.items():
             setattr(holder, name, value.detach().to(reference.device, reference.dtype))
+
+    def _recompute(self, plan: LayerAdapter) -> dict[str, Tensor]:
+        from ndlora_plugins.starts.base import Seen
+
+        return plan.initialize(Seen(self._read_weight(plan)))[1]
+
+    def moment(self, adapter: str) -> Moment | None:
+        """The training step, for a method that shows a part of its factors in each; else None."""
+        shows_all = self.plan[adapter].method.visible is None
+        return None if shows_all or not self.training else self.clock.moment
+
+    def penalty(self, adapter: str) -> Tensor | None:
+        """What the method of one adapter adds to the loss for this layer; None if nothing."""
+        plan = self.plan[adapter]
+        if plan.method.penalty is None:
+            return None
+        return plan.method.penalty(plan.structure, self.tensors(adapter)[0])
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the layer's output for the input x."""
@@ -181,7 +212,7 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             trained, frozen = self.tensors(adapter)
             dtype = torch.promote_types(next(iter(trained.values())).dtype, torch.float32)
-            delta = self.plan[adapter].delta(_cast(trained, dtype), _cast(frozen, dtype))
+            delta = self.plan[adapter].delta(cast_factors(trained, dtype), cast_factors(frozen, dtype))
             return self.form.stored(delta * self.scaling[adapter])
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -247,7 +278,7 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
         trained, frozen = self.tensors(adapter)
         if self.cast_input_dtype_enabled:
             return trained, frozen
-        return _cast(trained, x.dtype), _cast(frozen, x.dtype)
+        return cast_factors(trained, x.dtype), cast_factors(frozen, x.dtype)
 
     def _cast_to_factors(self, x: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # the products cast, and to less
@@ -279,64 +310,6 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
                 result = result.index_add(0, samples.to(result.device), update)
         return result
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates to the base weight.
-
-        Args:
-            safe_merge: check the new weight for NaN and infinity first, and change nothing if there is any.
-            adapter_names: which adapters, the active ones by default.
-
-        Raises:
-            NdLoraValueError: `safe_merge` found a value that is not finite, or the base cannot be requantised.
-        """
-        adapter_names = [
-            name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.ndlora_factors
-        ]
-        if not adapter_names:
-            return
-        self._check_merge_supported()
-        for name in adapter_names:
-            self._add_to_base(self.get_delta_weight(name), name if safe_merge else None)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Subtract every merged update again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", NdLoraWarning, stacklevel=2)
-            return
-        while self.merged_adapters:
-            name = self.merged_adapters[-1]
-            if name in self.ndlora_factors:
-                self._add_to_base(-self.get_delta_weight(name), None)
-            self.merged_adapters.pop()
-
-    def _add_to_base(self, delta: Tensor, check_for: str | None) -> None:
-        weight = self.get_base_weight()
-        # added in the wider dtype and rounded once
-        merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
-        if check_for is not None and not torch.isfinite(merged).all():
-            raise NdLoraValueError(
-                f"NaNs detected in the merged weights. The adapter {check_for} seems to be broken: a merged weight "
-                f"holds NaN or infinity. The base weight is as it was."
-            )
-        self.set_base_weight(merged)
-
-    def _check_merge_supported(self) -> None:
-        backend = self.quantization_backend
-        if backend is None:
-            return
-        if not backend.supports_merge:
-            raise NdLoraValueError(
-                f"A base layer quantised with {backend.backend_name} cannot be merged into. Load the base model in "
-                f"16 or 32 bit, load the adapter on it, and merge there."
-            )
-        warnings.warn(
-            f"Merging into a {backend.backend_name} layer rounds the update to the quantised grid. For full "
-            f"precision load the base model in 16 or 32 bit and merge there.",
-            NdLoraWarning,
-            stacklevel=3,
-        )
-
     def extra_repr(self) -> str:
         return ", ".join(
             f"{name}: {plan.method.name} r={plan.layout.rank} anchor={plan.anchor}"
@@ -345,163 +318,3 @@ class NdLoraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "ndlora." + super().__repr__()
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value.to(dtype) for name, value in tensors.items()}
-
-
-class NdLoraLinear(NdLoraLayer):
-    """Adapters on `nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `NdLoraLayer.forward`; a plain `nn.Linear` and its first adapter go through one function."""
-        base, factors = self._modules["base_layer"], self._modules["ndlora_factors"]._modules
-        if args or kwargs or self.merged_adapters or self._disable_adapters or not _is_plain_linear(base):
-            return super().forward(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in factors]
-        if not active or (self.training and not isinstance(self.ndlora_dropout[active[0]], nn.Identity)):
-            return super().forward(x)
-        # `_parameters`: see `tensors`
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        first = active[0]
-        result = self.plan[first].linear(weight, bias, *self._tensors_for(first, x), x, self.scaling[first])
-        for adapter in active[1:]:
-            result = self._add_update(result, adapter, x)
-        return result
-
-    def _add_update(self, result: Tensor, adapter: str, x: Tensor) -> Tensor:
-        # the output of a plain linear layer is fresh, and its backward does not need it
-        return self.plan[adapter].add_update(
-            result,
-            *self._tensors_for(adapter, x),
-            self.ndlora_dropout[adapter](x),
-            self.scaling[adapter],
-            in_place=_is_plain_linear(self.base_layer),
-        )
-
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        """scaling * dW x: (..., in_features) -> (..., out_features)."""
-        trained, frozen = self._tensors_for(adapter, x)
-        x = self._cast_to_factors(x, trained)
-        y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x))
-        return self._scaled(adapter, y)
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is F.linear and nothing else: no subclass, no hook, no other forward or weight."""
-    return type(layer) is nn.Linear and not (
-        layer._parameters.get("weight") is None
-        or layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_pre_hooks
-        or layer._backward_hooks
-        or "forward" in layer.__dict__
-        or _has_any_global_hook()
-    )
-
-
-class NdLoraEmbedding(NdLoraLayer):
-    """Adapters on `nn.Embedding`, whose weight is (num_embeddings, embedding_dim): in and out features."""
-
-    shown_of_base = ("num_embeddings", "embedding_dim", "padding_idx")
-
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        """scaling * the columns of dW for the indices x: (...) -> (..., embedding_dim)."""
-        y = self.plan[adapter].lookup(*self.tensors(adapter), x)
-        scale = self._get_embed_scale()  # of models that scale their embeddings
-        y = y if scale is None else y * scale.to(y.dtype)
-        return self._scaled(adapter, y)
-
-
-class NdLoraConvolution(NdLoraLayer):
-    """Adapters on `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with groups too."""
-
-    shown_of_base = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        """scaling * the convolution with dW: ([batch,] in_channels, *size) -> ([batch,] out_channels, *size)."""
-        trained, frozen = self._tensors_for(adapter, x)
-        x = self._cast_to_factors(x, trained)
-        single = x.dim() == len(self.form.trailing) + 1
-        x = self.ndlora_dropout[adapter](x.unsqueeze(0) if single else x)
-        y = self.plan[adapter].convolve(trained, frozen, x, self._convolution)
-        return self._scaled(adapter, y.squeeze(0) if single else y)
-
-    def _convolution(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As the base layer convolves, in as many groups as the shapes tell."""
-        base = self.get_base_layer()
-        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(base.kernel_size)]
-        padding = base.padding
-        if base.padding_mode != "zeros":
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-        return convolve(x, weight, None, base.stride, padding, base.dilation, x.shape[1] // weight.shape[1])
-
-
-class ParamWrapper(NdLoraLayer):
-    """Adapters on one parameter of a module, such as the experts' (experts, out, in).
-
-    The module's own forward is called with W + dW in its place; dW is formed for it. PEFT nests wrappers where
-    several parameters of one module are adapted, and knows them by the name of this class.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, on the updated parameter."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise NdLoraValueError(
-                f"Cannot pass `adapter_names`: target_parameters={self.parameter_name!r} is adapted, and a parameter "
-                f"is one for the whole batch."
-            )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.ndlora_factors]
-        if self.disable_adapters or self.merged or not adapters:
-            return self.base_layer(*args, **kwargs)
-        name, weight = self._parameter()
-        for adapter in adapters:
-            trained, frozen = (_cast(group, weight.dtype) for group in self.tensors(adapter))
-            delta = self.form.stored(self.plan[adapter].delta(trained, frozen))
-            weight = torch.add(weight, delta, alpha=self.scaling[adapter])
-        return torch.func.functional_call(self.base_layer, {name: weight}, args, kwargs)
-
-    def _parameter(self) -> tuple[str, Tensor]:
-        """Its name seen from `base_layer`, which may be a further wrapper, and the parameter."""
-        name, module = self.parameter_name, self.base_layer
-        while isinstance(module, ParamWrapper):
-            name, module = f"base_layer.{name}", module.base_layer
-        return name, getattr(module, self.parameter_name)
-
-    def get_base_weight(self) -> Tensor:
-        """The parameter."""
-        return self._parameter()[1].data
-
-    def set_base_weight(self, weight_data: Tensor) -> None:
-        """Give the parameter other values."""
-        self._parameter()[1].data = weight_data
-
-    def _get_base_layer_device_and_dtype(self, base_layer):
-        weight = self._parameter()[1]
-        return weight.device, weight.dtype
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """PEFT calls this on the outermost wrapper: the module without any."""
-        module = self
-        while isinstance(module, ParamWrapper):
-            if merge:
-                module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            module = module.base_layer
-        return module
-
-    def extra_repr(self) -> str:
-        return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
-
-
-# by `WeightForm.kind`
-LAYER_KINDS: dict[str, type[NdLoraLayer]] = {
-    "linear": NdLoraLinear,
-    "embedding": NdLoraEmbedding,
-    "convolution": NdLoraConvolution,
-    "parameter": ParamWrapper,
-}

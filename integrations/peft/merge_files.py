@@ -14,7 +14,8 @@ from torch import Tensor
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import INDEX_FILE, BaseFiles, NotInFilesError
 from ndlora_plugins.integrations.peft.files import open_tensors, save_tensors
-from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, TOKEN_ROWS, AdapterReader
+from ndlora_plugins.integrations.peft.format import KEY_PREFIX, TOKEN_ROWS
+from ndlora_plugins.integrations.peft.reading import AdapterReader
 
 __all__ = ["MergedLayer", "merge_files"]
 

@@ -1,205 +1,46 @@
-"""The tuner: finds the layers, plans and checks everything, then puts the adapters in.
+"""The tuner: plans and checks everything, then puts the adapters in.
 
 The core is imported when it is first used: registration, which runs at `import peft`, is to cost under 5 ms.
 """
 
 from __future__ import annotations
 
-import copy
-import re
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from peft import __version__ as peft_version
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import (
-    ForwardOnlyQuantizationBackend,
-    QuantizationBackend,
-    get_quantization_kwargs,
-)
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from ndlora_plugins.errors import (
-    LopsidedModesWarning,
-    NdLoraTypeError,
-    NdLoraValueError,
-    UnmatchedTargetWarning,
-)
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_unmatched
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, NdLoraLayer
+from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
+from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 from ndlora_plugins.integrations.peft.registration import PREFIX
-from ndlora_plugins.integrations.peft.undo import undone_on_failure
-from ndlora_plugins.integrations.peft.weights import (
-    WeightForm,
-    base_weight,
-    quantization_backend,
-    weight_form,
+from ndlora_plugins.integrations.peft.shared import SHARED, Bank, Clock
+from ndlora_plugins.integrations.peft.targets import (
+    Planned,
+    Target,
+    check_bases,
+    check_gradients,
+    check_shared,
+    fill_in_targets,
+    matched_targets,
+    plan_target,
 )
+from ndlora_plugins.integrations.peft.undo import undone_on_failure
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
 
-__all__ = ["NdLoraModel", "Target", "find_targets", "plan_model"]
-
-
-# what PEFT trains in full for a task, though the configuration does not name it yet
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-class Target(NamedTuple):
-    """A weight that a configuration adapts.
-
-    Attributes:
-        name: of the layer in the model, without adapters; of the parameter where a bare one is adapted.
-        base: the layer.
-        parameter_name: its bare parameter; None for its weight.
-        path: the layer's name in the adapter's file. PEFT nests the wrappers of several parameters of one module.
-    """
-
-    name: str
-    base: nn.Module
-    parameter_name: str | None
-    path: str
-
-
-class Planned(NamedTuple):
-    """A target, how its weight is read, its quantisation if any, and its adapter."""
-
-    target: Target
-    form: WeightForm
-    backend: QuantizationBackend | None
-    plan: LayerAdapter
-
-
-def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerAdapter]]:
-    """Plan every layer that `config` adapts: (name, plan), in the model's order. Changes neither.
-
-    The weights are not read: a model on the "meta" device will do.
-
-    Raises:
-        NdLoraValueError, NdLoraTypeError: as adding the adapter would.
-    """
-    return [(target.name, _plan(config, target).plan) for target in find_targets(model, config)]
-
-
-def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
-    """Every weight that `config` adapts, in the model's order. Changes neither."""
-    config = copy.deepcopy(config)
-    _fill_in_targets(config, model)
-    return list(_matched(config, model))
-
-
-def _fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
-    """None and "all-linear" become the set of names."""
-    if config.target_modules is None and not config.target_parameters:
-        config.target_modules = "all-linear"
-    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    _maybe_include_all_linear_layers(config, model)
-    if all_linear:
-        whole = {*_HEADS.get(config.task_type, ()), *(config.modules_to_save or ())}
-        config.target_modules = {
-            name for name in config.target_modules if not any(f".{entry}." in f".{name}." for entry in whole)
-        }
-    if all_linear and config.layers_to_transform is not None:
-        # the names are full ones, and for those PEFT does not look at the index of the layer
-        config.target_modules = {name for name in config.target_modules if _is_in_layers(config, name)}
-
-
-def _is_in_layers(config: NdLoraConfig, name: str) -> bool:
-    """Whether `layers_to_transform` lets the module `name` have an adapter."""
-    by_end = copy.copy(config)
-    by_end.target_modules = {name.rpartition(".")[2]}
-    return bool(BaseTuner._check_target_module_exists(by_end, name))
-
-
-def _matched(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
-    """As PEFT matches `target_modules` and `target_parameters`."""
-    inside = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside or ("\0",)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
-        if BaseTuner._check_target_module_exists(config, name):
-            yield Target(
-                name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, None, name
-            )
-    wanted = tuple(config.target_parameters or ())
-    for path, module in model.named_modules() if wanted else ():
-        if isinstance(module, BaseTunerLayer):
-            continue  # its base layer comes later
-        name = path.replace(".base_layer", "")
-        found = [
-            parameter
-            for parameter, _ in module.named_parameters(recurse=False)
-            if any(f".{name}.{parameter}".endswith(f".{entry}") for entry in wanted)
-        ]
-        for depth, parameter in enumerate(reversed(found)):  # the last one is wrapped outermost
-            yield Target(f"{name}.{parameter}", module, parameter, name + depth * ".base_layer")
-
-
-def _plan(config: NdLoraConfig, target: Target) -> Planned:
-    if hasattr(_weight(target), "device_mesh"):
-        raise NdLoraTypeError(
-            f"method={config.method!r} cannot adapt layer {target.name!r}: its weight is split over several processes "
-            f"(tensor parallelism or FSDP2). Add the adapter to the whole model and shard it after that, with FSDP2; "
-            f"under tensor parallelism NDLORA does not work."
-        )
-    form = weight_form(target.base, target.parameter_name)
-    if form is None and target.parameter_name is not None:
-        shape = list(getattr(target.base, target.parameter_name).shape)
-        raise NdLoraTypeError(
-            f"method={config.method!r} cannot adapt the parameter {target.name!r} of shape {shape}: a matrix "
-            f"(out, in) or a stack of them (experts, out, in) can be. Take it out of target_parameters."
-        )
-    if form is None:
-        raise NdLoraTypeError(
-            f"method={config.method!r} cannot adapt layer {target.name!r} of type {type(target.base).__name__}: "
-            f"nn.Linear (quantised too), transformers' Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d can "
-            f"be. Take it out of target_modules, or name it in exclude_modules."
-        )
-    if form.kind == "parameter" and config.lora_dropout:
-        raise NdLoraValueError(
-            f"lora_dropout={config.lora_dropout} cannot be used on the parameter {target.name!r}: its update is added "
-            f"to the parameter, which has no input. Set lora_dropout=0."
-        )
-    plan = plan_form(config, target.name, form)
-    backend = quantization_backend(target.base) if target.parameter_name is None else None
-    if plan.initializer.reads_weight and isinstance(backend, ForwardOnlyQuantizationBackend):
-        raise NdLoraTypeError(
-            f"method={config.method!r} with init_lora_weights={config.init_lora_weights!r} reads its start from the "
-            f"weight of layer {target.name!r}, which is quantised with {backend.backend_name}: PEFT cannot dequantise "
-            f"it. Use method='ndlinear' or 'slora', or load the base model in 16 or 32 bit."
-        )
-    return Planned(target, form, backend, plan)
-
-
-def plan_form(config: NdLoraConfig, name: str, form: WeightForm) -> LayerAdapter:
-    """The plan of one weight."""
-    from ndlora_plugins.adapter import plan_layer
-    from ndlora_plugins.budget import check_size
-
-    plan = plan_layer(
-        config.options_for(name),
-        form.in_features,
-        form.out_features,
-        layer=name,
-        leading=form.leading,
-        trailing=form.trailing,
-        one_hot=form.kind == "embedding",
-    )
-    check_size(plan, name)
-    return plan
+__all__ = ["NdLoraModel"]
 
 
 class NdLoraModel(BaseTuner):
@@ -215,10 +56,22 @@ class NdLoraModel(BaseTuner):
     tuner_layer_cls = NdLoraLayer
     target_module_mapping: dict = {}
 
-    def inject_adapter(self, *args, **kwargs) -> None:
+    def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs) -> None:
+        # what the layers, which are made next, refer to
+        self.bank, self.clock = Bank(), Clock()
+        self._planned: dict[tuple[int, str | None], Planned] = {}
+        self._injected = not isinstance(peft_config, dict)  # PEFT then drops this model and keeps the layers
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """As PEFT's; a failure halfway, such as no memory left, leaves the model as it was."""
-        with undone_on_failure(self):
-            super().inject_adapter(*args, **kwargs)
+        try:
+            with undone_on_failure(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._planned = {}
+        if self.peft_config[adapter_name].inference_mode:
+            self.bank.set_trained([])
 
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config  # `_prepare_model` fills in the targets, as it has the model
@@ -231,14 +84,30 @@ class NdLoraModel(BaseTuner):
                 f"bias={peft_config.bias!r}: peft {peft_version} saves the biases of its own tuner types only, so the "
                 f"trained ones would be lost. Upgrade to peft 0.21 or later, or use bias='none'."
             )
-        _fill_in_targets(peft_config, model)
-        planned = [_plan(peft_config, target) for target in _matched(peft_config, model)]
+        fill_in_targets(peft_config, model)
+        resolved = peft_config.resolved()
+        quantization = get_quantization_kwargs(model)
+        planned = [
+            plan_target(peft_config, target, resolved, **quantization)
+            for target in matched_targets(peft_config, model)
+        ]
         if not planned:
             return  # PEFT raises, and says why nothing matched
         self._check_adapter_names(each.plan for each in planned)
-        _check_bases(planned, peft_config)
-        _warn_of_unmatched(peft_config, [each.target.name for each in planned])
-        _warn_of_lopsided(planned)
+        check_shared(planned)
+        check_gradients(planned, peft_config)
+        check_bases(planned, peft_config)
+        warn_of_unmatched(peft_config, [each.target.name for each in planned])
+        warn_of_lopsided(planned)
+        if any(each.plan.shared for each in planned):
+            if self._injected:
+                raise NdLoraValueError(
+                    f"method={peft_config.method!r} has tensors that several layers share: they live in the model that "
+                    f"`get_peft_model` makes, which adding an adapter without it (inject_adapter_in_model, "
+                    f"transformers' add_adapter) has not. Use get_peft_model, or a method without shared tensors."
+                )
+            self.ndlora_shared, self.ndlora_shared_frozen = self.bank.factors, self.bank.frozen
+        self._planned = {(id(each.target.base), each.target.parameter_name): each for each in planned}
 
     def _check_target_parameters(self, peft_config: NdLoraConfig) -> None:
         """Which parameter a tensor of the file belongs to is told by the nesting of the wrappers, so it is to be one
@@ -279,25 +148,24 @@ class NdLoraModel(BaseTuner):
             # of its own for each layer, so that their order does not matter; 32 bits are all that torch uses
             seed = zlib.crc32(f"{peft_config.random_seed} {current_key}".encode())
             generator = torch.Generator().manual_seed(seed)
-        form = weight_form(base, parameter_name)
-        plan = plan_form(peft_config, current_key, form)
+        planned = self._planned.get((id(base), parameter_name))
+        if planned is None:  # named by the tensors of a file, not by the configuration
+            target_of_file = Target(current_key, base, parameter_name, current_key)
+            planned = plan_target(
+                peft_config, target_of_file, peft_config.resolved(), **get_quantization_kwargs(self.model)
+            )
         arguments = {
-            "lora_alpha": peft_config.options_for(current_key).alpha,
             "lora_dropout": peft_config.lora_dropout,
+            "gradient": peft_config.session.gradients.get(planned.target.name),
             "generator": generator,
             "inference_mode": peft_config.inference_mode,
         }
         existing = self._existing_layer(target, parameter_name)
         if existing is not None:
-            existing.update_layer(adapter_name, plan, **arguments)
+            existing.update_layer(adapter_name, planned, **arguments)
             return
-        layer = LAYER_KINDS[form.kind](
-            target,
-            adapter_name,
-            plan,
-            parameter_name=parameter_name,
-            **arguments,
-            **get_quantization_kwargs(self.model),
+        layer = LAYER_KINDS[planned.form.kind](
+            target, adapter_name, planned, bank=self.bank, clock=self.clock, **arguments
         )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
@@ -343,6 +211,8 @@ class NdLoraModel(BaseTuner):
             NdLoraValueError: the model is in training mode, or an adapter does not exist.
         """
         if adapter_names is None:
+            if self.training:
+                self.clock.begin_forward()
             yield
             return
         if self.training:
@@ -395,8 +265,57 @@ class NdLoraModel(BaseTuner):
         combination = Combination(combination_type, svd_rank, density, majority_sign_method)
         add_weighted(self, adapters, weights, adapter_name, combination)
 
+    # What the layers share is no layer's: PEFT looks for an adapter's tensors in its layers alone.
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, and the only ones that train unless `inference_mode`."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.bank.set_trained([] if inference_mode else names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the tensors of these adapters train, or not."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.bank.factors:
+                self.bank.factors[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out of all layers."""
+        super().delete_adapter(adapter_name)
+        self.bank.delete(adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return own | {key: value for key, value in state_dict.items() if f".{SHARED}" in f".{key}"}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        shared = {
+            cls._remove_adapter_name_from_key(key, adapter_name): key
+            for key in model.state_dict()
+            if f".{SHARED}" in f".{key}" and f".{adapter_name}." in key
+        }
+        state_dict = {shared.get(key, key): value for key, value in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def penalty(self) -> torch.Tensor | None:
+        """The sum of what the methods of the active adapters add to the loss; None if they add nothing."""
+        total = None
+        for layer in self.model.modules():
+            if not isinstance(layer, NdLoraLayer):
+                continue
+            for adapter in layer.active_adapters:
+                value = layer.penalty(adapter) if adapter in layer.ndlora_factors else None
+                if value is not None:
+                    total = value if total is None else total + value
+        return total
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            self.bank.widen(adapter_name)
         for module in self.model.modules():
             if isinstance(module, NdLoraLayer):
                 module.cast_frozen(adapter_name)
@@ -405,117 +324,3 @@ class NdLoraModel(BaseTuner):
 def _pass_names(adapter_names, module, args, kwargs):
     """A forward pre-hook."""
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
-    """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
-    from ndlora_plugins.integrations.peft.fingerprint import (
-        FingerprintedLayer,
-        compare_fingerprint,
-        make_fingerprint,
-    )
-
-    layers = [
-        FingerprintedLayer(
-            each.target.name,
-            (each.form.out_features, each.form.in_features),
-            _readable_weight(each),
-            _storage(each),
-        )
-        for each in planned
-    ]
-    if config.base_fingerprint is not None:
-        compare_fingerprint(
-            config.base_fingerprint,
-            layers,
-            reads_weight=any(each.plan.recomputed for each in planned),
-            base_name=config.base_model_name_or_path,
-        )
-    else:
-        config._session_fingerprint = make_fingerprint(layers)
-    config._session_weight_forms = {
-        target.path: {"name": target.name, "kind": form.kind, "shape": list(form.shape)}
-        for target, form, _, _ in planned
-        if form.kind != "linear"
-    }
-
-
-def _weight(target: Target) -> torch.Tensor | None:
-    """The parameter as it lies in the layer."""
-    return getattr(target.base, target.parameter_name or "weight", None)
-
-
-def _readable_weight(planned: Planned) -> torch.Tensor | Callable[[], torch.Tensor] | None:
-    """The weight (out, in), or a function that dequantises it; None if it is not there to be read in passing: on
-    "meta", sharded, or quantised and not needed for the start.
-    """
-    target, form, backend, plan = planned
-    weight = _weight(target)
-    if getattr(weight, "is_meta", False) or hasattr(weight, "ds_id"):  # GPTQ's weight is no tensor
-        return None
-    if backend is not None:
-        return (lambda: form.matrix(base_weight(target.base, backend))) if plan.recomputed else None
-    if weight is None or tuple(weight.shape) != form.shape or not weight.is_floating_point():
-        return None
-    return form.matrix(weight)
-
-
-def _storage(planned: Planned) -> str:
-    """What a fingerprint calls the way the weight is stored."""
-    if planned.backend is None:
-        return str(getattr(_weight(planned.target), "dtype", "unknown")).removeprefix("torch.")
-    return planned.backend.backend_name.removeprefix("bnb ")
-
-
-def _warn_of_unmatched(config: NdLoraConfig, names: list[str]) -> None:
-    """One warning for each entry that matches no adapted layer."""
-    targets = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            _warn_unmatched("target_modules", target, names)
-    for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, option):
-            _warn_unless_matched(option, key, names)
-    if config.modes and not {"in_modes", "out_modes"} & set(config.modes):
-        for key in config.modes:
-            _warn_unless_matched("modes", key, names)
-
-
-def _warn_unless_matched(option: str, key: str, names: list[str]) -> None:
-    if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
-        _warn_unmatched(option, key, names)
-
-
-def _warn_unmatched(option: str, entry: str, names: list[str]) -> None:
-    known = sorted({name.rpartition(".")[2] for name in names})
-    warnings.warn(
-        f"{option}: the entry {entry!r} matches no adapted layer, so it does nothing. Layers that are adapted end "
-        f"in {known}.",
-        UnmatchedTargetWarning,
-        stacklevel=2,
-    )
-
-
-def _warn_of_lopsided(planned: Iterable[Planned]) -> None:
-    """One warning that names the layers, worst first."""
-    from ndlora_plugins.modes import LOPSIDED_RATIO
-
-    lopsided = sorted(
-        (
-            (plan.lopsidedness, target.name, plan)
-            for target, _, _, plan in planned
-            if plan.lopsidedness > LOPSIDED_RATIO
-        ),
-        key=lambda found: (-found[0], found[1]),
-    )
-    if not lopsided:
-        return
-    ratio, name, plan = lopsided[0]
-    more = f" (and {len(lopsided) - 1} more layers)" if len(lopsided) > 1 else ""
-    warnings.warn(
-        f"Layer {name!r}{more}: in_features={plan.layout.in_features} split into {list(plan.layout.in_modes)} and "
-        f"out_features={plan.layout.out_features} into {list(plan.layout.out_modes)} take {plan.num_parameters:,} "
-        f"parameters, {ratio:.1f} times those of even modes. Set `modes`, exclude the layer, or use method='slora'.",
-        LopsidedModesWarning,
-        stacklevel=2,
-    )

@@ -15,8 +15,9 @@ from torch import Tensor
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.model import plan_model
-from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, TOKEN_ROWS, AdapterReader, listed
+from ndlora_plugins.integrations.peft.targets import plan_model
+from ndlora_plugins.integrations.peft.format import KEY_PREFIX, TOKEN_ROWS
+from ndlora_plugins.integrations.peft.reading import AdapterReader, listed
 
 __all__ = ["Problem", "check_sound", "find_problems"]
 
@@ -96,7 +97,8 @@ def _unmatched(reader: AdapterReader, names: list[str], base: BaseFiles | None) 
     """(missing in the file, not in the configuration). Without the base model only those that are known."""
     if base is None:
         targets = reader.config.target_modules
-        missing = [name for name in reader.config.base_fingerprint or () if name not in names]
+        known = [name for name, _ in reader.forms.values()]
+        missing = [name for name in {**(reader.config.base_fingerprint or {}), **dict.fromkeys(known)} if name not in names]
         if not targets or targets == "all-linear":
             return missing, []
         parameters = {reader.name(path) for path in reader.shapes if reader.is_parameter(path)}

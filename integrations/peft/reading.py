@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,30 +12,30 @@ from peft import PeftConfig
 from safetensors import safe_open
 from torch import Tensor
 
-from ndlora_plugins.adapter import LayerAdapter, plan_layer
+from ndlora_plugins.adapter import AdapterOptions, LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.directories import local_directory
 from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, check_adapter_file
 from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
-from ndlora_plugins.integrations.peft.json_files import (
-    check_fingerprint,
-    check_weight_forms,
-    read_object,
-    shorten,
+from ndlora_plugins.integrations.peft.format import (
+    FACTORS,
+    FROZEN,
+    KEY_PREFIX,
+    TOKEN_ROWS,
+    layer_forms,
+    shared_key,
+    split_key,
 )
-from ndlora_plugins.integrations.peft.model import plan_form
-from ndlora_plugins.integrations.peft.registration import NAME, PREFIX
+from ndlora_plugins.integrations.peft.json_files import check_fingerprint, read_object, shorten
+from ndlora_plugins.integrations.peft.registration import NAME
+from ndlora_plugins.integrations.peft.targets import plan_form
 from ndlora_plugins.integrations.peft.weights import WeightForm
+from ndlora_plugins.starts.base import Seen
+from ndlora_plugins.structures.base import Factor, cast_factors
 
-__all__ = ["AdapterReader", "KEY_PREFIX", "ReadLayer", "TOKEN_ROWS", "listed", "read_adapter"]
-
-# PEFT's, of every key in an adapter file
-KEY_PREFIX = "base_model.model."
-# and of the trained rows of an embedding
-TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
-_GROUPS = (f"{PREFIX}factors", f"{PREFIX}frozen")
+__all__ = ["AdapterReader", "ReadLayer", "listed", "read_adapter"]
 
 
 class ReadLayer(NamedTuple):
@@ -72,6 +70,8 @@ class AdapterReader:
     Attributes:
         directory: where it is.
         config: its `NdLoraConfig`.
+        forms: layer, as the file names it -> its name in the model and the form of its weight.
+        shared: key of a tensor that layers share, as it stands in the file -> shape.
         shapes: layer, as the file names it -> "ndlora_factors.down" and the like -> shape.
         others: every other key (`modules_to_save`, token rows, biases), as it stands in the file -> shape.
     """
@@ -82,33 +82,34 @@ class AdapterReader:
         check_adapter_file(str(self.directory))
         self.path = self.directory / ADAPTER_FILE
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.shared: dict[str, tuple[int, ...]] = {}
         self.others: dict[str, tuple[int, ...]] = {}
         with safe_open(self.path, framework="pt") as file:
             for key in file.keys():
                 shape = tuple(file.get_slice(key).get_shape())
-                layer, tensor = _split(key)
+                layer, tensor = split_key(key)
                 if layer is None:
                     self.others[key] = shape
+                elif not layer:
+                    self.shared[key] = shape
                 else:
                     self.shapes.setdefault(layer, {})[tensor] = shape
+        self.forms = layer_forms(self.config, self.shapes)
+        if self.config.resolved().method.shared is not None:  # a layer may have no tensor of its own
+            self.shapes = {path: self.shapes.get(path, {}) for path in self.forms}
 
     @cached_property
     def reads_base(self) -> bool:
         """Whether factors are recomputed from the base weights."""
-        # method, initialiser and anchor decide it, not the layer: the smallest one will do
-        options = replace(self.config.options_for(""), rank=1, in_modes=None, out_modes=None)
-        return plan_layer(options, 1, 1, layer="").recomputed
+        return self.config.resolved().recomputed
 
     def name(self, path: str) -> str:
         """Of a layer in the model: its name in the file, or that of the parameter that is adapted in its place."""
-        return (self.config.weight_forms or {}).get(path, {"name": path})["name"]
+        return self.forms[path][0]
 
     def form(self, path: str) -> WeightForm | None:
-        """Of the base weight, where it is known without the base model: of all but linear layers."""
-        entry = (self.config.weight_forms or {}).get(path)
-        if entry is None:
-            return None
-        return WeightForm(entry["kind"], tuple(entry["shape"]), transposed=entry["kind"] == "embedding")
+        """Of the base weight; None where an old file does not tell it without the base model."""
+        return self.forms[path][1]
 
     def is_parameter(self, path: str) -> bool:
         """Whether a bare parameter is adapted, not a layer's weight."""
@@ -116,32 +117,35 @@ class AdapterReader:
         return form is not None and form.kind == "parameter"
 
     def plan(self, path: str, base: BaseFiles | None = None) -> LayerAdapter:
-        """The plan of one layer; features come from the base model if given, else from the factors' shapes.
+        """The plan of one layer, of the base model's own weight if it is given.
 
         Raises:
-            NdLoraValueError: they do not tell, or a factor is missing, unknown or of another shape.
+            NdLoraValueError: the base model has no such layer, or a factor is missing, unknown or of another shape.
         """
-        name, form = self.name(path), self.form(path)
+        name, form = self.forms[path]
         if base is not None:
             found = base.form(name)
-            if found is None or form not in (None, found):
+            # an old file that reads its start from the base says nothing of how wide its linear layers are
+            if found is None or (self.config.layers is not None or form.kind != "linear") and (
+                (form.kind, form.matrix_shape) != (found.kind, found.matrix_shape)
+            ):
                 raise NdLoraValueError(
                     f"The base model in {base.directory} has no {form.kind if form else 'linear'} layer {name!r}"
                     f"{f' of shape {list(form.shape)}' if form else ''}, which the adapter has. Name the model that "
                     f"the adapter was trained on ({self.config.base_model_name_or_path})."
                 )
             form = found
-        form = form or self._linear_form(path)
         if form is None:
             raise NdLoraValueError(
                 f"The tensors of layer {name!r} in {self.path} ({', '.join(self.shapes[path])}) do not "
                 f"say how wide the layer is. Name the base model."
             )
-        plan = plan_form(self.config, name, form)
-        expected = {f"{_GROUPS[0]}.{factor.name}": factor.shape for factor in plan.trained}
+        plan = plan_form(self.config.options_for(name, self._resolved), name, form)
+        shared = dict(plan.shared)
+        expected = {_key(FACTORS, factor.name, shared): factor.shape for factor in plan.trained}
         if not plan.recomputed:
-            expected |= {f"{_GROUPS[1]}.{factor.name}": factor.shape for factor in plan.frozen}
-        found = self.shapes[path]
+            expected |= {_key(FROZEN, factor.name, shared): factor.shape for factor in plan.frozen}
+        found = self.shapes[path] | {key: self.shared[key] for key in expected if key in self.shared}
         for tensor in sorted({*expected, *found}, key=[*expected, *found].index):
             if expected.get(tensor) != found.get(tensor):
                 needs = "has no such tensor" if tensor not in expected else f"needs {list(expected[tensor])}"
@@ -152,31 +156,22 @@ class AdapterReader:
                 )
         return plan
 
-    def _linear_form(self, path: str) -> WeightForm | None:
-        """By the names that the methods give their factors, else as fingerprinted."""
-        shapes = {name.partition(".")[2]: shape for name, shape in self.shapes[path].items()}
-        modes = [shape for name, shape in shapes.items() if name.startswith("mode_") and len(shape) == 3]
-        if modes:
-            _, out_modes, in_modes = zip(*modes, strict=True)  # each (terms, out_mode, in_mode)
-            return WeightForm("linear", (math.prod(out_modes), math.prod(in_modes)))
-        if len(shapes.get("down", ())) == len(shapes.get("up", ())) == 2:
-            return WeightForm("linear", (shapes["up"][0], shapes["down"][1]))
-        known = (self.config.base_fingerprint or {}).get(path)
-        if known is not None:
-            return WeightForm("linear", tuple(known["shape"]))
-        # what is saved of an adapter that recomputes the rest does not depend on them: the smallest will do
-        rank = self.config.options_for(path).rank
-        return WeightForm("linear", (rank, rank)) if self.reads_base else None
+    @cached_property
+    def _resolved(self) -> AdapterOptions:
+        return self.config.resolved()
 
     def read(self, path: str, base: BaseFiles | None = None) -> ReadLayer:
         """Plan and tensors of one layer; `base` as in `read_adapter`."""
         plan, name = self.plan(path, base), self.name(path)
-        tensors = self.tensors(path)
-        trained = {factor.name: tensors[f"{_GROUPS[0]}.{factor.name}"] for factor in plan.trained}
+        tensors, shared = self.tensors(path), dict(plan.shared)
+
+        def take(group: str, factors: Sequence[Factor]) -> dict[str, Tensor]:
+            keys = {factor.name: _key(group, factor.name, shared) for factor in factors}
+            return {name: tensors[key] if key in tensors else self.tensor(key) for name, key in keys.items()}
+
+        trained = take(FACTORS, plan.trained)
         if not plan.recomputed:
-            return ReadLayer(
-                name, plan, trained, {f.name: tensors[f"{_GROUPS[1]}.{f.name}"] for f in plan.frozen}
-            )
+            return ReadLayer(name, plan, trained, take(FROZEN, plan.frozen))
         if base is None:
             raise NdLoraValueError(
                 f"method={plan.method.name!r} with anchor={plan.anchor!r} recomputes its start from the "
@@ -185,8 +180,8 @@ class AdapterReader:
         dtype = next(iter(trained.values())).dtype
         weight = base.weight(name)
         weight = weight.to(self._trained_storage() or weight.dtype)
-        frozen = plan.initialize(weight)[1]
-        return ReadLayer(name, plan, trained, {name: value.to(dtype) for name, value in frozen.items()})
+        frozen = plan.initialize(Seen(weight))[1]
+        return ReadLayer(name, plan, trained, cast_factors(frozen, dtype))
 
     def _trained_storage(self) -> torch.dtype | None:
         """The dtype that the base weights had in training; None where they were quantised, or nobody "
@@ -281,18 +276,12 @@ def _read_config(directory: Path) -> NdLoraConfig:
     config = PeftConfig.from_pretrained(str(directory))
     if config.base_fingerprint is not None:
         check_fingerprint(config.base_fingerprint)
-    if config.weight_forms is not None:
-        check_weight_forms(config.weight_forms)
     return config
 
 
-def _split(key: str) -> tuple[str | None, str]:
-    """(layer, "ndlora_factors.down"), or (None, key) of a tensor that is not ours."""
-    for group in _GROUPS:
-        layer, found, factor = key.rpartition(f".{group}.")
-        if found and "." not in factor and layer.startswith(KEY_PREFIX):
-            return layer.removeprefix(KEY_PREFIX), f"{group}.{factor}"
-    return None, key
+def _key(group: str, factor: str, shared: dict[str, str]) -> str:
+    """Of a factor among its layer's tensors, or of the tensor that its layer shares."""
+    return shared_key(group, shared[factor]) if factor in shared else f"{group}.{factor}"
 
 
 def listed(names: list[str], most: int = 4) -> str:

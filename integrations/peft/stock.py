@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from ndlora_plugins.compress import RankTarget, low_rank_form, relative_error
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
-from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, AdapterReader, ReadLayer
+from ndlora_plugins.integrations.peft.format import KEY_PREFIX
+from ndlora_plugins.integrations.peft.reading import AdapterReader, ReadLayer
 from ndlora_plugins.methods.ndlinear import NdLinear
 
 __all__ = ["ExportedLayer", "StockAdapter", "to_lokr", "to_lora"]

@@ -39,6 +39,11 @@ class WeightForm:
         return math.prod(self.shape[:-1]) if self.kind == "parameter" else self.shape[0]
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
     def leading(self) -> tuple[int, ...]:
         """Axes that are part of `out_features`: (experts,)."""
         return self.shape[:-2] if self.kind == "parameter" else ()

@@ -25,7 +25,7 @@ kernels: list[Callable[[tuple[int, ...], tuple[int, ...], int], Product | None]]
 class KroneckerSum(Structure):
     """Factors `mode_1` ... `mode_N`, each (terms, out_mode, in_mode).
 
-    Source: arXiv 2503.17353; https://github.com/ensemble-core/NdLinear (`ndlinear.py`) has N modes, there with one term.
+    Source: arXiv 2503.17353; https://github.com/ensemble-core/NdLinear (`ndlinear.py`) has N modes and one term.
 
     Attributes:
         in_modes, out_modes: equally many; their products are the layout's features, row-major.

@@ -1,0 +1,78 @@
+"""Merging: an adapter's update added to the base weight of its layer, and taken away again."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+
+__all__ = ["Merging", "add_and_round"]
+
+
+def add_and_round(weight: Tensor, delta: Tensor) -> Tensor:
+    """weight + delta, added in the wider dtype of the two and rounded once to the weight's."""
+    return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+
+
+class Merging:
+    """What an NDLORA layer does to merge; for `NdLoraLayer`."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the base weight.
+
+        Args:
+            safe_merge: check the new weight for NaN and infinity first, and change nothing if there is any.
+            adapter_names: which adapters, the active ones by default.
+
+        Raises:
+            NdLoraValueError: `safe_merge` found a value that is not finite, or the base cannot be requantised.
+        """
+        adapter_names = [
+            name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.ndlora_factors
+        ]
+        if not adapter_names:
+            return
+        self._check_merge_supported()
+        for name in adapter_names:
+            self._add_to_base(self.get_delta_weight(name), name if safe_merge else None)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract every merged update again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", NdLoraWarning, stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters[-1]
+            if name in self.ndlora_factors:
+                self._add_to_base(-self.get_delta_weight(name), None)
+            self.merged_adapters.pop()
+
+    def _add_to_base(self, delta: Tensor, check_for: str | None) -> None:
+        merged = add_and_round(self.get_base_weight(), delta)
+        if check_for is not None and not torch.isfinite(merged).all():
+            raise NdLoraValueError(
+                f"NaNs detected in the merged weights. The adapter {check_for} seems to be broken: a merged weight "
+                f"holds NaN or infinity. The base weight is as it was."
+            )
+        self.set_base_weight(merged)
+
+    def _check_merge_supported(self) -> None:
+        backend = self.quantization_backend
+        if backend is None:
+            return
+        if not backend.supports_merge:
+            raise NdLoraValueError(
+                f"A base layer quantised with {backend.backend_name} cannot be merged into. Load the base model in "
+                f"16 or 32 bit, load the adapter on it, and merge there."
+            )
+        warnings.warn(
+            f"Merging into a {backend.backend_name} layer rounds the update to the quantised grid. For full "
+            f"precision load the base model in 16 or 32 bit and merge there.",
+            NdLoraWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,111 @@
+"""What the layers of a model have in common: the tensors that they share, and the training step they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ndlora_plugins.adapter import LayerAdapter
+    from ndlora_plugins.methods import Moment
+
+__all__ = ["SHARED", "Bank", "Clock"]
+
+SHARED = "ndlora_shared"  # how the keys of shared tensors begin, behind the model's
+
+Tensors = Mapping[str, Tensor]
+
+
+class Bank:
+    """The tensors that several layers share, of every adapter. The tuner holds them, the layers refer to them.
+
+    Attributes:
+        factors: adapter -> key -> what trains.
+        frozen: adapter -> key -> what does not.
+    """
+
+    def __init__(self) -> None:
+        self.factors, self.frozen = nn.ModuleDict(), nn.ModuleDict()
+
+    def start_values(self, adapter: str, plan: LayerAdapter) -> dict[str, Tensor]:
+        """Factor -> its start, of those that another layer has brought already."""
+        trained, frozen = self._held(self.factors, adapter), self._held(self.frozen, adapter)
+        # with the anchor the start is what is frozen, without it what trains is the start
+        held = {**trained, **frozen}
+        return {factor: held[key].detach() for factor, key in plan.shared if key in held}
+
+    def keep(
+        self, adapter: str, plan: LayerAdapter, trained: Tensors, frozen: Tensors
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Take in what is shared and new; return what is the layer's own."""
+        keys = dict(plan.shared)
+        for holder, tensors, trains in ((self.factors, trained, True), (self.frozen, frozen, False)):
+            for name in tensors.keys() & keys.keys():
+                if adapter not in holder:
+                    holder[adapter] = nn.ParameterDict()
+                if keys[name] not in holder[adapter]:
+                    holder[adapter][keys[name]] = nn.Parameter(tensors[name], requires_grad=trains)
+        own = [{name: value for name, value in group.items() if name not in keys} for group in (trained, frozen)]
+        return own[0], own[1]
+
+    def join(
+        self, adapter: str, plan: LayerAdapter, trained: Tensors, frozen: Tensors
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A layer's own tensors and the shared ones, by factor, on the layer's device."""
+        joined = []
+        for holder, own, factors in ((self.factors, trained, plan.trained), (self.frozen, frozen, plan.frozen)):
+            held, names = self._held(holder, adapter), {factor.name for factor in factors}
+            shared = {name: held[key] for name, key in plan.shared if name in names}
+            device = next((value.device for value in own.values()), None)
+            joined.append({**own, **{n: v if device is None else v.to(device) for n, v in shared.items()}})
+        return joined[0], joined[1]
+
+    def delete(self, adapter: str) -> None:
+        """Forget an adapter's tensors."""
+        for holder in (self.factors, self.frozen):
+            if adapter in holder:
+                del holder[adapter]
+
+    def widen(self, adapter: str) -> None:
+        """An adapter's tensors of 16 bit become float32, as PEFT does with those of the layers."""
+        for holder in (self.factors, self.frozen):
+            for value in self._held(holder, adapter).values():
+                if value.dtype in (torch.float16, torch.bfloat16):
+                    value.data = value.data.float()
+
+    def set_trained(self, adapters: list[str]) -> None:
+        """Let the tensors of these adapters train, and no others."""
+        for adapter, parameters in self.factors.items():
+            parameters.requires_grad_(adapter in adapters)
+
+    @staticmethod
+    def _held(holder: nn.ModuleDict, adapter: str) -> dict[str, nn.Parameter]:
+        return holder[adapter]._parameters if adapter in holder else {}
+
+
+class Clock:
+    """The training step that a model is in, the same for all of its layers until the next forward.
+
+    Attributes:
+        step: of the optimiser.
+        driven: whether a trainer's callback sets the step; else every training forward is a step of its own.
+        seed: of the adapters.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.step, self.driven, self.seed = 0, False, seed or 0
+
+    @property
+    def moment(self) -> Moment:
+        """For methods that show a part of their factors."""
+        from ndlora_plugins.methods import Moment
+
+        return Moment(self.step, self.seed)
+
+    def begin_forward(self) -> None:
+        """A training forward of the whole model begins."""
+        if not self.driven:
+            self.step += 1

@@ -1,0 +1,314 @@
+"""Which weights a configuration adapts, and the plan of each.
+
+The core is imported when it is first used: registration, which runs at `import peft`, is to cost under 5 ms.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
+from torch import nn
+
+from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.weights import (
+    WeightForm,
+    base_weight,
+    quantization_backend,
+    weight_form,
+)
+
+if TYPE_CHECKING:
+    from ndlora_plugins.adapter import AdapterOptions, LayerAdapter
+
+__all__ = [
+    "Planned",
+    "Target",
+    "check_bases",
+    "check_shared",
+    "fill_in_targets",
+    "find_targets",
+    "matched_targets",
+    "plan_form",
+    "plan_model",
+    "plan_target",
+]
+
+# what PEFT trains in full for a task, though the configuration does not name it yet
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+class Target(NamedTuple):
+    """A weight that a configuration adapts.
+
+    Attributes:
+        name: of the layer in the model, without adapters; of the parameter where a bare one is adapted.
+        base: the layer.
+        parameter_name: its bare parameter; None for its weight.
+        path: the layer's name in the adapter's file. PEFT nests the wrappers of several parameters of one module.
+    """
+
+    name: str
+    base: nn.Module
+    parameter_name: str | None
+    path: str
+
+
+class Planned(NamedTuple):
+    """A target, how its weight is read, its quantisation if any, its adapter, and the alpha of its scaling."""
+
+    target: Target
+    form: WeightForm
+    backend: QuantizationBackend | None
+    plan: LayerAdapter
+    alpha: float
+
+
+def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerAdapter]]:
+    """Plan every layer that `config` adapts: (name, plan), in the model's order. Changes neither.
+
+    The weights are not read: a model on the "meta" device will do.
+
+    Raises:
+        NdLoraValueError, NdLoraTypeError: as adding the adapter would.
+    """
+    resolved = config.resolved()
+    return [
+        (target.name, plan_target(config, target, resolved).plan) for target in find_targets(model, config)
+    ]
+
+
+def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
+    """Every weight that `config` adapts, in the model's order. Changes neither."""
+    config = copy.deepcopy(config)
+    fill_in_targets(config, model)
+    return list(matched_targets(config, model))
+
+
+def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
+    """None and "all-linear" become the set of names."""
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = "all-linear"
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    if all_linear:
+        whole = {*_HEADS.get(config.task_type, ()), *(config.modules_to_save or ())}
+        config.target_modules = {
+            name for name in config.target_modules if not any(f".{entry}." in f".{name}." for entry in whole)
+        }
+    if all_linear and config.layers_to_transform is not None:
+        # the names are full ones, and for those PEFT does not look at the index of the layer
+        config.target_modules = {name for name in config.target_modules if _is_in_layers(config, name)}
+
+
+def _is_in_layers(config: NdLoraConfig, name: str) -> bool:
+    """Whether `layers_to_transform` lets the module `name` have an adapter."""
+    by_end = copy.copy(config)
+    by_end.target_modules = {name.rpartition(".")[2]}
+    return bool(BaseTuner._check_target_module_exists(by_end, name))
+
+
+def matched_targets(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
+    """As PEFT matches `target_modules` and `target_parameters`."""
+    inside = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        if BaseTuner._check_target_module_exists(config, name):
+            yield Target(
+                name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, None, name
+            )
+    wanted = tuple(config.target_parameters or ())
+    for path, module in model.named_modules() if wanted else ():
+        if isinstance(module, BaseTunerLayer):
+            continue  # its base layer comes later
+        name = path.replace(".base_layer", "")
+        found = [
+            parameter
+            for parameter, _ in module.named_parameters(recurse=False)
+            if any(f".{name}.{parameter}".endswith(f".{entry}") for entry in wanted)
+        ]
+        for depth, parameter in enumerate(reversed(found)):  # the last one is wrapped outermost
+            yield Target(f"{name}.{parameter}", module, parameter, name + depth * ".base_layer")
+
+
+def plan_target(
+    config: NdLoraConfig, target: Target, resolved: AdapterOptions, get_apply_tensor_subclass: Any = None
+) -> Planned:
+    """Plan one target, and refuse what cannot be adapted.
+
+    Args:
+        resolved: `config.resolved()`.
+        get_apply_tensor_subclass: as PEFT's `get_quantization_kwargs` gives it.
+
+    Raises:
+        NdLoraValueError, NdLoraTypeError: with the layer's name.
+    """
+    if hasattr(_weight(target), "device_mesh"):
+        raise NdLoraTypeError(
+            f"method={config.method!r} cannot adapt layer {target.name!r}: its weight is split over several processes "
+            f"(tensor parallelism or FSDP2). Add the adapter to the whole model and shard it after that, with FSDP2; "
+            f"under tensor parallelism NDLORA does not work."
+        )
+    form = weight_form(target.base, target.parameter_name)
+    if form is None and target.parameter_name is not None:
+        shape = list(getattr(target.base, target.parameter_name).shape)
+        raise NdLoraTypeError(
+            f"method={config.method!r} cannot adapt the parameter {target.name!r} of shape {shape}: a matrix "
+            f"(out, in) or a stack of them (experts, out, in) can be. Take it out of target_parameters."
+        )
+    if form is None:
+        raise NdLoraTypeError(
+            f"method={config.method!r} cannot adapt layer {target.name!r} of type {type(target.base).__name__}: "
+            f"nn.Linear (quantised too), transformers' Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d can "
+            f"be. Take it out of target_modules, or name it in exclude_modules."
+        )
+    if form.kind == "parameter" and config.lora_dropout:
+        raise NdLoraValueError(
+            f"lora_dropout={config.lora_dropout} cannot be used on the parameter {target.name!r}: its update is added "
+            f"to the parameter, which has no input. Set lora_dropout=0."
+        )
+    options = config.options_for(target.name, resolved)
+    plan = plan_form(options, target.name, form)
+    backend = None
+    if target.parameter_name is None:
+        backend = quantization_backend(target.base, get_apply_tensor_subclass)
+    if "weight" in plan.start.reads and isinstance(backend, ForwardOnlyQuantizationBackend):
+        raise NdLoraTypeError(
+            f"method={config.method!r} with init_lora_weights={config.init_lora_weights!r} reads its start from the "
+            f"weight of layer {target.name!r}, which is quantised with {backend.backend_name}: PEFT cannot dequantise "
+            f"it. Use a start that does not read the weight (`ndlora methods`), or load the base model in 16 or 32 bit."
+        )
+    return Planned(target, form, backend, plan, options.alpha)
+
+
+def plan_form(options: AdapterOptions, name: str, form: WeightForm) -> LayerAdapter:
+    """The plan of one weight.
+
+    Args:
+        options: what `NdLoraConfig.options_for` says of the layer.
+        name: of the layer.
+    """
+    from ndlora_plugins.adapter import plan_layer
+    from ndlora_plugins.budget import check_size
+
+    plan = plan_layer(
+        options,
+        form.in_features,
+        form.out_features,
+        layer=name,
+        leading=form.leading,
+        trailing=form.trailing,
+        one_hot=form.kind == "embedding",
+    )
+    check_size(plan, name)
+    return plan
+
+
+def check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
+    """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
+    from ndlora_plugins.integrations.peft.fingerprint import (
+        FingerprintedLayer,
+        compare_fingerprint,
+        make_fingerprint,
+    )
+
+    layers = [
+        FingerprintedLayer(
+            each.target.name,
+            (each.form.out_features, each.form.in_features),
+            _readable_weight(each),
+            _storage(each),
+        )
+        for each in planned
+    ]
+    if config.base_fingerprint is not None:
+        compare_fingerprint(
+            config.base_fingerprint,
+            layers,
+            reads_weight=any(each.plan.recomputed for each in planned),
+            base_name=config.base_model_name_or_path,
+        )
+    else:
+        config.session.base_fingerprint = make_fingerprint(layers)
+    config.session.layers = {
+        target.path: [target.name, form.kind, list(form.matrix_shape if form.kind == "linear" else form.shape)]
+        for target, form, *_ in planned
+    }
+
+
+def _weight(target: Target) -> torch.Tensor | None:
+    """The parameter as it lies in the layer."""
+    return getattr(target.base, target.parameter_name or "weight", None)
+
+
+def _readable_weight(planned: Planned) -> torch.Tensor | Callable[[], torch.Tensor] | None:
+    """The weight (out, in), or a function that dequantises it; None if it is not there to be read in passing: on
+    "meta", sharded, or quantised and not needed for the start.
+    """
+    target, form, backend, plan = planned[:4]
+    weight = _weight(target)
+    if getattr(weight, "is_meta", False) or hasattr(weight, "ds_id"):  # GPTQ's weight is no tensor
+        return None
+    if backend is not None:
+        return (lambda: form.matrix(base_weight(target.base, backend))) if plan.recomputed else None
+    if weight is None or tuple(weight.shape) != form.shape or not weight.is_floating_point():
+        return None
+    return form.matrix(weight)
+
+
+def _storage(planned: Planned) -> str:
+    """What a fingerprint calls the way the weight is stored."""
+    if planned.backend is None:
+        return str(getattr(_weight(planned.target), "dtype", "unknown")).removeprefix("torch.")
+    return planned.backend.backend_name.removeprefix("bnb ")
+
+
+def check_shared(planned: Sequence[Planned]) -> None:
+    """What layers share must be one tensor for all of them.
+
+    Raises:
+        NdLoraValueError: two layers would share tensors of different shapes under one key.
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for each in planned:
+        shapes = {factor.name: factor.shape for factor in each.plan.structure.factors}
+        for factor, key in each.plan.shared:
+            first, shape = found.setdefault(key, (each.target.name, shapes[factor]))
+            if shape != shapes[factor]:
+                raise NdLoraValueError(
+                    f"method={each.plan.method.name!r} shares {factor!r} under {key!r} by layers {first!r}, where it is "
+                    f"{list(shape)}, and {each.target.name!r}, where it is {list(shapes[factor])}. Adapt layers of one "
+                    f"shape only (target_modules, exclude_modules)."
+                )
+
+
+def check_gradients(planned: Sequence[Planned], config: NdLoraConfig) -> None:
+    """A start that reads gradients needs those that were measured, unless the adapter is loaded from a file.
+
+    Raises:
+        NdLoraValueError: they are not there, or of another shape than a layer.
+    """
+    if config.base_fingerprint is not None:
+        return
+    for each in planned:
+        if "gradient" not in each.plan.start.reads:
+            continue
+        gradient = config.session.gradients.get(each.target.name)
+        if gradient is None or tuple(gradient.shape) != each.form.matrix_shape:
+            raise NdLoraValueError(
+                f"init_lora_weights={each.plan.start.name!r} reads the gradient of layer {each.target.name!r}, and "
+                f"{'none was measured' if gradient is None else f'the one measured is {list(gradient.shape)}'}: call "
+                f"ndlora_plugins.measure_gradients(model, config, step) before get_peft_model."
+            )
