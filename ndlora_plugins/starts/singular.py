@@ -24,7 +24,7 @@ def largest_singular_vectors(
     Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
     """
     start = torch.randn(matrix.shape[1], count, generator=torch.Generator().manual_seed(0))
-    right = torch.linalg.qr(start.to(matrix.device)).Q
+    right = torch.linalg.qr(start.to(matrix)).Q
     for _ in range(iterations):
         right = torch.linalg.qr(matrix.T @ (matrix @ right)).Q
     # within the subspace: the singular vectors, the largest first

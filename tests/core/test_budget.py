@@ -1,34 +1,45 @@
-"""The published counts, exactly, on the meta device; and what the plan says of awkward dimensions."""
+"""The published counts, exactly, from the shapes of the layers; and what the plan says of awkward dimensions."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.adapter import AdapterOptions, plan_layer
+from ndlora_plugins.adapter import adapter_options, plan_layer
 from ndlora_plugins.budget import make_budget
-from ndlora_plugins.integrations.peft import plan_model
 
-QWEN3 = {
-    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "head_dim": 128,
-}  # fmt: skip
-LLAMA3 = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}  # fmt: skip
-LLAMA2 = {**LLAMA3, "intermediate_size": 11008, "num_key_value_heads": 32}
-QWEN3_17B = (Qwen3Config, Qwen3ForCausalLM, QWEN3)
-LLAMA3_8B = (LlamaConfig, LlamaForCausalLM, LLAMA3)
-LLAMA2_7B = (LlamaConfig, LlamaForCausalLM, LLAMA2)
+
+def decoder(layers, hidden, intermediate, heads, key_values):
+    """(name, in_features, out_features) of every linear layer of a decoder; heads' sizes in all."""
+    shapes = {
+        "q_proj": (hidden, heads),
+        "k_proj": (hidden, key_values),
+        "v_proj": (hidden, key_values),
+        "o_proj": (heads, hidden),
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }
+    return [(f"layers.{k}.{name}", *shape) for k in range(layers) for name, shape in shapes.items()]
+
+
+QWEN3_17B = decoder(28, 2048, 6144, 2048, 1024)
+LLAMA3_8B = decoder(32, 4096, 14336, 4096, 1024)
+LLAMA2_7B = decoder(32, 4096, 11008, 4096, 4096)
 
 # model, options, trainable, in the file; arXiv 2503.17353 table 4 and arXiv 2502.14482 table 1
 PUBLISHED = [
-    (QWEN3_17B, {}, 1_146_880, 1_146_880),
-    (LLAMA3_8B, {}, 2_260_992, 2_260_992),
-    (LLAMA2_7B, {"init_lora_weights": "n_lora", "r": 128}, 319_815_680 + 3_670_016, 319_815_680 + 3_670_016),
-    (LLAMA2_7B, {"method": "slora", "r": 128}, 319_815_680 + 3_670_016, 319_815_680 + 3_670_016),
-    (LLAMA2_7B, {"method": "inttune", "r": 128}, 3_670_016, 3_670_016),
+    (QWEN3_17B, {"method": "ndlinear"}, 1_146_880, 1_146_880),
+    (LLAMA3_8B, {"method": "ndlinear"}, 2_260_992, 2_260_992),
+    (
+        LLAMA2_7B,
+        {"init_lora_weights": "n_lora", "rank": 128},
+        319_815_680 + 3_670_016,
+        319_815_680 + 3_670_016,
+    ),
+    (LLAMA2_7B, {"method": "slora", "rank": 128}, 319_815_680 + 3_670_016, 319_815_680 + 3_670_016),
+    (LLAMA2_7B, {"method": "inttune", "rank": 128}, 3_670_016, 3_670_016),
+    # as LoRA r=1, an eighth of 8,716,288 and of 20,971,520
+    (QWEN3_17B, {"method": "crossed"}, 1_089_536, 1_089_536),
+    (LLAMA3_8B, {"method": "crossed"}, 2_621_440, 2_621_440),
 ]
 # model, rank, LoRA's count over the same layers
 LORA = [
@@ -39,39 +50,50 @@ LORA = [
 ]
 
 
-def on_meta(model):
-    config, cls, options = model
-    with torch.device("meta"):
-        return cls(config(**options))
+def budget_of(model, lora_rank=8, **options):
+    chosen = adapter_options(**options)
+    return make_budget(((layer, plan_layer(chosen, *shape, layer)) for layer, *shape in model), lora_rank)
 
 
 @pytest.mark.parametrize("model, options, trainable, saved", PUBLISHED)
 def test_published_counts(model, options, trainable, saved):
-    budget = make_budget(plan_model(on_meta(model), NdLoraConfig(**options)))
+    budget = budget_of(model, **options)
     assert (budget.parameters, budget.saved) == (trainable, saved)
 
 
 @pytest.mark.parametrize("model, rank, expected", LORA)
 def test_lora_beside_it(model, rank, expected):
-    assert make_budget(plan_model(on_meta(model), NdLoraConfig()), lora_rank=rank).lora_parameters == expected
+    assert budget_of(model, rank).lora_parameters == expected
 
 
 def test_what_is_planned_is_what_is_trained():
     from peft import get_peft_model
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    model = on_meta(QWEN3_17B)
-    budget = make_budget(plan_model(model, NdLoraConfig()))
-    wrapped = get_peft_model(model, NdLoraConfig())
+    from ndlora_plugins import NdLoraConfig
+    from ndlora_plugins.integrations.peft import plan_model
+
+    shape = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, **heads))
+    budget = make_budget(plan_model(model, NdLoraConfig(method="ndlinear")))
+    assert budget.parameters == budget_of(QWEN3_17B, method="ndlinear").parameters
+    wrapped = get_peft_model(model, NdLoraConfig(method="ndlinear"))
     assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == budget.parameters
 
 
 def test_a_prime_dimension_is_noted():
-    row = make_budget([("head", plan_layer(AdapterOptions(), 2048, 4099, "head"))]).rows[0]
-    assert "lopsided" in row.note
+    row = budget_of([("head", 2048, 4099)], method="ndlinear").rows[0]
+    assert row.note == "lopsided: 45.3x the parameters of even modes"
 
 
 def test_the_table_ends_in_the_totals():
-    layers = [(f"layers.{i}.q_proj", plan_layer(AdapterOptions(), 24, 24, "q")) for i in range(3)]
-    header, rows = make_budget(layers).table()
+    header, rows = budget_of([(f"layers.{i}.q_proj", 24, 24) for i in range(3)], method="ndlinear").table()
     assert len(rows) == 2 and all(len(row) == len(header) for row in rows)
     assert rows[0][:3] == ("q_proj", "3", "24 x 24") and rows[-1][4] == f"{3 * (4 * 4 + 6 * 6):,}"
+
+
+@pytest.mark.parametrize("method, modes", [("ndlinear", "4x4, 6x6"), ("crossed", "6x4, 4x6"), ("slora", "-")])
+def test_the_modes_of_a_row(method, modes):
+    assert budget_of([("q", 24, 24)], method=method).rows[0].modes == modes

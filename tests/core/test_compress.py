@@ -3,21 +3,22 @@
 import pytest
 import torch
 
-from ndlora_plugins.adapter import AdapterOptions, plan_layer
+from ndlora_plugins.adapter import adapter_options, plan_layer
 from ndlora_plugins.compress import RankTarget, low_rank_form, product_low_rank, relative_error
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.starts import Seen
 
 # in_features, out_features, options of an update without an exact low-rank form
 KRONECKER = {
-    "one-term": (24, 60, {}),
-    "one-term-3-modes": (24, 60, {"num_modes": 3}),
-    "one-term-prime": (13, 30, {}),
-    "four-terms": (24, 60, {"rank": 4}),
-    "four-terms-3-modes": (60, 24, {"rank": 4, "num_modes": 3}),
+    "one-term": (24, 60, {"method": "ndlinear"}),
+    "one-term-3-modes": (24, 60, {"method": "ndlinear", "options": {"num_modes": 3}}),
+    "one-term-prime": (13, 30, {"method": "ndlinear"}),
+    "four-terms": (24, 60, {"method": "ndlinear", "rank": 4}),
+    "four-terms-3-modes": (60, 24, {"method": "ndlinear", "rank": 4, "options": {"num_modes": 3}}),
     "snapshot": (24, 60, {"init_lora_weights": "ndlinear"}),
 }
 # large enough not to be taken whole
-WIDE = (400, 324, {"rank": 3})
+WIDE = (400, 324, {"method": "ndlinear", "rank": 3})
 # arguments, what the message must say
 WRONG = [
     ({}, "give one of the three, not none"),
@@ -30,9 +31,8 @@ WRONG = [
 
 def make(in_features, out_features, options):
     """(plan, trained, frozen, dW) with factors that have moved."""
-    plan = plan_layer(AdapterOptions(**options), in_features, out_features, "q")
-    weight = torch.randn(out_features, in_features)
-    trained, frozen = plan.initialize(weight)
+    plan = plan_layer(adapter_options(**options), in_features, out_features, "q")
+    trained, frozen = plan.initialize(Seen(weight=torch.randn(out_features, in_features)))
     trained = {name: value.double() + torch.randn(value.shape).double() for name, value in trained.items()}
     frozen = {name: value.double() for name, value in frozen.items()}
     return plan, trained, frozen, plan.delta(trained, frozen)

@@ -1,180 +1,234 @@
-"""For every method: what it computes, materialises, anchors and converts to is one and the same dW."""
+"""Every registered method holds to the laws, with every start that fits it; and what is ours alone."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ndlora_plugins.adapter import AdapterOptions, plan_layer
-from ndlora_plugins.registry import methods
+from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.methods import Moment
+from ndlora_plugins.registry import method_and_start, methods, starts
+from ndlora_plugins.starts import Seen, Start
+from ndlora_plugins.testing import check_method
 
-METHODS = ["ndlinear", "slora", "nlora", "inttune"]
-# in_features, out_features, options
-CASES = [
-    (24, 18, {"num_modes": 2, "rank": 1}),
-    (24, 18, {"num_modes": 3, "rank": 1}),
-    (24, 18, {"num_modes": 2, "rank": 4}),
-    (24, 18, {"num_modes": 3, "rank": 4}),
-    (13, 30, {"num_modes": 2, "rank": 4}),
-    (60, 48, {"crossed_modes": 4, "rank": 1}),
-    (60, 48, {"crossed_modes": 2, "rank": 3}),
-    (60, 48, {"crossed_modes": 2, "num_modes": 3, "rank": 2}),
-]
-# in_features, out_features, options -> by anchor the rank of the product of crossed modes, or of mirrored ones
+# options of the methods that cannot be planned without any
+NEEDED = {"einsum": {"equation": "out r, r s, s in -> out in"}}
+
+
+def fits(method, start):
+    try:
+        method_and_start(method, start, NEEDED.get(method))
+    except NdLoraValueError:
+        return False
+    return True
+
+
+FITTING = [(method, start) for method in methods() for start in starts() if fits(method, start)]
+# options; in_features, out_features -> by anchor the rank of the product of crossed modes, or of mirrored ones
 CROSSED = [
-    (240, 192, {"crossed_modes": 4}, {"none": 16, "snapshot": 32}),
-    (240, 192, {"crossed_modes": 2, "rank": 3}, {"none": 12, "snapshot": 24}),
-    (240, 192, {"crossed_modes": 2, "num_modes": 3, "rank": 2}, {"none": 16, "snapshot": 48}),
-    (240, 192, {"crossed_modes": 2, "num_modes": 4}, {"none": 16, "snapshot": 64}),
-    (240, 192, {"in_modes": (120, 2), "out_modes": (3, 64), "rank": 2}, {"none": 12, "snapshot": 24}),
+    ({"crossed_modes": 4}, 1, {"none": 16, "snapshot": 32}),
+    ({"crossed_modes": 2}, 3, {"none": 12, "snapshot": 24}),
+    ({"crossed_modes": 2, "num_modes": 3}, 2, {"none": 16, "snapshot": 48}),
+    ({"crossed_modes": 2, "num_modes": 4}, 1, {"none": 16, "snapshot": 64}),
+    ({"in_modes": (120, 2), "out_modes": (3, 64)}, 2, {"none": 12, "snapshot": 24}),
 ]
-# dtype -> tolerance, relative to the largest entry
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-2}
-# method -> the initialisers that can start it, with every anchor
-STARTS = [
-    ("ndlinear", "zero_mode"),
-    ("ndlinear", "ndlinear"),
-    ("slora", "s_lora"),
-    ("slora", "n_lora"),
-    ("nlora", "n_lora"),
-    ("inttune", "n_lora"),
-    ("ndlinear", False),
-    ("slora", False),
-    ("nlora", False),
-    ("inttune", False),
+# dtype -> error relative to the largest entry
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 5e-2}
+
+
+def plan(method, in_features=24, out_features=18, options=None, **given):
+    chosen = adapter_options(method, options=options or NEEDED.get(method), **given)
+    return plan_layer(chosen, in_features, out_features, "q")
+
+
+def moved(planned, dtype=torch.float64):
+    """(trained, frozen) after some training."""
+    weight = torch.randn(planned.layout.out_features, planned.layout.in_features)
+    trained, frozen = planned.initialize(Seen(weight=weight))
+    trained = {name: value + 0.3 * torch.randn(value.shape) for name, value in trained.items()}
+    return [{name: value.to(dtype) for name, value in factors.items()} for factors in (trained, frozen)]
+
+
+@pytest.mark.parametrize("method, start", FITTING)
+def test_the_laws_hold(method, start):
+    check_method(method, init_lora_weights=start, options=NEEDED.get(method))
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES.items(), ids=str)
+@pytest.mark.parametrize("anchor", ["none", "snapshot"])
+@pytest.mark.parametrize("method", methods())
+def test_narrow_dtypes(method, anchor, dtype, tolerance):
+    planned = plan(method, rank=4, anchor=anchor)
+    trained, frozen = moved(planned, dtype)
+    x = torch.randn(2, 5, 24, dtype=dtype)
+    expected = x @ planned.delta(trained, frozen).T
+    found = planned.apply(trained, frozen, x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("method, start", FITTING)
+def test_the_snapshot_anchor_subtracts_the_start(method, start):
+    anchored, plain = (
+        plan(method, rank=4, init_lora_weights=start, anchor=anchor) for anchor in ("snapshot", "none")
+    )
+    seen = Seen(weight=torch.randn(18, 24, dtype=torch.float64))
+    values, whole = (p.initialize(seen, torch.Generator().manual_seed(0)) for p in (anchored, plain))
+    change = {name: torch.randn(value.shape, dtype=torch.float64) for name, value in values[0].items()}
+    first = {name: value.double() for name, value in {**whole[0], **whole[1]}.items()}
+    now = first | {name: first[name] + value for name, value in change.items()}
+    frozen = {name: value.double() for name, value in values[1].items()}
+    expected = plain.structure.delta(now) - plain.structure.delta(first)
+    torch.testing.assert_close(anchored.delta(change, frozen), expected)
+
+
+@pytest.mark.parametrize("method", methods())
+def test_random_values_move_the_function_and_have_no_anchor(method):
+    planned = plan(method, init_lora_weights=False)
+    assert planned.anchor == "none" and torch.count_nonzero(planned.delta(*planned.initialize())) > 0
+
+
+@pytest.mark.parametrize("anchor", ["none", "snapshot"])
+@pytest.mark.parametrize("options, rank, ranks", CROSSED, ids=str)
+def test_modes_that_cross_are_an_exact_lora(options, rank, ranks, anchor):
+    given = {"init_lora_weights": "ndlinear", "anchor": anchor, "rank": rank}
+    planned = plan("ndlinear", 240, 192, options, **given)
+    trained, frozen = moved(planned)
+    down, up = planned.low_rank(trained, frozen)
+    assert down.shape == (ranks[anchor], 240)
+    torch.testing.assert_close(up @ down, planned.delta(trained, frozen))
+
+
+def test_crossed_is_ndlinear_with_small_modes_of_four():
+    layout = plan("ndlinear", 240, 192, {"crossed_modes": 4}).structure
+    assert replace(plan("crossed", 240, 192).structure, layout=layout.layout) == layout
+    assert plan("crossed", 240, 192).num_parameters == 240 + 192
+
+
+def test_an_equation_is_the_method_that_it_says():
+    written, chain = plan("einsum", rank=4), plan("slora", rank=4)
+    trained, frozen = moved(chain)
+    assert (written.num_parameters, written.anchor) == (chain.num_parameters, chain.anchor)
+    by_position = {f"factor_{k}": trained[name] for k, name in enumerate(("up", "core", "down"), start=1)}
+    torch.testing.assert_close(written.delta(by_position, {}), chain.delta(trained, frozen))
+
+
+# method, start -> what is saved of 4 x 24, 4 x 4 and 18 x 4 numbers (down, core, up)
+SAVED = [
+    ("slora", True, 184),  # no anchor: the factors
+    ("nlora", True, 184),  # the changes alone: the start is read from the weight again
+    ("nlora", "n_lora_pivots", 2 * 184),  # rounding may change which rows these are
+    ("inttune", True, 16),
+    ("inttune", "first_zero", 184),  # random sides cannot be read from anything
+    ("slora", False, 184),
 ]
 
 
-def make(method, init, anchor, case, dtype=torch.float64):
-    """A plan with trained factors that have moved, as (plan, weight, trained, frozen)."""
-    in_features, out_features, options = case
-    plan = plan_layer(
-        AdapterOptions(method=method, init_lora_weights=init, anchor=anchor, **options),
-        in_features,
-        out_features,
-        "q",
-    )
-    weight = torch.randn(out_features, in_features, dtype=torch.float64)
-    trained, frozen = plan.initialize(weight)
-    trained = {
-        name: value.double() + 0.3 * torch.randn(value.shape, dtype=torch.float64)
-        for name, value in trained.items()
-    }
-    return (
-        plan,
-        weight,
-        {name: value.to(dtype) for name, value in trained.items()},
-        {name: value.to(dtype) for name, value in frozen.items()},
-    )
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("anchor", ["none", "snapshot"])
-@pytest.mark.parametrize("method, init", STARTS)
-def test_forward_equals_the_materialised_delta(method, init, anchor, case, dtype):
-    plan, _, trained, frozen = make(method, init, anchor, case, dtype)
-    x = torch.randn(2, 5, case[0], dtype=dtype)
-    expected = x @ plan.delta(trained, frozen).T
-    torch.testing.assert_close(
-        plan.apply(trained, frozen, x),
-        expected,
-        rtol=TOLERANCE[dtype],
-        atol=TOLERANCE[dtype] * expected.abs().max().item(),
-    )
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("method, init", STARTS)
-def test_the_snapshot_anchor_subtracts_the_start(method, init, case):
-    plan, weight, trained, frozen = make(method, init, "snapshot", case)
-    unanchored = plan_layer(
-        AdapterOptions(method=method, init_lora_weights=init, anchor="none", **case[2]), case[0], case[1], "q"
-    )
-    start = {
-        factor.name: frozen.get(factor.name, torch.zeros(factor.shape).double())
-        for factor in plan.method.factors(plan.layout)
-    }
-    if method == "inttune":  # its core's start is not kept: it cancels
-        start["core"] = weight[:4, :4] if init == "n_lora" else torch.randn(4, 4).double()
-        start["core"] = start["core"][: case[2]["rank"], : case[2]["rank"]]
-    now = {name: value + trained.get(name, 0) for name, value in start.items()}
-    expected = unanchored.method.delta(unanchored.layout, now) - unanchored.method.delta(
-        unanchored.layout, start
-    )
-    torch.testing.assert_close(plan.delta(trained, frozen), expected)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("method, init", STARTS)
-def test_an_anchored_start_is_exactly_zero(method, init, case):
-    plan, weight, _, _ = make(method, init, "snapshot", case)
-    trained, frozen = plan.initialize(weight)
-    x = torch.randn(3, case[0], dtype=next(iter(frozen.values())).dtype)
-    trained = {name: value.to(x.dtype) for name, value in trained.items()}
-    assert torch.count_nonzero(plan.apply(trained, frozen, x)) == 0
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_own_start_leaves_the_function_and_random_does_not(method):
-    own = plan_layer(AdapterOptions(method=method), 24, 18, "q")
-    weight = torch.randn(18, 24)
-    assert torch.count_nonzero(own.delta(*own.initialize(weight))) == 0
-    random = plan_layer(AdapterOptions(method=method, init_lora_weights=False), 24, 18, "q")
-    assert torch.count_nonzero(random.delta(*random.initialize(weight))) > 0
-
-
-@pytest.mark.parametrize("anchor, rank_factor", [("none", 1), ("snapshot", 2)])
-@pytest.mark.parametrize("method", ["slora", "nlora"])
-def test_low_rank_form_is_exact(method, anchor, rank_factor):
-    plan, _, trained, frozen = make(method, "n_lora", anchor, (24, 18, {"rank": 4}))
-    down, up = plan.low_rank(trained, frozen)
-    assert down.shape == (4 * rank_factor, 24) and up.shape == (18, 4 * rank_factor)
-    torch.testing.assert_close(up @ down, plan.delta(trained, frozen))
-
-
-@pytest.mark.parametrize("anchor", ["none", "snapshot"])
-@pytest.mark.parametrize("in_features, out_features, options, ranks", CROSSED, ids=str)
-def test_crossed_modes_are_an_exact_lora(in_features, out_features, options, ranks, anchor):
-    plan, _, trained, frozen = make("ndlinear", "ndlinear", anchor, (in_features, out_features, options))
-    down, up = plan.low_rank(trained, frozen)
-    assert down.shape == (ranks[anchor], in_features)
-    torch.testing.assert_close(up @ down, plan.delta(trained, frozen))
-
-
-def test_balanced_modes_have_no_low_rank_form():
-    plan, _, trained, frozen = make("ndlinear", "ndlinear", "none", (576, 576, {}))
-    assert plan.low_rank(trained, frozen) is None
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("anchor", ["none", "snapshot"])
-def test_gradients_reach_every_trained_factor(method, anchor):
-    plan, _, trained, frozen = make(method, True, anchor, (24, 18, {"rank": 4}))
-    leaves = {name: value.requires_grad_() for name, value in trained.items()}
-    plan.apply(leaves, frozen, torch.randn(5, 24, dtype=torch.float64)).square().sum().backward()
-    assert all(value.grad.abs().sum() > 0 for value in leaves.values())
-
-
-def test_n_lora_takes_the_references_slices():
-    # https://github.com/TracyGuo2001/NLoRA nlora_init: A = W[:r, :], B = W[:, :r], N = W[:r, :r]
-    plan = plan_layer(AdapterOptions(init_lora_weights="n_lora", anchor="none", rank=4), 24, 18, "q")
-    weight = torch.randn(18, 24, dtype=torch.float64)
-    trained, frozen = plan.initialize(weight)
-    assert not frozen
-    torch.testing.assert_close(trained["down"], weight[:4, :], rtol=0, atol=0)
-    torch.testing.assert_close(trained["up"], weight[:, :4], rtol=0, atol=0)
-    torch.testing.assert_close(trained["core"], weight[:4, :4], rtol=0, atol=0)
-    torch.testing.assert_close(plan.delta(trained, frozen), weight[:, :4] @ weight[:4, :4] @ weight[:4, :])
+@pytest.mark.parametrize("method, start, saved", SAVED)
+def test_what_is_saved(method, start, saved):
+    assert plan(method, init_lora_weights=start, rank=4).num_saved == saved
 
 
 @pytest.mark.parametrize(
-    "rank, alpha, rslora, expected", [(4, 8, False, 2.0), (4, 8, True, 4.0), (4, None, False, 1.0)]
+    "rank, alpha, rslora, expected", [(4, 8, False, 2), (4, 8, True, 4), (4, None, False, 1)]
 )
 def test_scaling(rank, alpha, rslora, expected):
-    plan = plan_layer(AdapterOptions(method="slora", rank=rank, alpha=alpha, use_rslora=rslora), 24, 18, "q")
-    assert plan.scaling == expected
+    assert plan("slora", rank=rank, alpha=alpha, use_rslora=rslora).scaling == expected
 
 
-def test_a_multiply_adds_formula_for_every_method():
-    for name, found in methods().items():
-        plan = plan_layer(AdapterOptions(method=name, rank=2), 24, 18, "q")
-        assert found.value.multiply_adds(plan.layout) > 0
+def test_a_start_that_is_made_for_an_alpha_brings_it():
+    assert plan("nlora", rank=4).scaling == 4 and plan("nlora", rank=4, alpha=4).scaling == 1
+    assert plan("nlora", rank=4, init_lora_weights="n_lora").scaling == 1
+
+
+def test_the_norm_of_no_update_is_zero_and_records_no_gradient():
+    planned = plan("nlora", rank=4)
+    trained, frozen = planned.initialize(Seen(weight=torch.randn(18, 24)))
+    assert planned.delta_norm(trained, frozen) == 0.0
+    leaves = {name: (value + 1).requires_grad_() for name, value in trained.items()}
+    assert planned.delta_norm(leaves, frozen) > 0
+    assert all(value.grad is None and value.requires_grad for value in leaves.values())
+
+
+# What a method may have besides
+
+
+def nested(structure, factors, moment):
+    rank = 1 + moment.draw(structure.layout.rank)
+    return structure.cut(rank), structure.cut_factors(factors, rank)
+
+
+@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("anchor", ["none", "snapshot"])
+@pytest.mark.parametrize("method", ["slora", "ndlinear", "inttune"])
+def test_a_forward_in_training_may_use_a_part_of_the_factors(method, anchor, step):
+    planned = replace(
+        plan(method, rank=4, anchor=anchor), method=replace(methods()[method].value, visible=nested)
+    )
+    trained, frozen = moved(planned)
+    x, output = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 18, dtype=torch.float64)
+    moment = Moment(step)
+    rank = 1 + moment.draw(4)
+    small = replace(planned, layout=replace(planned.layout, rank=rank))
+    shown = [planned.structure.cut_factors(factors, rank) for factors in (trained, frozen)]
+    expected = x @ small.delta(*shown).T
+    torch.testing.assert_close(planned.apply(trained, frozen, x, moment), expected)
+    torch.testing.assert_close(
+        planned.add_update(output, trained, frozen, x, 0.5, moment=moment), output + 0.5 * expected
+    )
+    whole = x @ planned.delta(trained, frozen).T
+    torch.testing.assert_close(planned.apply(trained, frozen, x), whole)  # outside of training
+
+
+def test_a_moments_draw_is_the_same_everywhere_and_another_at_another_step():
+    draws = [Moment(step, seed=1).draw(1000) for step in range(20)]
+    assert draws == [Moment(step, seed=1).draw(1000) for step in range(20)]
+    assert len(set(draws)) > 15 and draws != [Moment(step, seed=2).draw(1000) for step in range(20)]
+    assert {Moment(step).draw(3) for step in range(100)} == {0, 1, 2}
+
+
+def test_what_layers_share_has_one_key_and_its_value_comes_from_them():
+    def sides(factor, layer, layout):
+        return None if factor.name == "core" else f"{factor.name} of {layout.out_features}"
+
+    options = replace(
+        adapter_options("slora", rank=4), method=replace(methods()["slora"].value, shared=sides)
+    )
+    first, second, other = (
+        plan_layer(options, 24, out, name) for out, name in ((18, "a"), (18, "b"), (6, "c"))
+    )
+    assert first.shared == second.shared == (("down", "down of 18"), ("up", "up of 18")) != other.shared
+    shared = {"down": torch.ones(4, 24), "up": torch.ones(18, 4)}
+    trained, _ = first.initialize(Seen(shared=shared))
+    assert trained["down"] is shared["down"] and trained["up"] is shared["up"]
+
+
+# a start's values, what it reads -> what the error must say
+WRONG_STARTS = [
+    (
+        lambda structure: {"down": torch.zeros(8, 24)},
+        (),
+        "gives the factors .'down': .* must give every factor",
+    ),
+    (
+        lambda structure: {factor.name: torch.zeros(2) for factor in structure.factors},
+        (),
+        r"'wrong' gives the factors .'down': \(2,\).* method='slora' has .'down': \(8, 24\)",
+    ),
+    (lambda structure: {}, ("gradient",), "init_lora_weights='wrong' reads the gradient, and there is none"),
+]
+
+
+@pytest.mark.parametrize("values, reads, message", WRONG_STARTS)
+def test_a_start_that_does_not_give_what_it_should(values, reads, message):
+    start = Start(
+        name="wrong",
+        summary="",
+        source="",
+        reads=frozenset(reads),
+        function=lambda structure, trains, seen, generator: values(structure),
+    )
+    planned = replace(plan("slora"), start=start)
+    with pytest.raises(NdLoraValueError, match=message):
+        planned.initialize(Seen(weight=torch.randn(18, 24)))

@@ -7,7 +7,8 @@ import pytest
 
 from ndlora_plugins.adapter import AdapterOptions, plan_layer
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.modes import balanced_modes, check_modes, crossed_modes, lopsidedness
+from ndlora_plugins.methods.modes import balanced_modes, check_modes, crossed_modes
+from ndlora_plugins.structures import KroneckerSum, Layout
 
 # features, number of modes, expected: the reference's pairs, smaller first
 BALANCED = [
@@ -99,14 +100,31 @@ def test_too_many_modes_by_hand():
         check_modes((1,) * 65, 1, "in_modes", "q_proj")
 
 
-def test_wrong_product_names_the_layer_both_numbers_and_a_remedy():
-    with pytest.raises(
-        NdLoraValueError,
-        match=r"in_modes=\[4, 5\] of layer 'q_proj' multiply to 20.*in_features=24.*\[4, 6\]",
-    ):
-        check_modes((4, 5), 24, "in_modes", "q_proj")
+@pytest.mark.parametrize(
+    "modes, message",
+    [
+        ((4, 5), r"in_modes=\[4, 5\] multiply to 20.*in_features=24.*\[4, 6\]"),
+        ((), r"in_modes=\[\] must be integers of at least 1"),
+        ((4, 6.0), r"in_modes=\[4, 6.0\] must be integers of at least 1"),
+        ((-4, -6), r"in_modes=\[-4, -6\] must be integers of at least 1"),
+    ],
+)
+def test_wrong_modes_are_named_with_a_remedy(modes, message):
+    with pytest.raises(NdLoraValueError, match=message):
+        check_modes(modes, 24, "in_modes")
 
 
-def test_lopsidedness():
-    assert lopsidedness((32, 64), (32, 64)) == pytest.approx(1.25)
-    assert lopsidedness((1, 4099), (32, 64)) > 40
+# in_modes, out_modes, leading, trailing -> numbers of the factors over those of even modes
+LOPSIDED = [
+    ((32, 64), (32, 64), (), (), 1.25),
+    ((1, 4099), (32, 64), (), (), 45.28),
+    ((1, 32, 64), (8, 32, 64), (8,), (), 1.25),  # axes of the weight are no choice of anybody
+    ((32, 64, 3), (32, 64, 1), (), (1, 3), 1.25),
+    ((8, 256), (2, 1024), (4,), (), 64.0),  # by hand: not the axes of the weight
+]
+
+
+@pytest.mark.parametrize("in_modes, out_modes, leading, trailing, expected", LOPSIDED)
+def test_lopsidedness(in_modes, out_modes, leading, trailing, expected):
+    layout = Layout(math.prod(in_modes), math.prod(out_modes), 1, leading=leading, trailing=trailing)
+    assert KroneckerSum(layout, in_modes, out_modes).lopsidedness == pytest.approx(expected, rel=1e-3)

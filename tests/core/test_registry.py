@@ -1,14 +1,17 @@
-"""Methods and initialisers come in by pluggy, ours as anybody's; wrong names are explained."""
+"""Methods and starts come in by pluggy, ours as anybody's; wrong names are explained."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ndlora_plugins import hookimpl, register_plugin, unregister_plugin
-from ndlora_plugins.adapter import AdapterOptions, plan_layer
+from ndlora_plugins import hookimpl, register_plugin, registry, unregister_plugin
+from ndlora_plugins.adapter import adapter_options, plan_layer
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.initializers import Initializer
-from ndlora_plugins.methods import Factor, Method
-from ndlora_plugins.registry import initializers, method_and_initializer, methods
+from ndlora_plugins.methods import Method
+from ndlora_plugins.registry import method_and_start, methods, product_method, starts
+from ndlora_plugins.starts import Start
+from ndlora_plugins.structures import Chain, Factor, Structure
 
 # init_lora_weights, method as given, method that follows
 RESOLVED = [
@@ -19,96 +22,108 @@ RESOLVED = [
     ("ndlinear", None, "ndlinear"),
     ("n_lora", "inttune", "inttune"),
     ("n_lora", "slora", "slora"),
+    ("lora_step", "crossed", "crossed"),
 ]
 # method, init_lora_weights, what the error must say
 REFUSED = [
-    ("loha", True, "'ndlinear' .ndlora-plugins., 'slora'.*entry-point group 'ndlora'"),
-    (None, "pissa", "init_lora_weights='pissa' is no known initialiser.*'n_lora'.*entry-point group"),
-    ("inttune", "s_lora", "the core would never get a gradient.*'n_lora'"),
-    ("ndlinear", "n_lora", "it starts nlora, slora, inttune only"),
+    ("loha", True, "'ndlinear' .ndlora-plugins., .*'slora'.*entry-point group 'ndlora'"),
+    (None, "pissa", "init_lora_weights='pissa' is no known start.*'n_lora'.*entry-point group"),
+    ("inttune", "s_lora", "it starts 'up' at zero and the method keeps it frozen.*'n_lora'"),
+    (
+        "ndlinear",
+        "n_lora",
+        r"it gives the factors \['down', 'core', 'up'\], and the method has \['mode_1', 'mode_2'\]",
+    ),
     (3, True, "method=3 is no known method"),
 ]
 
 
 @pytest.mark.parametrize("init, method, expected", RESOLVED)
-def test_the_method_follows_from_the_initialiser(init, method, expected):
-    assert method_and_initializer(method, init)[0].name == expected
+def test_the_method_follows_from_the_start(init, method, expected):
+    assert method_and_start(method, init)[0].name == expected
 
 
 @pytest.mark.parametrize("method, init, message", REFUSED)
 def test_wrong_names_are_explained(method, init, message):
     with pytest.raises(NdLoraValueError, match=message):
-        method_and_initializer(method, init)
+        method_and_start(method, init)
 
 
-class Diagonal(Method):
-    """dW = diag(scale), padded: as small as a method can be."""
+class Diagonal(Structure):
+    """dW = diag(scale), padded: as small as a structure can be."""
 
-    name = "diagonal"
-    summary = "scales each feature"
-    source = "this test"
-    default_rank = 1
-    default_initializer = "zero_scale"
+    def __init__(self, layout):
+        self.layout = layout
 
-    def factors(self, layout):
-        return (Factor("scale", (min(layout.in_features, layout.out_features),), fan_in=1),)
+    @property
+    def factors(self):
+        return (Factor("scale", (min(self.layout.in_features, self.layout.out_features),)),)
 
-    def apply(self, layout, factors, x):
-        size = factors["scale"].shape[0]
-        y = x[..., :size] * factors["scale"]
-        return torch.nn.functional.pad(y, (0, layout.out_features - size))
+    @property
+    def multiply_adds(self):
+        return self.factors[0].numel
 
-    def delta(self, layout, factors):
-        delta = factors["scale"].new_zeros(layout.out_features, layout.in_features)
-        delta.fill_diagonal_(1.0)
-        return delta * torch.nn.functional.pad(
-            factors["scale"], (0, layout.in_features - factors["scale"].shape[0])
-        )
+    def apply(self, factors, x):
+        y = x[..., : self.multiply_adds] * factors["scale"]
+        return torch.nn.functional.pad(y, (0, self.layout.out_features - self.multiply_adds))
 
-    def multiply_adds(self, layout):
-        return min(layout.in_features, layout.out_features)
+    def delta(self, factors):
+        return self.apply(factors, torch.eye(self.layout.in_features).to(factors["scale"])).T
+
+
+diagonal = Method(
+    name="diagonal",
+    summary="scales each feature",
+    source="this test",
+    structure=Diagonal,
+    factors=("scale",),
+    start="zero_scale",
+    rank=1,
+)
+zero_scale = Start(
+    name="zero_scale",
+    summary="zeros",
+    source="this test",
+    gives=("scale",),
+    zero=("scale",),
+    function=lambda structure, trains, seen, generator: {"scale": torch.zeros(structure.factors[0].shape)},
+)
 
 
 class Plugin:
+    """A module of a third party; what it brings is given for each test."""
+
+    def __init__(self, methods=(), starts=()):
+        self.methods, self.starts = methods, starts
+
     @hookimpl
     def ndlora_methods(self):
-        return [Diagonal()]
+        return self.methods
 
     @hookimpl
-    def ndlora_initializers(self):
-        def zero(method, layout, weight, generator):
-            return {factor.name: torch.zeros(factor.shape) for factor in method.factors(layout)}
-
-        return [Initializer("zero_scale", "zeros", "this test", ("diagonal",), False, True, zero)]
-
-
-class Clashing:
-    @hookimpl
-    def ndlora_methods(self):
-        clash = Diagonal()
-        clash.name = "slora"
-        return [clash]
+    def ndlora_starts(self):
+        return self.starts
 
 
 @pytest.fixture
 def plugin():
-    plugin = Plugin()
+    plugin = Plugin([diagonal], [zero_scale])
     register_plugin(plugin, name="in-test")
     yield plugin
     unregister_plugin(plugin)
 
 
 def test_a_third_party_method_stands_beside_ours(plugin):
-    assert list(methods())[:4] == ["ndlinear", "slora", "nlora", "inttune"]
+    assert list(methods())[0] == "ndlinear" and methods()["ndlinear"].plugin == "ndlora-plugins"
     assert methods()["diagonal"].plugin == "in-test"
-    assert initializers()["zero_scale"].plugin == "in-test"
-    plan = plan_layer(AdapterOptions(method="diagonal", init_lora_weights=False), 8, 6, "q")
-    trained, frozen = plan.initialize(None)
+    assert starts()["zero_scale"].plugin == "in-test"
+    plan = plan_layer(adapter_options(method="diagonal", init_lora_weights=False), 8, 6, "q")
+    trained, frozen = plan.initialize()
     x = torch.randn(3, 8)
     torch.testing.assert_close(plan.apply(trained, frozen, x), x @ plan.delta(trained, frozen).T)
 
 
-def test_a_fifth_method_trains_through_peft(plugin, make_llama, tokens, tmp_path):
+def test_a_third_party_method_trains_through_peft(plugin, make_llama, tokens, tmp_path):
     from peft import PeftModel, get_peft_model
 
     from ndlora_plugins import NdLoraConfig
@@ -137,9 +152,59 @@ def test_gone_after_unregistering(plugin):
     register_plugin(plugin, name="in-test")
 
 
-def test_a_name_that_is_taken_is_refused_and_changes_nothing():
-    with pytest.raises(
-        NdLoraValueError, match="'slora' of plugin 'clashing' is already registered by 'ndlora-plugins'"
-    ):
-        register_plugin(Clashing(), name="clashing")
-    assert methods()["slora"].plugin == "ndlora-plugins"
+# why, what the plugin brings -> what the error must say
+REFUSED_PLUGINS = {
+    "a method's name is taken": (
+        Plugin([replace(diagonal, name="slora")]),
+        "method 'slora' of plugin 'another' is already registered by 'ndlora-plugins': rename it",
+    ),
+    "a start's name is taken": (
+        Plugin(starts=[replace(zero_scale, name="n_lora")]),
+        "start 'n_lora' of plugin 'another' is already registered by 'ndlora-plugins': rename it",
+    ),
+    "no method": (Plugin([Diagonal]), "plugin 'another'.*Method"),
+    "no start": (Plugin(starts=[diagonal]), "plugin 'another'.*Start"),
+}
+
+
+@pytest.mark.parametrize("refused, message", REFUSED_PLUGINS.values(), ids=REFUSED_PLUGINS)
+def test_a_plugin_that_cannot_come_in_is_refused_and_changes_nothing(refused, message):
+    before = dict(methods()), dict(starts())
+    try:
+        with pytest.raises(NdLoraValueError, match=message):
+            register_plugin(refused, name="another")
+        assert (methods(), starts()) == before
+    finally:
+        if registry._manager().is_registered(refused):
+            unregister_plugin(refused)
+
+
+def test_a_plugins_name_is_its_own(plugin):
+    with pytest.raises(NdLoraValueError, match="'in-test'.*already registered"):
+        register_plugin(Plugin(), name="in-test")
+    assert methods()["diagonal"].plugin == "in-test"
+
+
+# what a start leaves at zero and what trains -> what the error must say
+MISFITS = [
+    (("down", "up"), None, r"it starts \['down', 'up'\] at zero, so none of them would ever get a gradient"),
+    (("up",), ("core",), "it starts 'up' at zero and the method keeps it frozen"),
+]
+
+
+@pytest.mark.parametrize("zero, trains, message", MISFITS)
+def test_a_start_from_which_nothing_would_be_learned_is_refused(zero, trains, message):
+    own = replace(methods()["slora"].value, name="own", trains=trains)
+    plugin = Plugin([own], [replace(starts()["s_lora"].value, name="zeros", zero=zero)])
+    register_plugin(plugin, name="zeros")
+    try:
+        with pytest.raises(NdLoraValueError, match=f"'zeros' cannot start method='own': {message}"):
+            method_and_start("own", "zeros")
+    finally:
+        unregister_plugin(plugin)
+
+
+def test_the_method_for_any_product_holds_one_of_any_rank():
+    method, structure = product_method(24, 18, 5)
+    assert isinstance(structure, Chain) and structure.down_rank == structure.up_rank == 5
+    assert method.trains is None and methods()[method.name].value is method

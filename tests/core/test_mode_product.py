@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from ndlora_plugins.contraction import apply_modes, kronecker, plan_contraction
+from ndlora_plugins.structures.kronecker import kronecker
+from ndlora_plugins.structures.mode_product import mode_product, plan_contraction
 
 # in modes, out modes
 SHAPES = [
@@ -16,6 +17,11 @@ SHAPES = [
     ((2, 3, 4), (5, 2, 3)),
     ((3, 2, 2, 2), (2, 2, 3, 4)),
 ]
+
+
+def apply_modes(x, factors):
+    terms, out_modes, in_modes = zip(*(factor.shape for factor in factors), strict=True)
+    return mode_product(in_modes, out_modes, terms[0]).plain(x, factors)
 
 
 def random_factors(in_modes, out_modes, terms):
