@@ -45,7 +45,9 @@ class AdapterOptions:
     def recomputed(self) -> bool:
         """Whether frozen tensors are read from the base weight when an adapter is loaded; see `LayerAdapter`."""
         names, trained = self.method.factor_names(self.options), self.method.trained_names(self.options)
-        frozen = len(names) > 1 if self.anchor == "snapshot" else trained is not None and set(trained) < set(names)
+        frozen = (
+            len(names) > 1 if self.anchor == "snapshot" else trained is not None and set(trained) < set(names)
+        )
         return frozen and self.start.recomputable and self.start.reads == {"weight"}
 
 
@@ -134,7 +136,12 @@ class LayerAdapter:
     @property
     def recomputed(self) -> bool:
         """Whether `frozen` is read from the base weight when an adapter is loaded, so that it need not be saved."""
-        return bool(self.frozen) and not self.shared and self.start.recomputable and self.start.reads == {"weight"}
+        return (
+            bool(self.frozen)
+            and not self.shared
+            and self.start.recomputable
+            and self.start.reads == {"weight"}
+        )
 
     def __reduce__(self):
         # methods and starts travel by name: they are code, and may come from a plugin
@@ -185,7 +192,9 @@ class LayerAdapter:
         seen = seen or Seen()
         for name in self.start.reads:
             if getattr(seen, name) is None:
-                raise NdLoraValueError(f"init_lora_weights={self.start.name!r} reads the {name}, and there is none.")
+                raise NdLoraValueError(
+                    f"init_lora_weights={self.start.name!r} reads the {name}, and there is none."
+                )
         trains = frozenset(factor.name for factor in self.trained)
         with torch.no_grad():
             values = self.start.function(self.structure, trains, seen, generator) | dict(seen.shared)
@@ -205,7 +214,9 @@ class LayerAdapter:
         """(trained, frozen) as `initialize` makes them, of zeros: for values that come from elsewhere."""
         made = [
             {
-                factor.name: torch.zeros(factor.shape, dtype=torch.float32 if factor.indices is None else torch.long)
+                factor.name: torch.zeros(
+                    factor.shape, dtype=torch.float32 if factor.indices is None else torch.long
+                )
                 for factor in factors
             }
             for factors in (self.trained, self.frozen)
@@ -359,6 +370,8 @@ def plan_layer(
             f"init_lora_weights={start.name!r} allows at most r={start.max_rank(structure)} on layer {layer!r} with "
             f"its weight of {shape}, but r={rank}. Lower r, or give this layer a smaller one in rank_pattern."
         )
-    keys = {} if method.shared is None else {f.name: method.shared(f, layer, layout) for f in structure.factors}
+    keys = (
+        {} if method.shared is None else {f.name: method.shared(f, layer, layout) for f in structure.factors}
+    )
     shared = tuple((name, key) for name, key in keys.items() if key is not None)
     return LayerAdapter(method, start, layout, scaling, options.anchor, shared)

@@ -107,7 +107,9 @@ def _moved(plan: LayerAdapter, seen: Seen, generator: torch.Generator) -> tuple[
 def _check_start(plan: LayerAdapter, seen: Seen, moves: bool) -> None:
     options = plan.layout.options
     declared, own = set(plan.method.factor_names(options)), {factor.name for factor in plan.structure.factors}
-    assert declared <= own, f"the record names the factors {sorted(declared)}, the structure has {sorted(own)}"
+    assert declared <= own, (
+        f"the record names the factors {sorted(declared)}, the structure has {sorted(own)}"
+    )
     first, again = (plan.initialize(seen, torch.Generator().manual_seed(1)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         for name in one:
@@ -141,7 +143,9 @@ def _check_views(plan: LayerAdapter, trained: Factors, frozen: Factors, generato
         _equal(found, expected, "convolve")
 
 
-def _check_gradients(plan: LayerAdapter, trained: Factors, frozen: Factors, generator: torch.Generator) -> None:
+def _check_gradients(
+    plan: LayerAdapter, trained: Factors, frozen: Factors, generator: torch.Generator
+) -> None:
     x = _random(generator, 5, plan.layout.in_features).requires_grad_()
     leaves = {name: value.clone().requires_grad_() for name, value in trained.items()}
     output = _random(generator, 5, plan.layout.out_features)
@@ -161,7 +165,9 @@ def _check_file(plan: LayerAdapter, trained: Factors, frozen: Factors, seen: See
     frozen_again = _wide(plan_again.initialize(seen, torch.Generator().manual_seed(2))[1])
     if not plan.recomputed:
         frozen_again = frozen
-    _equal(plan_again.delta(trained, frozen_again), plan.delta(trained, frozen), "made again from what is saved")
+    _equal(
+        plan_again.delta(trained, frozen_again), plan.delta(trained, frozen), "made again from what is saved"
+    )
 
 
 def _check_cut(plan: LayerAdapter, trained: Factors, frozen: Factors) -> None:
@@ -176,9 +182,9 @@ def _check_cut(plan: LayerAdapter, trained: Factors, frozen: Factors) -> None:
             assert found == factor.shape, f"{factor.name!r} cut to rank 1 is {found}, not {factor.shape}"
     if plan.method.visible is not None:
         moment = Moment(step=0)
-        assert torch.equal(
-            plan.delta(trained, frozen, moment), plan.delta(trained, frozen, moment)
-        ), "one moment shows two updates"
+        assert torch.equal(plan.delta(trained, frozen, moment), plan.delta(trained, frozen, moment)), (
+            "one moment shows two updates"
+        )
 
 
 def _check_merge(

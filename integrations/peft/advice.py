@@ -49,7 +49,7 @@ def warn_of_lopsided(planned: Iterable[Planned]) -> None:
     lopsided = sorted(
         (
             (plan.structure.lopsidedness, target.name, plan)
-            for target, _, _, plan in planned
+            for target, _, _, plan, _ in planned
             if plan.structure.lopsidedness > LOPSIDED_RATIO
         ),
         key=lambda found: (-found[0], found[1]),

@@ -213,7 +213,9 @@ def _splits(configs: Sequence[NdLoraConfig], sums: Mapping[str, Sum]) -> dict[st
     """How dimensions are split into modes, layer by layer where the adapters do not say the same."""
     if len({(str(config.modes), config.num_modes, config.crossed_modes) for config in configs}) == 1:
         return {}
-    modes = {f"^{re.escape(name)}": dict(found.mode_sizes) for name, found in sums.items() if found.mode_sizes}
+    modes = {
+        f"^{re.escape(name)}": dict(found.mode_sizes) for name, found in sums.items() if found.mode_sizes
+    }
     return {"modes": modes or None, "num_modes": 2, "crossed_modes": None}
 
 
@@ -239,9 +241,7 @@ class Sum(NamedTuple):
     mode_sizes: Mapping[str, tuple[int, ...]] = {}
 
 
-def _sum(
-    name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]], combination: Combination
-) -> Sum:
+def _sum(name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]], combination: Combination) -> Sum:
     """The sum on one layer."""
     weighted = [(adapter, weight) for adapter, weight in weighted if adapter in layer.ndlora_factors]
     if not combination.exact:

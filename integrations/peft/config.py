@@ -229,6 +229,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
     schema_version: Schema = field(
         default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."}
     )
+
     def __post_init__(self, *refused):
         refuse_keywords(refused)
         if isinstance(self.schema_version, int) and self.schema_version > SCHEMA_VERSION:

@@ -88,7 +88,9 @@ def export_adapter(
     with new_directory(output) as directory:
         if to == "merged":
             merged = merge_files(reader, files, directory)
-            layers = tuple(ExportedLayer(layer.name, "merged", layer.parameters, layer.lost) for layer in merged)
+            layers = tuple(
+                ExportedLayer(layer.name, "merged", layer.parameters, layer.lost) for layer in merged
+            )
             notes: tuple[str, ...] = ()
         else:
             stock = to_lora(reader, files, target, dtype) if to == "lora" else to_lokr(reader, files, dtype)

@@ -77,7 +77,8 @@ def _let_output_need_gradient(module: nn.Module, args: Any, output: Tensor) -> T
 
 def _let_inputs_need_gradient(module: nn.Module, args: tuple) -> tuple:
     return tuple(
-        arg.detach().requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args
+        arg.detach().requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in args
     )
 
 

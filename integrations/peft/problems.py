@@ -15,9 +15,9 @@ from torch import Tensor
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.targets import plan_model
 from ndlora_plugins.integrations.peft.format import KEY_PREFIX, TOKEN_ROWS
 from ndlora_plugins.integrations.peft.reading import AdapterReader, listed
+from ndlora_plugins.integrations.peft.targets import plan_model
 
 __all__ = ["Problem", "check_sound", "find_problems"]
 
@@ -63,7 +63,9 @@ def find_problems(reader: AdapterReader, base: BaseFiles | None) -> list[Problem
         found += [Problem(sentence, path) for sentence in _of_layer(reader, path, tensors, base)]
     if len(dtypes) > 1:
         found.append(
-            Problem(f"The adapter's tensors are of several dtypes, {sorted(map(str, dtypes))}: cast them to one.")
+            Problem(
+                f"The adapter's tensors are of several dtypes, {sorted(map(str, dtypes))}: cast them to one."
+            )
         )
     return found
 
@@ -93,12 +95,14 @@ def _layers(reader: AdapterReader, base: BaseFiles | None) -> Iterator[str]:
         )
 
 
-def _unmatched(reader: AdapterReader, names: list[str], base: BaseFiles | None) -> tuple[list[str], list[str]]:
+def _unmatched(
+    reader: AdapterReader, names: list[str], base: BaseFiles | None
+) -> tuple[list[str], list[str]]:
     """(missing in the file, not in the configuration). Without the base model only those that are known."""
     if base is None:
         targets = reader.config.target_modules
-        known = [name for name, _ in reader.forms.values()]
-        missing = [name for name in {**(reader.config.base_fingerprint or {}), **dict.fromkeys(known)} if name not in names]
+        known = [*(reader.config.base_fingerprint or ()), *(name for name, _ in reader.forms.values())]
+        missing = [name for name in dict.fromkeys(known) if name not in names]
         if not targets or targets == "all-linear":
             return missing, []
         parameters = {reader.name(path) for path in reader.shapes if reader.is_parameter(path)}

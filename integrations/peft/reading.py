@@ -126,8 +126,10 @@ class AdapterReader:
         if base is not None:
             found = base.form(name)
             # an old file that reads its start from the base says nothing of how wide its linear layers are
-            if found is None or (self.config.layers is not None or form.kind != "linear") and (
-                (form.kind, form.matrix_shape) != (found.kind, found.matrix_shape)
+            if (
+                found is None
+                or (self.config.layers is not None or form.kind != "linear")
+                and ((form.kind, form.matrix_shape) != (found.kind, found.matrix_shape))
             ):
                 raise NdLoraValueError(
                     f"The base model in {base.directory} has no {form.kind if form else 'linear'} layer {name!r}"

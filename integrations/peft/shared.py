@@ -48,7 +48,9 @@ class Bank:
                     holder[adapter] = nn.ParameterDict()
                 if keys[name] not in holder[adapter]:
                     holder[adapter][keys[name]] = nn.Parameter(tensors[name], requires_grad=trains)
-        own = [{name: value for name, value in group.items() if name not in keys} for group in (trained, frozen)]
+        own = [
+            {name: value for name, value in group.items() if name not in keys} for group in (trained, frozen)
+        ]
         return own[0], own[1]
 
     def join(
@@ -56,7 +58,10 @@ class Bank:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A layer's own tensors and the shared ones, by factor, on the layer's device."""
         joined = []
-        for holder, own, factors in ((self.factors, trained, plan.trained), (self.frozen, frozen, plan.frozen)):
+        for holder, own, factors in (
+            (self.factors, trained, plan.trained),
+            (self.frozen, frozen, plan.frozen),
+        ):
             held, names = self._held(holder, adapter), {factor.name for factor in factors}
             shared = {name: held[key] for name, key in plan.shared if name in names}
             device = next((value.device for value in own.values()), None)

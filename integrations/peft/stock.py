@@ -18,7 +18,6 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.format import KEY_PREFIX
 from ndlora_plugins.integrations.peft.reading import AdapterReader, ReadLayer
-from ndlora_plugins.methods.ndlinear import NdLinear
 
 __all__ = ["ExportedLayer", "StockAdapter", "to_lokr", "to_lora"]
 
@@ -104,21 +103,17 @@ def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype |
             )
     tensors, layers, modes = reader.other_tensors(), [], {}
     for layer in _layers(reader, files):
-        _check_lokr(layer, files)
-        first, second = (layer.trained[f"mode_{k}"][0] for k in (1, 2))
-        kept = dtype or first.dtype
-        first, second = (
-            (layer.plan.scaling * first.double()).to(kept).contiguous(),
-            second.to(kept).contiguous(),
-        )
+        exact = _kronecker_pair(layer, files)
+        kept = dtype or next(iter(layer.trained.values())).dtype
+        first, second = (matrix.to(kept).contiguous() for matrix in exact)
         _check_finite(layer.name, first, second)
         tensors[f"{KEY_PREFIX}{layer.name}.lokr_w1"] = first
         tensors[f"{KEY_PREFIX}{layer.name}.lokr_w2"] = second
-        modes[layer.name] = (layer.plan.layout.out_modes, layer.plan.layout.in_modes)
+        # out and in modes
+        modes[layer.name] = tuple(zip(first.shape, second.shape, strict=True))
         form = ", ".join(f"{len(factor)}x{factor.shape[1]}" for factor in (first, second))
-        layers.append(
-            ExportedLayer(layer.name, form, first.numel() + second.numel(), _lokr_error(layer, first, second))
-        )
+        numbers, error = first.numel() + second.numel(), _lokr_error(exact, first, second)
+        layers.append(ExportedLayer(layer.name, form, numbers, error))
     largest = max(side[1] for sides in modes.values() for side in sides)
     rank = (largest + 1) // 2
     lokr = LoKrConfig(
@@ -127,24 +122,31 @@ def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype |
     return StockAdapter(lokr, tensors, tuple(layers))
 
 
-def _check_lokr(layer: ReadLayer, files: BaseFiles | None) -> None:
-    """Raise unless the update of one layer is a single Kronecker product of two matrices, on an nn.Linear."""
-    plan = layer.plan
+def _kronecker_pair(layer: ReadLayer, files: BaseFiles | None) -> tuple[Tensor, Tensor]:
+    """The two matrices, in float64, of which one layer's scaled update is the Kronecker product.
+
+    Raises:
+        NdLoraValueError: it is no such product, or not on an nn.Linear.
+    """
+    structure, factors = layer.plan.factors(layer.trained, layer.frozen)
+    matrices = structure.kronecker_matrices(factors)
     reason = None
-    if not isinstance(plan.method, NdLinear):
-        reason = f"method={plan.method.name!r} is no Kronecker product; to='lora' is exact for it"
-    elif plan.anchor == "snapshot":
+    if not structure.mode_sizes:
+        reason = f"method={layer.plan.method.name!r} is no Kronecker product; to='lora' is exact for it"
+    elif matrices is None and layer.plan.anchor == "snapshot":
         reason = "anchor='snapshot' makes it the sum of several Kronecker products, and LoKr has one"
-    elif plan.layout.rank > 1:
-        reason = f"r={plan.layout.rank} Kronecker terms, and LoKr has one"
-    elif len(plan.layout.in_modes) != 2:
-        reason = f"{len(plan.layout.in_modes)} modes, and LoKr has two"
+    elif matrices is None:
+        reason = f"r={layer.plan.layout.rank} Kronecker terms, and LoKr has one"
+    elif len(matrices) != 2:
+        reason = f"{len(matrices)} modes, and LoKr has two"
     elif files is not None and isinstance(files.module(layer.name), Conv1D):
         reason = "it is a Conv1D, and PEFT's LoKr adapts nn.Linear only"
     if reason is not None:
         raise NdLoraValueError(
             f"Layer {layer.name!r} cannot become LoKr: {reason}. Export to='lora' or 'merged'."
         )
+    first, second = (matrix.double() for matrix in matrices)
+    return layer.plan.scaling * first, second
 
 
 def _decompose_factor(modes: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> int:
@@ -164,8 +166,7 @@ def _decompose_factor(modes: dict[str, tuple[tuple[int, int], tuple[int, int]]])
     )
 
 
-def _lokr_error(layer: ReadLayer, first: Tensor, second: Tensor) -> float:
-    exact = [layer.plan.scaling * layer.trained["mode_1"][0].double(), layer.trained["mode_2"][0].double()]
+def _lokr_error(exact: tuple[Tensor, Tensor], first: Tensor, second: Tensor) -> float:
     norm = float(exact[0].norm() * exact[1].norm())
     # kron(a', b') - kron(a, b) = kron(a' - a, b') + kron(a, b' - b)
     lost = float(

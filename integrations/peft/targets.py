@@ -243,7 +243,11 @@ def check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
     else:
         config.session.base_fingerprint = make_fingerprint(layers)
     config.session.layers = {
-        target.path: [target.name, form.kind, list(form.matrix_shape if form.kind == "linear" else form.shape)]
+        target.path: [
+            target.name,
+            form.kind,
+            list(form.matrix_shape if form.kind == "linear" else form.shape),
+        ]
         for target, form, *_ in planned
     }
 
@@ -288,9 +292,9 @@ def check_shared(planned: Sequence[Planned]) -> None:
             first, shape = found.setdefault(key, (each.target.name, shapes[factor]))
             if shape != shapes[factor]:
                 raise NdLoraValueError(
-                    f"method={each.plan.method.name!r} shares {factor!r} under {key!r} by layers {first!r}, where it is "
-                    f"{list(shape)}, and {each.target.name!r}, where it is {list(shapes[factor])}. Adapt layers of one "
-                    f"shape only (target_modules, exclude_modules)."
+                    f"method={each.plan.method.name!r} shares {factor!r} under {key!r}: it is {list(shape)} on layer "
+                    f"{first!r} and {list(shapes[factor])} on layer {each.target.name!r}. Adapt layers of one shape "
+                    f"only (target_modules, exclude_modules)."
                 )
 
 

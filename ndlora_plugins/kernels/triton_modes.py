@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ndlora_plugins.structures.mode_product import ModeProduct, mode_product, plan_contraction
 from ndlora_plugins.fused import Product
+from ndlora_plugins.structures.mode_product import ModeProduct, mode_product, plan_contraction
 
 __all__ = ["TritonModeProduct", "add_product", "factor_gradients", "triton_mode_product"]
 

@@ -92,7 +92,9 @@ def make_options(method: Method, given: Mapping[str, Any]) -> Any:
         NdLoraValueError: one that the method does not have, or a value that cannot work.
     """
     if not isinstance(given, Mapping):
-        raise NdLoraValueError(f"options={given!r}: give a mapping of the method's own options, such as {{'size': 4}}.")
+        raise NdLoraValueError(
+            f"options={given!r}: give a mapping of the method's own options, such as {{'size': 4}}."
+        )
     known = [field.name for field in fields(method.Options)]
     for name in given:
         if name not in known:
@@ -102,5 +104,7 @@ def make_options(method: Method, given: Mapping[str, Any]) -> Any:
             )
     try:
         return method.Options(**given)
-    except TypeError as error:  # one that has no default is missing, or of a type that the check did not think of
+    except (
+        TypeError
+    ) as error:  # one that has no default is missing, or of a type that the check did not think of
         raise NdLoraValueError(f"options={dict(given)!r} of method={method.name!r}: {error}.") from error

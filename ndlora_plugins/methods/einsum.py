@@ -48,14 +48,20 @@ class Contraction:
                 )
         count = len(parsed.factors)
         names = self.names or [f"factor_{k}" for k in range(1, count + 1)]
-        if len(names) != count or len(set(names)) < count or not all(str(name).isidentifier() for name in names):
+        if (
+            len(names) != count
+            or len(set(names)) < count
+            or not all(str(name).isidentifier() for name in names)
+        ):
             raise NdLoraValueError(
                 f"names={list(names)!r}: equation={self.equation!r} has {count} factors; give each a name of its own, "
                 f"of letters, digits and underscores."
             )
         trains = names if self.trains is None else self.trains
         if not trains or not set(trains) <= set(names):
-            raise NdLoraValueError(f"trains={list(trains)!r}: name at least one of the factors {list(names)}.")
+            raise NdLoraValueError(
+                f"trains={list(trains)!r}: name at least one of the factors {list(names)}."
+            )
         object.__setattr__(self, "names", tuple(names))
         object.__setattr__(self, "trains", tuple(trains))
 

@@ -113,9 +113,7 @@ def check_modes(modes: tuple[int, ...], features: int, side: str) -> tuple[int, 
         side: "in_modes" or "out_modes", for the message.
     """
     if not 1 <= len(modes) <= MAX_MODES or any(not isinstance(mode, int) or mode < 1 for mode in modes):
-        raise NdLoraValueError(
-            f"{side}={list(modes)} must be 1 to {MAX_MODES} integers of at least 1."
-        )
+        raise NdLoraValueError(f"{side}={list(modes)} must be 1 to {MAX_MODES} integers of at least 1.")
     if math.prod(modes) != features:
         raise NdLoraValueError(
             f"{side}={list(modes)} multiply to {math.prod(modes)}, but the layer has "

@@ -15,7 +15,9 @@ __all__ = ["RECIPE_ALPHA", "Seen", "Start", "Values", "kaiming_uniform", "random
 
 Values = dict[str, Tensor]
 
-RECIPE_ALPHA = 16  # what LoRA recipes have with r=8; starts that are scaled for it take it in place of alpha = rank
+RECIPE_ALPHA = (
+    16  # what LoRA recipes have with r=8; starts that are scaled for it take it in place of alpha = rank
+)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,18 @@ def kaiming_uniform(factor: Factor, generator: Generator | None = None) -> Tenso
     A factor of integers gets as many different ones as it holds, in rising order.
     """
     if factor.indices is not None:
-        return torch.randperm(factor.indices, generator=generator)[: factor.numel].sort().values.view(factor.shape)
+        return (
+            torch.randperm(factor.indices, generator=generator)[: factor.numel]
+            .sort()
+            .values.view(factor.shape)
+        )
     bound = 1 / math.sqrt(factor.fan_in)
     return torch.empty(factor.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
-def random_values(structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
+def random_values(
+    structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None
+) -> Values:
     """Every factor Kaiming-uniform."""
     return {factor.name: kaiming_uniform(factor, generator) for factor in structure.factors}
 
@@ -91,7 +99,9 @@ def random_values(structure: Structure, trains: frozenset[str], seen: Seen, gene
 def random_but_zero(zero: str | None = None) -> Callable[..., Values]:
     """A start's function: one factor zero, by default the first that trains, the others Kaiming-uniform."""
 
-    def function(structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
+    def function(
+        structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None
+    ) -> Values:
         values = random_values(structure, trains, seen, generator)
         name = zero or next(factor.name for factor in structure.factors if factor.name in trains)
         return values | {name: torch.zeros_like(values[name])}

@@ -27,7 +27,9 @@ def _n_lora_step(structure: Chain, trains: frozenset[str], seen: Seen, generator
     return _scaled_slices(structure, trains, slices)
 
 
-def _n_lora_pivots(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
+def _n_lora_pivots(
+    structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None
+) -> Values:
     weight, rank = seen.weight.float(), structure.layout.rank
     rows, columns = pivot_columns(weight.T, rank), pivot_columns(weight, rank)
     down = weight[rows]

@@ -246,6 +246,4 @@ class Structure:
 
 def cast_factors(factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """The factors in a floating dtype; those that hold integers as they are."""
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in factors.items()
-    }
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in factors.items()}

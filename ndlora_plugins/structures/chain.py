@@ -68,7 +68,10 @@ class Chain(Structure):
 
     @property
     def multiply_adds(self) -> int:
-        sides = {"down": self.layout.in_features * self.down_rank, "up": self.layout.out_features * self.up_rank}
+        sides = {
+            "down": self.layout.in_features * self.down_rank,
+            "up": self.layout.out_features * self.up_rank,
+        }
         core = {"full": self.up_rank * self.down_rank, "diagonal": self.down_rank, "none": 0}[self.core]
         return core + sum(cost for side, cost in sides.items() if side not in self.indexed)
 

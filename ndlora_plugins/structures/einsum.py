@@ -54,7 +54,9 @@ class Equation:
         outs = tuple(itertools.takewhile(lambda axis: axis.startswith("out"), result))
         ins = result[len(outs) :]
         if not outs or not ins or not all(axis.startswith("in") for axis in ins):
-            raise _wrong(text, "behind '->' stand the axes named out..., then those named in..., at least one of each")
+            raise _wrong(
+                text, "behind '->' stand the axes named out..., then those named in..., at least one of each"
+            )
         for axes in (*factors, result):
             if not axes:
                 raise _wrong(text, "a factor has no axes")
@@ -71,7 +73,9 @@ class Equation:
             if axis not in result and uses.count(axis) == 1:
                 raise _wrong(text, f"the axis {axis!r} is in one factor only, which it would sum up")
             if axis not in result and axis.startswith(("out", "in")):
-                raise _wrong(text, f"the axis {axis!r} is named as one of dW's, but does not stand behind '->'")
+                raise _wrong(
+                    text, f"the axis {axis!r} is named as one of dW's, but does not stand behind '->'"
+                )
         return cls(factors, outs, ins)
 
     @property
@@ -128,7 +132,10 @@ class Einsum(Structure):
         import opt_einsum
 
         tokens = 256
-        shapes = [(tokens, *(self.size[axis] for axis in self.equation.ins)), *(f.shape for f in self.factors)]
+        shapes = [
+            (tokens, *(self.size[axis] for axis in self.equation.ins)),
+            *(f.shape for f in self.factors),
+        ]
         operands = [(_TOKENS, *self.equation.ins), *self.equation.factors]
         text = _subscripts(operands, (_TOKENS, *self.equation.outs))
         cost = opt_einsum.contract_path(text, *shapes, shapes=True)[1].opt_cost
@@ -136,9 +143,7 @@ class Einsum(Structure):
 
     def apply(self, factors, x):
         tokens = x.reshape(-1, *(self.size[axis] for axis in self.equation.ins))
-        y = self._contract(
-            factors, (_TOKENS, *self.equation.outs), [(tokens, (_TOKENS, *self.equation.ins))]
-        )
+        y = self._contract(factors, (_TOKENS, *self.equation.outs), [(tokens, (_TOKENS, *self.equation.ins))])
         return y.reshape(*x.shape[:-1], self.layout.out_features)
 
     def delta(self, factors):
@@ -146,11 +151,15 @@ class Einsum(Structure):
         return delta.reshape(self.layout.out_features, self.layout.in_features)
 
     def low_rank(self, factors):
-        inner, left = min(
-            (self._cut_size(set(left)), left)
-            for count in range(1, len(self.names))
-            for left in itertools.combinations(range(len(self.names)), count)
-        ) if len(self.names) > 1 else (math.inf, ())
+        inner, left = (
+            min(
+                (self._cut_size(set(left)), left)
+                for count in range(1, len(self.names))
+                for left in itertools.combinations(range(len(self.names)), count)
+            )
+            if len(self.names) > 1
+            else (math.inf, ())
+        )
         features = self.layout.in_features, self.layout.out_features
         if inner * sum(features) > math.prod(features):
             return None
@@ -164,7 +173,10 @@ class Einsum(Structure):
             for axis in primed
         }
         sides = []
-        for is_left, own, copied, passed in ((True, self.equation.outs, outs_right, ins_left), (False, self.equation.ins, ins_left, outs_right)):
+        for is_left, own, copied, passed in (
+            (True, self.equation.outs, outs_right, ins_left),
+            (False, self.equation.ins, ins_left, outs_right),
+        ):
             operands = [
                 (factors[name], tuple(primed[a] if a in passed else a for a in axes))
                 for k, (name, axes) in enumerate(zip(self.names, self.equation.factors, strict=True))
@@ -224,7 +236,10 @@ class Einsum(Structure):
         """Between the factors `left` and the others: the inner axes of both, the in axes of the left ones, the out axes
         of the others.
         """
-        axes = [{a for k, own in enumerate(self.equation.factors) if (k in left) == side for a in own} for side in (True, False)]
+        axes = [
+            {axis for k, own in enumerate(self.equation.factors) if (k in left) == side for axis in own}
+            for side in (True, False)
+        ]
         bonds = tuple(axis for axis in self.equation.inner if axis in axes[0] & axes[1])
         ins_left = tuple(axis for axis in self.equation.ins if axis in axes[0])
         outs_right = tuple(axis for axis in self.equation.outs if axis in axes[1])
@@ -241,7 +256,11 @@ def _einsum(operands: Sequence[tuple[Tensor, Axes]], result: Axes) -> Tensor:
 
 def _subscripts(operands: Sequence[Axes], result: Axes) -> str:
     """The equation in the letters that `torch.einsum` takes."""
-    letters = dict(zip(dict.fromkeys(axis for axes in operands for axis in axes), string.ascii_letters, strict=False))
-    return ",".join("".join(letters[a] for a in axes) for axes in operands) + "->" + "".join(
-        letters[a] for a in result
+    letters = dict(
+        zip(dict.fromkeys(axis for axes in operands for axis in axes), string.ascii_letters, strict=False)
+    )
+    return (
+        ",".join("".join(letters[a] for a in axes) for axes in operands)
+        + "->"
+        + "".join(letters[a] for a in result)
     )

@@ -1,4 +1,4 @@
-"""DyLoRA (arXiv 2210.07558): each training step uses the first b of the ranks, b drawn anew, the same in every layer."""
+"""DyLoRA (arXiv 2210.07558): each training step uses the first b ranks, b drawn anew for all layers."""
 
 from ndlora_plugins import hookimpl
 from ndlora_plugins.methods import Method

@@ -8,7 +8,9 @@ import pytest
 from ndlora_plugins import register_plugin, unregister_plugin
 from ndlora_plugins.testing import check_method
 
-FILES = sorted(path for path in pathlib.Path(__file__).parent.glob("*.py") if not path.name.startswith("test_"))
+FILES = sorted(
+    path for path in pathlib.Path(__file__).parent.glob("*.py") if not path.name.startswith("test_")
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
