@@ -52,21 +52,24 @@ def plan(
         str, typer.Argument(help="A model's directory, its config.json, or its name on the hub.")
     ],
     method: Annotated[
-        str | None, typer.Option(help="ndlinear, slora, nlora, inttune, or a plugin's.")
+        str | None, typer.Option(help="One that `ndlora methods` lists.")
     ] = None,
     r: Annotated[int | None, typer.Option(help="The rank, or the number of Kronecker terms.")] = None,
-    init: Annotated[str | None, typer.Option(help="An initialiser's name.")] = None,
+    init: Annotated[str | None, typer.Option(help="The name of a start.")] = None,
     anchor: Annotated[str | None, typer.Option(help="snapshot or none.")] = None,
     num_modes: Annotated[int, typer.Option(help="Into how many modes a dimension is split.")] = 2,
     crossed_modes: Annotated[
         int | None, typer.Option(help="Uneven modes that cross, the small ones of this size.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the method's own, NAME=JSON; may be repeated.")
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; may be repeated.")] = None,
     lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what an adapter would cost, layer by layer, against LoRA. No weights are loaded."""
-    from ndlora_plugins.commands.plan import plan_from_model_config
+    from ndlora_plugins.commands.plan import parse_options, plan_from_model_config
 
     budget = plan_from_model_config(
         model,
@@ -77,6 +80,7 @@ def plan(
         anchor=anchor,
         num_modes=num_modes,
         crossed_modes=crossed_modes,
+        options=parse_options(option or []),
         target_modules=target or None,
     )
     header, rows = budget.table()
@@ -111,44 +115,26 @@ def plan(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods and the initialisers, where each came from, and the versions in use."""
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """List the methods and the starts, where each came from, and the versions in use.
+
+    Example: ndlora methods --json
+    """
+    from ndlora_plugins.commands.methods import describe_methods, describe_starts
     from ndlora_plugins.commands.plan import versions
-    from ndlora_plugins.registry import initializers
-    from ndlora_plugins.registry import methods as known_methods
 
-    table = Table(
-        "method",
-        "default r",
-        "start",
-        "what it is",
-        "source",
-        "plugin",
-        title="Methods",
-        title_justify="left",
-    )
-    for name, found in known_methods().items():
-        value = found.value
-        table.add_row(
-            name,
-            str(value.default_rank),
-            value.default_initializer,
-            value.summary,
-            value.source,
-            found.plugin,
-        )
-    console.print(table)
-    table = Table(
-        "init_lora_weights", "methods", "default anchor", "what it is", "source", "plugin",
-        title="Initialisers", title_justify="left",
-    )  # fmt: skip
-    from ndlora_plugins.adapter import resolve_anchor
-
-    for name, found in initializers().items():
-        value = found.value
-        fits = ", ".join(value.methods) or "all"
-        table.add_row(name, fits, resolve_anchor(None, value), value.summary, value.source, found.plugin)
-    console.print(table)
+    tables = {"methods": describe_methods(), "starts": describe_starts()}
+    if as_json:
+        typer.echo(json.dumps({**tables, "versions": versions()}, indent=2))
+        return
+    for title, rows in tables.items():
+        table = Table(*rows[0], title=title.capitalize(), title_justify="left")
+        for row in rows:
+            cells = [cell if isinstance(cell, list) else [cell] for cell in row.values()]
+            table.add_row(*(", ".join(map(str, cell)) for cell in cells))
+        console.print(table)
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 

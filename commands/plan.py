@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -11,7 +13,7 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.targets import plan_model
 
-__all__ = ["plan_from_model_config", "versions"]
+__all__ = ["parse_options", "plan_from_model_config", "versions"]
 
 
 def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) -> Budget:
@@ -48,6 +50,24 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
             f"linear layer."
         )
     return make_budget(layers, lora_rank)
+
+
+def parse_options(given: Sequence[str]) -> dict[str, Any]:
+    """A method's options from the command line: NAME=JSON, where a plain word is a string.
+
+    Raises:
+        NdLoraValueError: one without "=".
+    """
+    options = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise NdLoraValueError(f"--option {text!r}: write it as NAME=VALUE, such as crossed_modes=8.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def versions() -> dict[str, str]:

@@ -159,18 +159,28 @@ class LayerAdapter:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable numbers, shared ones too."""
-        return sum(factor.numel for factor in self.trained)
+        """Trainable numbers of this layer's own."""
+        return self._count(self.trained)
 
     @property
     def num_frozen(self) -> int:
-        """Numbers held beside the trainable ones."""
-        return sum(factor.numel for factor in self.frozen)
+        """Numbers of its own, held beside the trainable ones."""
+        return self._count(self.frozen)
 
     @property
     def num_saved(self) -> int:
-        """Numbers in the adapter file, shared ones too."""
+        """Numbers of its own in the adapter file."""
         return self.num_parameters + (0 if self.recomputed else self.num_frozen)
+
+    @property
+    def shared_parameters(self) -> dict[str, int]:
+        """Key of each tensor that trains and that other layers share -> its numbers."""
+        keys = dict(self.shared)
+        return {keys[factor.name]: factor.numel for factor in self.trained if factor.name in keys}
+
+    def _count(self, factors: tuple[Factor, ...]) -> int:
+        shared = {name for name, _ in self.shared}
+        return sum(factor.numel for factor in factors if factor.name not in shared)
 
     @property
     def multiply_adds(self) -> int:

@@ -62,12 +62,17 @@ class Budget:
         return sum(row.count for row in self.rows)
 
     @property
+    def shared(self) -> int:
+        """Trainable numbers that layers share, each tensor once."""
+        return sum({key: n for row in self.rows for key, n in row.adapter.shared_parameters.items()}.values())
+
+    @property
     def parameters(self) -> int:
-        return sum(row.count * row.adapter.num_parameters for row in self.rows)
+        return self.shared + sum(row.count * row.adapter.num_parameters for row in self.rows)
 
     @property
     def saved(self) -> int:
-        return sum(row.count * row.adapter.num_saved for row in self.rows)
+        return self.shared + sum(row.count * row.adapter.num_saved for row in self.rows)
 
     @property
     def frozen(self) -> int:

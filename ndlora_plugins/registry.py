@@ -18,6 +18,7 @@ from ndlora_plugins.structures import Chain, Layout
 __all__ = [
     "ENTRY_POINT_GROUP",
     "Registered",
+    "fits",
     "method_and_start",
     "methods",
     "option_names",
@@ -137,6 +138,16 @@ def _look_up_both(method: str | None, init_lora_weights: bool | str | None) -> t
         name = "random" if init_lora_weights is False else resolved.start
         start = _look_up(starts(), name, "init_lora_weights", "start")
     return resolved, start
+
+
+def fits(method: str, start: str) -> bool:
+    """Whether a start, by its name, can start a method with its default options; True where it has none to give."""
+    found = methods()[method].value
+    try:
+        options = found.Options()
+    except TypeError:  # an option without a default: its factors are not known yet
+        return not starts()[start].value.gives
+    return _misfit(found, starts()[start].value, options) is None
 
 
 def _misfit(method: Method, start: Start, options: Any) -> str | None:

@@ -36,6 +36,7 @@ class NdLoraBlock(BaseModel):
     num_modes: int | None = _field("num_modes")
     crossed_modes: int | None = _field("crossed_modes")
     modes: dict[str, Any] | None = _field("modes")
+    options: dict[str, Any] | None = _field("options")
     random_seed: int | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")
     callback: bool | dict[str, Any] | None = Field(

@@ -196,6 +196,11 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         shows_all = self.plan[adapter].method.visible is None
         return None if shows_all or not self.training else self.clock.moment
 
+    def trained_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The factors of one adapter that the method trains, by name, shared ones too."""
+        own = dict(self.ndlora_factors[adapter].items())
+        return self.bank.join(adapter, self.plan[adapter], own, {})[0] if self.plan[adapter].shared else own
+
     def penalty(self, adapter: str) -> Tensor | None:
         """What the method of one adapter adds to the loss for this layer; None if nothing."""
         plan = self.plan[adapter]

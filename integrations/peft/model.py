@@ -5,6 +5,7 @@ The core is imported when it is first used: registration, which runs at `import 
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_unmatched
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
@@ -60,6 +61,7 @@ class NdLoraModel(BaseTuner):
         # what the layers, which are made next, refer to
         self.bank, self.clock = Bank(), Clock()
         self._planned: dict[tuple[int, str | None], Planned] = {}
+        self._penalty_settled = False
         self._injected = not isinstance(peft_config, dict)  # PEFT then drops this model and keeps the layers
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -70,6 +72,7 @@ class NdLoraModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._planned = {}
+        self.clock.seed = self.peft_config[adapter_name].random_seed or 0
         if self.peft_config[adapter_name].inference_mode:
             self.bank.set_trained([])
 
@@ -213,6 +216,7 @@ class NdLoraModel(BaseTuner):
         if adapter_names is None:
             if self.training:
                 self.clock.begin_forward()
+                self._warn_of_penalties()
             yield
             return
         if self.training:
@@ -300,9 +304,29 @@ class NdLoraModel(BaseTuner):
         state_dict = {shared.get(key, key): value for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
+    def _warn_of_penalties(self) -> None:
+        """Once: a method has a penalty, and nobody asks for it."""
+        if self._penalty_settled or self.clock.driven or self.clock.step < 2:
+            return
+        self._penalty_settled = True
+        methods = {
+            plan.method.name
+            for layer in self.model.modules()
+            if isinstance(layer, NdLoraLayer)
+            for plan in layer.plan.values()
+            if plan.method.penalty is not None or plan.method.shrink is not None
+        }
+        if methods:
+            warnings.warn(
+                f"method={sorted(methods)} asks for a penalty on its factors, and nothing adds it: pass "
+                f"NdLoraCallback to the trainer, or add model.base_model.penalty() to the loss.",
+                NdLoraWarning,
+                stacklevel=3,
+            )
+
     def penalty(self) -> torch.Tensor | None:
         """The sum of what the methods of the active adapters add to the loss; None if they add nothing."""
-        total = None
+        total, self._penalty_settled = None, True
         for layer in self.model.modules():
             if not isinstance(layer, NdLoraLayer):
                 continue

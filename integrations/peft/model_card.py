@@ -81,7 +81,7 @@ ndlora export PATH_OF_THIS_ADAPTER --to lora --output plain-lora --base "{base_n
 
 def note_training(config: NdLoraConfig, values: Mapping[str, Any]) -> None:
     """Let cards that are written later in this session name these too: learning rate, steps, and the like."""
-    config._session_training = dict(values)
+    config.session.training = dict(values)
 
 
 def write_model_card(config: NdLoraConfig, directory: str | Path) -> None:
@@ -154,7 +154,7 @@ def _our_part(config: NdLoraConfig, directory: Path) -> str:
 
     base, method = config.base_model_name_or_path, methods()[config.method].value
     on_hub = _is_on_hub(base)
-    recipe = {**_options(config), **(getattr(config, "_session_training", None) or {})}
+    recipe = {**_options(config), **config.session.training}
     text = _TEXT.format(
         method=method.name,
         summary=method.summary,

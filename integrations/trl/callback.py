@@ -16,10 +16,16 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.shared import Clock
 from ndlora_plugins.integrations.trl.card import note_recipe
 from ndlora_plugins.integrations.trl.checks import adapted_layers, check_gradients, check_start
 from ndlora_plugins.integrations.trl.export import EndExport, make_export
 from ndlora_plugins.integrations.trl.norms import base_norm, update_norms
+from ndlora_plugins.integrations.trl.penalties import (
+    add_penalty_gradients,
+    has_penalties,
+    shrink_factors,
+)
 from ndlora_plugins.integrations.trl.plot import check_matplotlib, draw_history
 from ndlora_plugins.integrations.trl.schedule import CoreOnly
 
@@ -33,14 +39,16 @@ class NdLoraCallback(TrainerCallback):
 
     Before the first step it checks which layers are adapted, the number of trainable parameters against the
     plan, that nothing else trains, and that the optimizer has every factor; in the first step that brings a
-    gradient, that one reaches every factor. At each of the trainer's own logging steps it adds to the logs,
-    and so to `state.log_history` and to whatever `report_to` names, `ndlora/<adapter>/update_norm` and
-    `..._max`: the median and the largest of ||scaling dW||_F / ||W||_F over the layers.
+    gradient, that one reaches every factor. It tells the layers which step is running, for methods that use a part of
+    their factors in each, and adds the methods' penalties to the gradients. At each of the trainer's own logging steps
+    it adds to the logs, and so to `state.log_history` and to whatever `report_to` names,
+    `ndlora/<adapter>/update_norm` and `..._max`: the median and the largest of ||scaling dW||_F / ||W||_F over the
+    layers.
 
     Args:
         strict: raise what a check finds; False warns instead.
         log_norms: whether the update norms are logged.
-        core_only_at: from here on only `core` trains, as IntTune does (slora and nlora): a step (int) or a
+        core_only_at: from here on only `core` trains, as IntTune does (methods that train one): a step (int) or a
             fraction of all steps (float between 0 and 1). The optimizer's state of `core` stays as it is.
         export: at the end of training, in the main process only: "lora", "lokr" or "merged"; or a mapping with
             `to` (one of these), `directory` (new; by default `<output_dir>/<to>`) and further options of
@@ -73,6 +81,7 @@ class NdLoraCallback(TrainerCallback):
         self._layers = []
         self._base_norms: dict[str, float] = {}
         self._gradients_pending = False
+        self._penalties = False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         _put_first(self)
@@ -100,6 +109,11 @@ class NdLoraCallback(TrainerCallback):
         self._layers = adapted_layers(model)
         note_recipe(model, args, state)
         self._gradients_pending = not sharded
+        self._penalties = has_penalties(self._layers)
+        if self._penalties and sharded:
+            raise NdLoraValueError("Penalties on factors do not work under DeepSpeed or FSDP: use another method.")
+        for clock in self._clocks():
+            clock.driven = True
         if self.schedule is not None:
             self.schedule.begin(self._layers, state.max_steps, sharded)
         if self.log_norms:
@@ -108,6 +122,8 @@ class NdLoraCallback(TrainerCallback):
                 logger.info("update norms are not logged: no process holds a whole base weight")
 
     def on_step_begin(self, args, state, control, **kwargs):
+        for clock in self._clocks():
+            clock.step = state.global_step
         if (
             self.schedule is not None
             and self.schedule.advance(state.global_step)
@@ -122,8 +138,14 @@ class NdLoraCallback(TrainerCallback):
             if not report.silent and not (report.overflowed and args.fp16):
                 self._gradients_pending = False
                 self._complain(report.problems)
+        if self._penalties:
+            add_penalty_gradients(self._layers)
         if self.schedule is not None:
             self.schedule.drop_gradients()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self._penalties and optimizer is not None:
+            shrink_factors(self._layers, optimizer.param_groups[0]["lr"])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.log_norms or logs is None or "loss" not in logs:  # evaluations and the summary have none
@@ -135,6 +157,8 @@ class NdLoraCallback(TrainerCallback):
             state.log_history[-1].update(norms)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        for clock in self._clocks():
+            clock.driven = False
         if self.schedule is not None:
             self.schedule.end()
         if not state.is_world_process_zero:
@@ -157,6 +181,9 @@ class NdLoraCallback(TrainerCallback):
                     NdLoraWarning,
                     stacklevel=2,
                 )
+
+    def _clocks(self) -> list[Clock]:
+        return list({id(layer.clock): layer.clock for _, layer in self._layers}.values())
 
     def _complain(self, problems: tuple[str, ...]) -> None:
         if not problems:

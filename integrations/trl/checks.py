@@ -63,7 +63,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, NdLoraLayer]]:
 def trained_factors(layer: NdLoraLayer) -> dict[str, dict[str, nn.Parameter]]:
     """Active adapter -> its factors by name, those that the method trains."""
     return {
-        adapter: dict(layer.ndlora_factors[adapter].items())
+        adapter: layer.trained_parameters(adapter)
         for adapter in layer.active_adapters
         if adapter in layer.ndlora_factors
     }
@@ -81,16 +81,22 @@ def check_start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     expected: dict[str, int] = {}
     partly: list[str] = []
     ours: set[int] = set()
+    shared: dict[tuple[str, str], int] = {}
     for name, layer in layers:
         for adapter, factors in trained_factors(layer).items():
             plan = layer.plan[adapter]
             trainable = [parameter for parameter in factors.values() if parameter.requires_grad]
+            # what layers share is met again in each of them
+            new = sum(_numel(parameter) for parameter in trainable if id(parameter) not in ours)
             ours.update(id(parameter) for parameter in trainable)
             method, layer_count, numbers = counted.get(adapter, (plan.method.name, 0, 0))
-            counted[adapter] = (method, layer_count + 1, numbers + sum(map(_numel, trainable)))
+            counted[adapter] = (method, layer_count + 1, numbers + new)
             expected[adapter] = expected.get(adapter, 0) + plan.num_parameters
+            shared |= {(adapter, key): count for key, count in plan.shared_parameters.items()}
             if 0 < len(trainable) < len(factors):
                 partly.append(name)
+    for (adapter, _), count in shared.items():
+        expected[adapter] += count
     besides, unexpected = _trained_besides(model, ours)
     problems = _start_problems(layers, counted, expected, partly)
     if unexpected:

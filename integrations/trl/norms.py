@@ -14,8 +14,8 @@ __all__ = ["base_norm", "delta_norm", "update_norms", "whole"]
 
 def delta_norm(layer: NdLoraLayer, adapter: str) -> float:
     """||scaling dW||_F of one adapter on one layer, dW not formed where the method has a cheaper way."""
-    trained = {name: whole(value) for name, value in layer.ndlora_factors[adapter].items()}
-    frozen = layer.ndlora_frozen[adapter].tensors() if adapter in layer.ndlora_frozen else {}
+    trained, frozen = layer.tensors(adapter)
+    trained = {name: whole(value) for name, value in trained.items()}
     device = next(iter(trained.values())).device
     frozen = {name: whole(value).to(device) for name, value in frozen.items()}
     return abs(layer.scaling[adapter]) * layer.plan[adapter].delta_norm(trained, frozen)

@@ -59,7 +59,7 @@ class CoreOnly:
                     raise NdLoraValueError(
                         f"core_only_at={self.at}: adapter {adapter!r} on layer {name!r} has "
                         f"method={layer.plan[adapter].method.name!r}, whose factors {sorted(trainable)} have "
-                        f"no core. Use method='slora' or 'nlora', or leave core_only_at out."
+                        f"no core. Use a method that trains one, or leave core_only_at out."
                     )
                 self._stopped += [value for key, value in trainable.items() if key != CORE]
 

@@ -1,0 +1,45 @@
+"""The methods and the starts, as `ndlora methods` shows them."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ndlora_plugins.registry import fits, methods, starts
+
+__all__ = ["describe_methods", "describe_starts"]
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """One row for each method."""
+    return [
+        {
+            "method": name,
+            "default r": found.value.rank,
+            "start": found.value.start,
+            "options": [
+                f"{field.name}={'?' if field.default is MISSING else field.default}"
+                for field in fields(found.value.Options)
+            ],
+            "what it is": found.value.summary,
+            "source": found.value.source,
+            "plugin": found.plugin,
+        }
+        for name, found in methods().items()
+    ]
+
+
+def describe_starts() -> list[dict[str, Any]]:
+    """One row for each start."""
+    return [
+        {
+            "init_lora_weights": name,
+            "methods": [method for method in methods() if fits(method, name)],
+            "reads": sorted(found.value.reads),
+            "default alpha": found.value.alpha or "r",
+            "what it is": found.value.summary,
+            "source": found.value.source,
+            "plugin": found.plugin,
+        }
+        for name, found in starts().items()
+    ]

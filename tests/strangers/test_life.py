@@ -1,0 +1,118 @@
+"""Each stranger's method through its whole life: train, save, load in a fresh process, check, merge, export."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from ndlora_plugins import NdLoraConfig, register_plugin, unregister_plugin
+from ndlora_plugins.integrations.peft import measure_gradients
+from ndlora_plugins.integrations.peft.check import check_adapter
+from ndlora_plugins.integrations.peft.export import export_adapter
+from ndlora_plugins.integrations.trl import NdLoraCallback
+
+FOLDER = pathlib.Path(__file__).parent
+# file -> options of the configuration
+STRANGERS = {
+    "lora_xs": {},
+    "dylora": {},
+    "shared_sides": {"target_modules": ["q_proj", "o_proj"]},
+    "lora_sb": {},
+    "group_penalty": {},
+}
+LEARNING_RATE = {"lora_xs": 0.5, "lora_sb": 0.5}
+FRESH_PROCESS = """
+import importlib.util, sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from ndlora_plugins import register_plugin
+path, base, adapter, expected = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("stranger", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+register_plugin(module, name="stranger")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+found = model(torch.arange(20).view(2, 10)).logits
+torch.testing.assert_close(found, load_file(expected)["logits"], rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.fixture(params=STRANGERS)
+def stranger(request):
+    """(name, module) of a registered method of a file beside this one."""
+    spec = importlib.util.spec_from_file_location("stranger", FOLDER / f"{request.param}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    register_plugin(module, name="stranger")
+    yield request.param, module
+    unregister_plugin(module)
+
+
+@pytest.mark.slow
+def test_a_whole_life(stranger, make_llama, tokens, tmp_path):
+    name, module = stranger
+    make_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = NdLoraConfig(method=module.method.name, r=4, task_type="CAUSAL_LM", **STRANGERS[name])
+    measure_gradients(base, config, lambda: base(tokens, labels=tokens).loss.backward())
+    start = base(tokens).logits
+    model = get_peft_model(base, config)
+    torch.testing.assert_close(model.eval()(tokens).logits, start, rtol=1e-5, atol=1e-5)
+
+    arguments = TrainingArguments(
+        tmp_path / "training",
+        max_steps=8,
+        learning_rate=LEARNING_RATE.get(name, 2e-2),
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)]
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[NdLoraCallback()])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+    logits = model.eval()(tokens).logits.detach()
+    model.save_pretrained(tmp_path / "adapter")
+    save_file({"logits": logits}, tmp_path / "logits.safetensors")
+    paths = [FOLDER / f"{name}.py", tmp_path / "base", tmp_path / "adapter", tmp_path / "logits.safetensors"]
+    subprocess.run([sys.executable, "-P", "-c", FRESH_PROCESS, *map(str, paths)], check=True)
+
+    report = check_adapter(tmp_path / "adapter", str(tmp_path / "base"))
+    assert report.ok, report.problems
+    export_adapter(tmp_path / "adapter", tmp_path / "merged", "merged", base=str(tmp_path / "base"))
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora", base=str(tmp_path / "base"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    exported = PeftModel.from_pretrained(again, tmp_path / "lora").eval()(tokens).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(tokens).logits
+    unloaded = model.merge_and_unload()(tokens).logits
+    for found in (exported, merged, unloaded):
+        torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_shared_tensors_are_one(make_llama, tokens, tmp_path):
+    spec = importlib.util.spec_from_file_location("stranger", FOLDER / "shared_sides.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    register_plugin(module, name="stranger")
+    try:
+        config = NdLoraConfig(method="strange_shared", r=4, target_modules=["q_proj", "o_proj"])
+        model = get_peft_model(make_llama(), config)
+        # four layers of 48 x 48: two sides for all of them, a core for each
+        assert model.get_nb_trainable_parameters()[0] == 2 * 4 * 48 + 4 * 4 * 4
+        model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        assert sum(value.numel() for value in saved.values()) == 2 * 4 * 48 + 4 * 4 * 4
+    finally:
+        unregister_plugin(module)
