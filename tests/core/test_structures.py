@@ -55,6 +55,7 @@ FAST = {
     ),
     "crossed": (*kronecker_sum((2, 24), (16, 2), 1), 4, 48 * 2 + 4 * 16),
     "crossed, terms": (*kronecker_sum((2, 24), (16, 2), 2), 8, 2 * (48 * 2 + 4 * 16)),
+    "crossed, five terms": (*kronecker_sum((2, 24), (16, 2), 5), None, 5 * (48 * 2 + 4 * 16)),
     "mirrored": (*kronecker_sum((24, 2), (2, 16), 1), 4, 48 * 2 + 4 * 16),
     "three modes cross": (*kronecker_sum((2, 2, 24), (24, 2, 2), 1), 8, 96 * 2 + 8 * 2 + 8 * 24),
 }
@@ -223,6 +224,17 @@ def test_a_smaller_rank_is_the_oracles(structure, oracle):
     close(cut.delta(cut_factors), expected)
 
 
+@pytest.mark.parametrize("changing", [("mode_2",), ("mode_1", "mode_2")], ids=str)
+@pytest.mark.parametrize("name", ["two modes, terms", "crossed"])
+def test_the_units_of_a_sum_add_up_to_it(name, changing):
+    structure = STRUCTURES[name].changed(frozenset(changing))
+    assert structure.rank == len(changing) * STRUCTURES[name].layout.rank
+    factors = random_factors(structure)
+    parts = [{factor: value[k : k + 1] for factor, value in factors.items()} for k in range(structure.rank)]
+    assert structure.unit == STRUCTURES[name].unit and shapes(parts[0]) == declared(structure.unit)
+    close(sum(structure.unit.delta(part) for part in parts), structure.delta(factors))
+
+
 @each
 def test_a_sum_of_updates(structure):
     parts = [random_factors(structure) for _ in range(4)]
@@ -275,6 +287,26 @@ def test_no_change_is_exactly_zero_and_a_tiny_one_is_not_lost_to_rounding(name, 
     assert torch.count_nonzero(changed.delta(none)) == torch.count_nonzero(changed.apply(none, x)) == 0
     first_order = sum(structure.delta(start | {factor: value}) for factor, value in change.items())
     close(1e14 * changed.delta(structure.change(needed, change)), 1e14 * first_order)
+
+
+# factors that change -> the rank of the change's low-rank form where that of the update is 4
+CHANGED_RANKS = {
+    ("core",): 4,
+    ("down", "core"): 4,
+    ("core", "up"): 4,
+    ("down", "up"): 8,
+    ("down", "core", "up"): 8,
+}
+
+
+@pytest.mark.parametrize("changing, rank", CHANGED_RANKS.items(), ids=str)
+@pytest.mark.parametrize("name", ["full core", "diagonal core"])
+def test_the_low_rank_form_of_a_change_is_exact_and_small(name, changing, rank):
+    _, needed, change = random_change(name, changing)
+    changed, factors = STRUCTURES[name].changed(frozenset(changing)), STRUCTURES[name].change(needed, change)
+    down, up = changed.low_rank(factors)
+    assert len(down) == rank
+    close(up @ down, changed.delta(factors))
 
 
 # The products with gradients of their own
