@@ -5,15 +5,18 @@ imported, and then holds for the whole process.
 """
 
 import os
+from math import prod
 
 import pytest
 import torch
 import torch.nn.functional as F
 from triton.runtime import interpreter
 
-from ndlora_plugins import contraction, triton_modes
-from ndlora_plugins.adapter import AdapterOptions, plan_layer
-from ndlora_plugins.contraction import mode_product
+from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.kernels import triton_modes
+from ndlora_plugins.kernels.triton_modes import triton_mode_product
+from ndlora_plugins.starts import Seen
+from ndlora_plugins.structures import KroneckerSum, Layout, kronecker
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -84,7 +87,7 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize("dtype, tolerance", DTYPES.items(), ids=str)
 @pytest.mark.parametrize("in_modes, out_modes, terms", MODES, ids=str)
 def test_result_and_gradients_are_those_of_float64(in_modes, out_modes, terms, dtype, tolerance, tokens):
-    product = mode_product(in_modes, out_modes, terms, triton=True)
+    product = triton_mode_product(in_modes, out_modes, terms)
     factors = [random(terms, o, i) / i**0.5 for o, i in zip(out_modes, in_modes, strict=True)]
     x, grad_x = random(2, tokens, product.in_features, dtype=dtype)
     grad, result = random(2, tokens, product.out_features, dtype=dtype)
@@ -102,7 +105,7 @@ def test_result_and_gradients_are_those_of_float64(in_modes, out_modes, terms, d
 
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_frozen_factors_get_no_gradient_and_new_tensors_start_at_zero(needs):
-    product = mode_product((6, 4), (9, 2), 3, triton=True)
+    product = triton_mode_product((6, 4), (9, 2), 3)
     factors = [random(3, 9, 6), random(3, 2, 4)]
     x, grad = random(5, 24), random(5, 18)
     found = forward_and_backward(product, x, factors, grad, needs, None, None)
@@ -112,7 +115,7 @@ def test_frozen_factors_get_no_gradient_and_new_tensors_start_at_zero(needs):
 
 
 def test_sums_are_the_same_every_time():
-    product = mode_product((24, 24), (24, 24), 1, triton=True)
+    product = triton_mode_product((24, 24), (24, 24), 1)
     factors, x, grad = [random(1, 24, 24), random(1, 24, 24)], random(41, 576), random(41, 576)
     first, second = (
         product.backward((x,), factors, grad, (True, True), True, None, SCALING) for _ in range(2)
@@ -135,8 +138,11 @@ LEFT_TO_THE_OTHER_FORM = {
 def test_what_the_kernels_do_not_do_is_left_to_the_other_form(in_modes, out_modes, dtype, monkeypatch):
     monkeypatch.setattr(triton_modes, "add_product", None)
     monkeypatch.setattr(triton_modes, "factor_gradients", None)
-    other, product = (mode_product(in_modes, out_modes, 1, triton=triton) for triton in (False, True))
-    factors = [random(1, o, i, dtype=dtype) for o, i in zip(out_modes, in_modes, strict=True)]
+    structure = KroneckerSum(Layout(prod(in_modes), prod(out_modes), 1), in_modes, out_modes)
+    values = {factor.name: random(*factor.shape, dtype=dtype) for factor in structure.factors}
+    other, factors = structure.product(values)
+    monkeypatch.setattr(kronecker, "kernels", [triton_mode_product])
+    product, _ = structure.product(values)
     x, grad = random(3, other.in_features, dtype=dtype), random(3, other.out_features, dtype=dtype)
     found, expected = (
         forward_and_backward(p, x, factors, grad, (True,) * len(factors), None, None)
@@ -148,15 +154,15 @@ def test_what_the_kernels_do_not_do_is_left_to_the_other_form(in_modes, out_mode
 @pytest.mark.parametrize("anchor", ["none", "snapshot"])
 @pytest.mark.parametrize("way", ["linear", "in place", "out of place"])
 def test_a_layer_takes_the_kernels(way, anchor, monkeypatch):
-    monkeypatch.setattr(contraction, "use_triton", True)
-    plan = plan_layer(AdapterOptions(init_lora_weights="ndlinear", anchor=anchor), 24, 18, "q")
+    monkeypatch.setattr(kronecker, "kernels", [triton_mode_product])
+    plan = plan_layer(adapter_options("ndlinear", init_lora_weights="ndlinear", anchor=anchor), 24, 18, "q")
     weight = random(18, 24)
-    trained, frozen = plan.initialize(weight)
+    trained, frozen = plan.initialize(Seen(weight=weight))
     trained = {
         name: (value + 0.3 * torch.randn_like(value)).requires_grad_() for name, value in trained.items()
     }
     x = random(24, 7, 2).permute(2, 1, 0).requires_grad_()  # not contiguous
-    assert isinstance(plan._product(trained, frozen)[0], triton_modes.TritonModeProduct)
+    assert isinstance(plan._product(trained, frozen, None)[0], triton_modes.TritonModeProduct)
     if way == "linear":
         y = plan.linear(weight, None, trained, frozen, x, SCALING)
     else:

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ndlora_plugins import fused
-from ndlora_plugins.adapter import AdapterOptions, plan_layer
-from ndlora_plugins.contraction import mode_product
+from ndlora_plugins.adapter import adapter_options, plan_layer
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.starts import Seen
+from ndlora_plugins.structures.mode_product import mode_product
 
 # method, init_lora_weights, anchor
 STARTS = [
@@ -24,9 +25,9 @@ STARTS = [
 ]
 # in_features, out_features, options
 SHAPES = [
-    (24, 18, {"num_modes": 2, "rank": 1}),  # modes (4, 6) -> (3, 6): the last mode first
+    (24, 18, {"rank": 1}),  # modes (4, 6) -> (3, 6): the last mode first
     (24, 18, {"in_modes": (6, 4), "out_modes": (9, 2), "rank": 1}),  # the first mode first
-    (24, 18, {"num_modes": 2, "rank": 3}),
+    (24, 18, {"rank": 3}),
     (24, 18, {"in_modes": (6, 4), "out_modes": (9, 2), "rank": 3}),
     (24, 18, {"num_modes": 3, "rank": 1}),
     (24, 18, {"num_modes": 3, "rank": 3}),
@@ -38,7 +39,7 @@ SHAPES = [
 CASES = [
     (start, shape)
     for start, shape in itertools.product(STARTS, SHAPES)
-    if start[0] == "ndlinear" or not {"in_modes", "crossed_modes"} & set(shape[2])
+    if start[0] == "ndlinear" or set(shape[2]) == {"rank"}  # methods without modes have no other shapes
 ]
 WAYS = ["linear", "linear with a bias", "in place", "out of place"]
 # dtype of base, x and output; of the factors; error against float64 relative to the largest entry
@@ -58,12 +59,12 @@ class Layer:
     def __init__(self, start, shape, bias=False):
         method, init, anchor = start
         self.in_features, self.out_features, options = shape
-        self.plan = plan_layer(
-            AdapterOptions(method=method, init_lora_weights=init, anchor=anchor, **options), *shape[:2], "q"
-        )
+        modes = {name: value for name, value in options.items() if name != "rank"}
+        chosen = adapter_options(method, init, options.get("rank"), anchor=anchor, options=modes)
+        self.plan = plan_layer(chosen, *shape[:2], "q")
         self.weight = torch.randn(self.out_features, self.in_features, dtype=torch.float64)
         self.bias = torch.randn(self.out_features, dtype=torch.float64) if bias else None
-        trained, frozen = self.plan.initialize(self.weight)
+        trained, frozen = self.plan.initialize(Seen(weight=self.weight))
         self.frozen = {name: value.double() for name, value in frozen.items()}
         self.trained = {
             name: value.double() + 0.3 * torch.randn(value.shape, dtype=torch.float64)
@@ -329,8 +330,8 @@ def test_a_bias_that_trains_gets_its_gradient():
 
 @pytest.mark.parametrize("start, shape", CASES[:6], ids=str)
 def test_many_tokens_are_taken_in_parts(start, shape, monkeypatch):
-    monkeypatch.setattr("ndlora_plugins.contraction._NUMBERS_AT_A_TIME", 200)
-    monkeypatch.setattr("ndlora_plugins.contraction._FEW_ROWS", 8)
+    monkeypatch.setattr("ndlora_plugins.structures.mode_product._NUMBERS_AT_A_TIME", 200)
+    monkeypatch.setattr("ndlora_plugins.structures.mode_product._FEW_ROWS", 8)
     mode_product.cache_clear()
     layer = Layer(start, shape).cast(torch.float64, torch.float64)
     x = torch.randn(30, shape[0], dtype=torch.float64, requires_grad=True)

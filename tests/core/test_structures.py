@@ -31,9 +31,8 @@ def kronecker_sum(in_modes, out_modes, terms):
     result = " ".join([*(f"out{k}" for k in numbers), *(f"in{k}" for k in numbers)])
     sizes = {f"in{k}": in_modes[k - 1] for k in numbers} | {f"out{k}": out_modes[k - 1] for k in numbers}
     names = " ".join(f"mode_{k}" for k in numbers)
-    return KroneckerSum(layout, in_modes, out_modes), einsum(
-        layout, f"{factors} -> {result}", sizes, names, "t"
-    )
+    oracle = einsum(layout, f"{factors} -> {result}", sizes, names, "t")
+    return KroneckerSum(layout, in_modes, out_modes), oracle
 
 
 FULL, DIAGONAL, NONE = "out r, r s, s in -> out in", "out r, r, r in -> out in", "out r, r in -> out in"
@@ -48,16 +47,13 @@ FAST = {
     "two modes": (*kronecker_sum((4, 6), (3, 6), 1), None, 24 * 3 + 18 * 6),
     "two modes, terms": (*kronecker_sum((6, 4), (9, 2), 3), None, 3 * (24 * 2 + 12 * 9)),
     "three modes, terms": (*kronecker_sum((2, 3, 4), (3, 3, 2), 4), None, 4 * (24 * 2 + 12 * 3 + 12 * 3)),
-    "four modes": (
-        *kronecker_sum((2, 2, 3, 2), (3, 1, 2, 3), 2),
-        None,
-        2 * (24 * 1 + 12 * 2 + 8 * 3 + 12 * 3),
-    ),
+    "four modes": (*kronecker_sum((2, 2, 3, 2), (3, 1, 2, 3), 2), None, 2 * (24 * 1 + 12 * 2 + 8 * 3 + 12 * 3)),
     "crossed": (*kronecker_sum((2, 24), (16, 2), 1), 4, 48 * 2 + 4 * 16),
     "crossed, terms": (*kronecker_sum((2, 24), (16, 2), 2), 8, 2 * (48 * 2 + 4 * 16)),
+    "crossed, five terms": (*kronecker_sum((2, 24), (16, 2), 5), None, 5 * (48 * 2 + 4 * 16)),
     "mirrored": (*kronecker_sum((24, 2), (2, 16), 1), 4, 48 * 2 + 4 * 16),
     "three modes cross": (*kronecker_sum((2, 2, 24), (24, 2, 2), 1), 8, 96 * 2 + 8 * 2 + 8 * 24),
-}
+}  # fmt: skip
 SMALL, WIDE = Layout(24, 18, 2), Layout(32, 32, 1)
 TRAIN = "out1 in1 a, a out2 in2 b, b out3 in3 -> out1 out2 out3 in1 in2 in3"
 SHARED_OUT, SHARED_IN = "out1 out2 r, out1 r in -> out1 out2 in", "out r in1, r in1 in2 -> out in1 in2"
@@ -166,10 +162,8 @@ def test_the_update_is_the_oracles(structure, oracle):
     close(structure.delta(factors), oracle.delta(dense(structure, factors)))
 
 
-@pytest.mark.parametrize(
-    "structure, letters", [case[::2] for case in EQUATIONS.values()], ids=list(EQUATIONS)
-)
-def test_an_equations_update_is_torchs(structure, letters):
+@pytest.mark.parametrize("structure, _, letters", EQUATIONS.values(), ids=list(EQUATIONS))
+def test_an_equations_update_is_torchs(structure, _, letters):
     factors = random_factors(structure)
     assert shapes(factors) == declared(structure)
     expected = torch.einsum(letters, *factors.values())
@@ -221,6 +215,17 @@ def test_a_smaller_rank_is_the_oracles(structure, oracle):
     assert cut.layout.rank == rank and shapes(cut_factors) == declared(cut)
     expected = oracle.cut(rank).delta(oracle.cut_factors(dense(structure, factors), rank))
     close(cut.delta(cut_factors), expected)
+
+
+@pytest.mark.parametrize("changing", [("mode_2",), ("mode_1", "mode_2")], ids=str)
+@pytest.mark.parametrize("name", ["two modes, terms", "crossed"])
+def test_the_units_of_a_sum_add_up_to_it(name, changing):
+    structure = STRUCTURES[name].changed(frozenset(changing))
+    assert structure.rank == len(changing) * STRUCTURES[name].layout.rank
+    factors = random_factors(structure)
+    parts = [{factor: value[k : k + 1] for factor, value in factors.items()} for k in range(structure.rank)]
+    assert structure.unit == STRUCTURES[name].unit and shapes(parts[0]) == declared(structure.unit)
+    close(sum(structure.unit.delta(part) for part in parts), structure.delta(factors))
 
 
 @each
@@ -275,6 +280,26 @@ def test_no_change_is_exactly_zero_and_a_tiny_one_is_not_lost_to_rounding(name, 
     assert torch.count_nonzero(changed.delta(none)) == torch.count_nonzero(changed.apply(none, x)) == 0
     first_order = sum(structure.delta(start | {factor: value}) for factor, value in change.items())
     close(1e14 * changed.delta(structure.change(needed, change)), 1e14 * first_order)
+
+
+# factors that change -> the rank of the change's low-rank form where that of the update is 4
+CHANGED_RANKS = {
+    ("core",): 4,
+    ("down", "core"): 4,
+    ("core", "up"): 4,
+    ("down", "up"): 8,
+    ("down", "core", "up"): 8,
+}
+
+
+@pytest.mark.parametrize("changing, rank", CHANGED_RANKS.items(), ids=str)
+@pytest.mark.parametrize("name", ["full core", "diagonal core"])
+def test_the_low_rank_form_of_a_change_is_exact_and_small(name, changing, rank):
+    _, needed, change = random_change(name, changing)
+    changed, factors = STRUCTURES[name].changed(frozenset(changing)), STRUCTURES[name].change(needed, change)
+    down, up = changed.low_rank(factors)
+    assert len(down) == rank
+    close(up @ down, changed.delta(factors))
 
 
 # The products with gradients of their own

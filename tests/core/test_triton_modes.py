@@ -4,13 +4,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from ndlora_plugins import contraction
-from ndlora_plugins.contraction import mode_product, plan_contraction
+from ndlora_plugins import kernels
 from ndlora_plugins.errors import MissingExtraError
+from ndlora_plugins.structures.mode_product import plan_contraction
 
 COMPARE = pathlib.Path(__file__).with_name("compare_triton_modes.py")
 
@@ -72,39 +73,46 @@ def test_compiles_for_gpus_and_fits_into_their_shared_memory(
     in_modes, out_modes, dtype, capability, tmp_path, monkeypatch
 ):
     pytest.importorskip("triton")
-    from ndlora_plugins import triton_modes
+    from ndlora_plugins.kernels import triton_modes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     monkeypatch.setattr(triton_modes, "_INTERPRETED", True)  # or only a GPU's tensor is taken
-    product = mode_product(in_modes, out_modes, 1, triton=True)
+    product = triton_modes.triton_mode_product(in_modes, out_modes, 1)
     assert product._takes(torch.empty(1, product.in_features, dtype=DTYPES[dtype]))
     there, back = (product.constants(DTYPES[dtype], transposed) for transposed in (False, True))
     there_first = plan_contraction(in_modes, out_modes).order == (1, 0)
     back_first = plan_contraction(out_modes, in_modes).order == (1, 0)
-    kernels = [
+    launches = [
         (triton_modes.add_product, there | dict(TRANSPOSED=False, SECOND_MODE_FIRST=there_first, ADD=True)),
         (triton_modes.add_product, back | dict(TRANSPOSED=True, SECOND_MODE_FIRST=back_first, ADD=True)),
         (triton_modes.factor_gradients, there | dict(FIRST=True, SECOND=True)),
     ]
-    for kernel, constants in kernels:
+    for kernel, constants in launches:
         binary = compiled(kernel, dtype, capability, constants)
         assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_MEMORY[capability]
 
 
-@pytest.mark.parametrize("value, on", [("", False), ("1", True)])
-def test_off_unless_the_environment_says_otherwise_and_not_imported(value, on):
+@pytest.mark.parametrize(
+    "value, on",
+    [
+        ("", False),
+        pytest.param("1", True, marks=pytest.mark.skipif(find_spec("triton") is None, reason="no triton")),
+    ],
+)
+def test_off_and_not_imported_unless_the_environment_says_otherwise(value, on):
     code = (
         "import sys, ndlora_plugins.adapter, ndlora_plugins.builtin\n"
-        "from ndlora_plugins import contraction\n"
-        f"assert contraction.use_triton is {on} and 'triton' not in sys.modules"
+        "from ndlora_plugins.structures import kronecker\n"
+        f"assert len(kronecker.kernels) == {int(on)}\n"
+        f"assert ('ndlora_plugins.kernels.triton_modes' in sys.modules) is {on}"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, env=os.environ | {"NDLORA_TRITON": value})
 
 
 def test_without_triton_the_switch_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("NDLORA_TRITON", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "ndlora_plugins.triton_modes", raising=False)
-    monkeypatch.delattr("ndlora_plugins.triton_modes", raising=False)
+    monkeypatch.delitem(sys.modules, "ndlora_plugins.kernels.triton_modes", raising=False)
     with pytest.raises(MissingExtraError, match="pip install triton.*unset NDLORA_TRITON"):
-        contraction.mode_product((5, 7), (7, 5), 1, triton=True)
+        kernels.switch_on()
