@@ -51,9 +51,7 @@ def plan(
     model: Annotated[
         str, typer.Argument(help="A model's directory, its config.json, or its name on the hub.")
     ],
-    method: Annotated[
-        str | None, typer.Option(help="One that `ndlora methods` lists.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="One that `ndlora methods` lists.")] = None,
     r: Annotated[int | None, typer.Option(help="The rank, or the number of Kronecker terms.")] = None,
     init: Annotated[str | None, typer.Option(help="The name of a start.")] = None,
     anchor: Annotated[str | None, typer.Option(help="snapshot or none.")] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,77 +15,12 @@ from torch import Generator, Tensor
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import Product, add_product, linear_with_product
 from ndlora_plugins.methods.base import Method, Moment
+from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.registry import method_and_start
 from ndlora_plugins.starts.base import Seen, Start
 from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure, cast_factors
 
-__all__ = ["ANCHORS", "AdapterOptions", "LayerAdapter", "adapter_options", "plan_layer"]
-
-ANCHORS = ("snapshot", "none")
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """What a configuration says of one layer, with all defaults filled in; made by `adapter_options`.
-
-    Attributes:
-        scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-        options: the method's own, an instance of its `Options`.
-    """
-
-    method: Method
-    start: Start
-    options: Any
-    rank: int
-    alpha: float
-    use_rslora: bool
-    anchor: str
-
-    @property
-    def recomputed(self) -> bool:
-        """Whether frozen tensors are read from the base weight when an adapter is loaded; see `LayerAdapter`."""
-        names, trained = self.method.factor_names(self.options), self.method.trained_names(self.options)
-        frozen = (
-            len(names) > 1 if self.anchor == "snapshot" else trained is not None and set(trained) < set(names)
-        )
-        return frozen and self.start.recomputable and self.start.reads == {"weight"}
-
-
-def adapter_options(
-    method: str | None = None,
-    init_lora_weights: bool | str | None = True,
-    rank: int | None = None,
-    alpha: float | None = None,
-    use_rslora: bool = False,
-    anchor: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> AdapterOptions:
-    """Fill in the defaults and check what does not depend on a layer.
-
-    Args:
-        method, init_lora_weights, options: as `registry.method_and_start` takes them.
-        rank: None for the method's default.
-        alpha: None for what the start is made for, else the rank, so that the scaling is 1.
-        anchor: "snapshot", "none", or None for "snapshot" exactly where the start would move the model. A start that
-            is meant to move it is the exception.
-
-    Raises:
-        NdLoraValueError: a value that cannot work.
-    """
-    found, start, chosen = method_and_start(method, init_lora_weights, options)
-    rank = found.rank if rank is None else rank
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise NdLoraValueError(f"r={rank!r}: a rank must be an integer of at least 1.")
-    if alpha is None:
-        alpha = start.alpha or rank
-    if anchor is None:
-        names = found.factor_names(chosen)
-        trained = found.trained_names(chosen)
-        at_zero = start.zero_factors(names, frozenset(names if trained is None else trained))
-        anchor = "none" if at_zero or start.moves else "snapshot"
-    elif anchor not in ANCHORS:
-        raise NdLoraValueError(f"anchor={anchor!r}: choose one of {list(ANCHORS)}, or leave it out.")
-    return AdapterOptions(found, start, chosen, rank, alpha, use_rslora, anchor)
+__all__ = ["LayerAdapter", "plan_layer"]
 
 
 @dataclass(frozen=True)

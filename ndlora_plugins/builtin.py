@@ -1,7 +1,7 @@
 """The built-in methods and starts, brought in as a third party would. The first method is the default one."""
 
 from ndlora_plugins.hookspecs import hookimpl
-from ndlora_plugins.kernels import switch_on
+from ndlora_plugins.kernels.switch import switch_on
 from ndlora_plugins.methods.crossed import crossed
 from ndlora_plugins.methods.einsum import einsum
 from ndlora_plugins.methods.inttune import inttune

@@ -30,6 +30,8 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "ndlora"
 
+_BROUGHT = {"ndlora_methods": Method, "ndlora_starts": Start}
+
 
 class Registered(NamedTuple):
     """A method or an start, with the plugin (distribution and version if it has one) that brought it."""
@@ -48,12 +50,19 @@ def _manager() -> pluggy.PluginManager:
 
 
 def register_plugin(plugin: object, name: str | None = None) -> None:
-    """Bring in a plugin by hand: a module or object with `hookimpl` functions. Entry points need no call."""
+    """Bring in a plugin by hand: a module or object with `hookimpl` functions. Entry points need no call.
+
+    Raises:
+        NdLoraValueError: its name, or that of something it brings, is taken, or it brings something else than methods
+            and starts. Nothing is registered then.
+    """
+    if name is not None and _manager().has_plugin(name):
+        raise NdLoraValueError(f"A plugin {name!r} is already registered: give this one another name.")
     _manager().register(plugin, name=name)
     _collect.cache_clear()
     try:
         _collect("ndlora_methods"), _collect("ndlora_starts")
-    except NdLoraValueError:
+    except BaseException:
         unregister_plugin(plugin)
         raise
 
@@ -74,6 +83,10 @@ def _collect(hook: str) -> dict[str, Registered]:
     for implementation in getattr(manager.hook, hook).get_hookimpls():  # built-ins are registered first
         plugin = versions.get(implementation.plugin, implementation.plugin_name)
         for value in implementation.function():
+            if not isinstance(value, _BROUGHT[hook]):
+                raise NdLoraValueError(
+                    f"{hook} of plugin {plugin!r} gives {value!r}, which is no {_BROUGHT[hook].__name__}."
+                )
             if value.name in found:
                 raise NdLoraValueError(
                     f"{hook.removeprefix('ndlora_')[:-1]} {value.name!r} of plugin {plugin!r} is already "

@@ -37,7 +37,7 @@ from ndlora_plugins.integrations.peft.validation import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ndlora_plugins.adapter import AdapterOptions
+    from ndlora_plugins.options import AdapterOptions
 
 __all__ = ["NdLoraConfig", "SCHEMA_VERSION", "Session"]
 
@@ -274,7 +274,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         Raises:
             NdLoraValueError: a value that cannot work.
         """
-        from ndlora_plugins.adapter import adapter_options
+        from ndlora_plugins.options import adapter_options
 
         modes = self.modes if self.modes and _SIDES & set(self.modes) else {}
         return adapter_options(

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 
-from ndlora_plugins.compress import RankTarget
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.compress import RankTarget
 from ndlora_plugins.integrations.peft.directories import check_new, new_directory
 from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, save_tensors
 from ndlora_plugins.integrations.peft.merge_files import merge_files

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 from torch import Tensor
 
-from ndlora_plugins.adapter import AdapterOptions, LayerAdapter
+from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
@@ -32,6 +32,7 @@ from ndlora_plugins.integrations.peft.json_files import check_fingerprint, read_
 from ndlora_plugins.integrations.peft.registration import NAME
 from ndlora_plugins.integrations.peft.targets import plan_form
 from ndlora_plugins.integrations.peft.weights import WeightForm
+from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.starts.base import Seen
 from ndlora_plugins.structures.base import Factor, cast_factors
 

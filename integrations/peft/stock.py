@@ -13,9 +13,9 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ndlora_plugins.compress import RankTarget, low_rank_form, relative_error
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.base_files import BaseFiles
+from ndlora_plugins.integrations.peft.compress import RankTarget, low_rank_form, relative_error
 from ndlora_plugins.integrations.peft.format import KEY_PREFIX
 from ndlora_plugins.integrations.peft.reading import AdapterReader, ReadLayer
 

@@ -24,7 +24,8 @@ from ndlora_plugins.integrations.peft.weights import (
 )
 
 if TYPE_CHECKING:
-    from ndlora_plugins.adapter import AdapterOptions, LayerAdapter
+    from ndlora_plugins.adapter import LayerAdapter
+    from ndlora_plugins.options import AdapterOptions
 
 __all__ = [
     "Planned",

@@ -111,7 +111,9 @@ class NdLoraCallback(TrainerCallback):
         self._gradients_pending = not sharded
         self._penalties = has_penalties(self._layers)
         if self._penalties and sharded:
-            raise NdLoraValueError("Penalties on factors do not work under DeepSpeed or FSDP: use another method.")
+            raise NdLoraValueError(
+                "Penalties on factors do not work under DeepSpeed or FSDP: use another method."
+            )
         for clock in self._clocks():
             clock.driven = True
         if self.schedule is not None:

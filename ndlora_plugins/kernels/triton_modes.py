@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ndlora_plugins.fused import Product
-from ndlora_plugins.structures.mode_product import ModeProduct, mode_product, plan_contraction
+from ndlora_plugins.kernels.modes import ModeProduct, mode_product, plan_contraction
 
 __all__ = ["TritonModeProduct", "add_product", "factor_gradients", "triton_mode_product"]
 

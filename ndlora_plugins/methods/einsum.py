@@ -37,6 +37,10 @@ class Contraction:
 
     def __post_init__(self):
         parsed = Equation.parse(self.equation)
+        if not isinstance(self.sizes, (Mapping, tuple)):
+            raise NdLoraValueError(
+                f"sizes={self.sizes!r}: give a mapping of axes to sizes, such as {{'r': 8}}."
+            )
         sizes = self.sizes.items() if isinstance(self.sizes, Mapping) else self.sizes
         object.__setattr__(self, "sizes", tuple(sizes))
         known = {axis for axes in parsed.factors for axis in axes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.fused import Product
+from ndlora_plugins.kernels.modes import (
+    fastest_product,
+    kron_with_identity,
+    mode_product,
+    plan_contraction,
+)
 from ndlora_plugins.structures.base import Factor, Layout, Structure
-from ndlora_plugins.structures.mode_product import kron_with_identity, mode_product, plan_contraction
 
-__all__ = ["KroneckerSum", "kernels", "kronecker", "kronecker_terms"]
-
-# (in_modes, out_modes, terms) -> the product, or None where it cannot do it. Asked in turn before our own.
-kernels: list[Callable[[tuple[int, ...], tuple[int, ...], int], Product | None]] = []
+__all__ = ["KroneckerSum", "kronecker", "kronecker_terms"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ class KroneckerSum(Structure):
         return mode_product(self.in_modes, self.out_modes, self.terms).plain(x, self._modes(factors))
 
     def product(self, factors):
-        sizes = self.in_modes, self.out_modes, self.terms
-        made = [make(*sizes) for make in kernels] if kernels else []
-        product = next((kernel for kernel in made if kernel is not None), None) or mode_product(*sizes)
+        product = fastest_product(self.in_modes, self.out_modes, self.terms)
         return product, tuple(self._modes(factors))
 
     def delta(self, factors):

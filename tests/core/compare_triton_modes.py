@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from triton.runtime import interpreter
 
-from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.kernels import triton_modes
 from ndlora_plugins.kernels.triton_modes import triton_mode_product
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts import Seen
 from ndlora_plugins.structures import KroneckerSum, Layout, kronecker
 

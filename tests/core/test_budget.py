@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.budget import make_budget
+from ndlora_plugins.options import adapter_options
 
 
 def decoder(layers, hidden, intermediate, heads, key_values):

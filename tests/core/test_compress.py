@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from ndlora_plugins.adapter import adapter_options, plan_layer
-from ndlora_plugins.compress import RankTarget, low_rank_form, product_low_rank, relative_error
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.compress import (
+    RankTarget,
+    low_rank_form,
+    product_low_rank,
+    relative_error,
+)
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts import Seen
 
 # in_features, out_features, options of an update without an exact low-rank form

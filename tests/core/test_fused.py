@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ndlora_plugins import fused
-from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.kernels.modes import mode_product
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts import Seen
-from ndlora_plugins.structures.mode_product import mode_product
 
 # method, init_lora_weights, anchor
 STARTS = [
@@ -330,8 +331,8 @@ def test_a_bias_that_trains_gets_its_gradient():
 
 @pytest.mark.parametrize("start, shape", CASES[:6], ids=str)
 def test_many_tokens_are_taken_in_parts(start, shape, monkeypatch):
-    monkeypatch.setattr("ndlora_plugins.structures.mode_product._NUMBERS_AT_A_TIME", 200)
-    monkeypatch.setattr("ndlora_plugins.structures.mode_product._FEW_ROWS", 8)
+    monkeypatch.setattr("ndlora_plugins.kernels.modes._NUMBERS_AT_A_TIME", 200)
+    monkeypatch.setattr("ndlora_plugins.kernels.modes._FEW_ROWS", 8)
     mode_product.cache_clear()
     layer = Layer(start, shape).cast(torch.float64, torch.float64)
     x = torch.randn(30, shape[0], dtype=torch.float64, requires_grad=True)

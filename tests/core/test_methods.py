@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods import Moment
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.registry import method_and_start, methods, starts
 from ndlora_plugins.starts import Seen, Start
 from ndlora_plugins.testing import check_method

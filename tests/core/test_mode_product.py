@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from ndlora_plugins.kernels.modes import mode_product, plan_contraction
 from ndlora_plugins.structures.kronecker import kronecker
-from ndlora_plugins.structures.mode_product import mode_product, plan_contraction
 
 # in modes, out modes
 SHAPES = [

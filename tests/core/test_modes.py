@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from ndlora_plugins.adapter import AdapterOptions, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.modes import balanced_modes, check_modes, crossed_modes
+from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.structures import KroneckerSum, Layout
 
 # features, number of modes, expected: the reference's pairs, smaller first

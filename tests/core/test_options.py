@@ -2,8 +2,9 @@
 
 import pytest
 
-from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.structures.einsum import Equation
 
 EQUATION = "out r, r s, s in -> out in"
@@ -29,7 +30,7 @@ REFUSED = [
     ({"method": "einsum", "options": {"equation": EQUATION, "sizes": {"t": 2}}}, "sizes={'t': 2}: 't' must be an axis"),
     ({"method": "einsum", "options": {"equation": EQUATION, "sizes": {"s": 0}}}, "sizes={'s': 0}: 's' must be"),
     ({"method": "einsum", "options": {"equation": EQUATION, "sizes": ["s"]}}, r"sizes=\['s'\]"),
-    ({"method": "einsum", "options": {"equation": EQUATION, "sizes": 4}}, "options=.*'sizes': 4"),
+    ({"method": "einsum", "options": {"equation": EQUATION, "sizes": 4}}, "sizes=4: give a mapping"),
     ({"method": "einsum", "options": {"equation": EQUATION, "names": ["up", "down"]}}, "has 3 factors; give each"),
     ({"method": "einsum", "options": {"equation": EQUATION, "names": ["a", "a", "b"]}}, "give each a name of its own"),
     ({"method": "einsum", "options": {"equation": EQUATION, "names": ["a.b", "c", "d"]}}, "letters, digits and unders"),

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from ndlora_plugins import hookimpl, register_plugin, registry, unregister_plugin
-from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods import Method
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.registry import method_and_start, methods, product_method, starts
 from ndlora_plugins.starts import Start
 from ndlora_plugins.structures import Chain, Factor, Structure

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ndlora_plugins.adapter import adapter_options, plan_layer
+from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts import Seen
 from ndlora_plugins.starts.chain import pivot_columns
 from ndlora_plugins.starts.modes import nearest_kronecker

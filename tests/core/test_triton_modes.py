@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from ndlora_plugins import kernels
 from ndlora_plugins.errors import MissingExtraError
-from ndlora_plugins.structures.mode_product import plan_contraction
+from ndlora_plugins.kernels import switch
+from ndlora_plugins.kernels.modes import plan_contraction
 
 COMPARE = pathlib.Path(__file__).with_name("compare_triton_modes.py")
 
@@ -103,8 +103,8 @@ def test_compiles_for_gpus_and_fits_into_their_shared_memory(
 def test_off_and_not_imported_unless_the_environment_says_otherwise(value, on):
     code = (
         "import sys, ndlora_plugins.adapter, ndlora_plugins.builtin\n"
-        "from ndlora_plugins.structures import kronecker\n"
-        f"assert len(kronecker.kernels) == {int(on)}\n"
+        "from ndlora_plugins.kernels import modes\n"
+        f"assert len(modes.others) == {int(on)}\n"
         f"assert ('ndlora_plugins.kernels.triton_modes' in sys.modules) is {on}"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, env=os.environ | {"NDLORA_TRITON": value})
@@ -115,4 +115,4 @@ def test_without_triton_the_switch_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "ndlora_plugins.kernels.triton_modes", raising=False)
     with pytest.raises(MissingExtraError, match="pip install triton.*unset NDLORA_TRITON"):
-        kernels.switch_on()
+        switch.switch_on()

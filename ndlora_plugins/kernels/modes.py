@@ -7,6 +7,7 @@ A factor of mode k has shape (terms, out_mode_k, in_mode_k). `x` is read as a te
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from ndlora_plugins.fused import Product
 
-__all__ = ["ContractionPlan", "ModeProduct", "kron_with_identity", "mode_product", "plan_contraction"]
+__all__ = [
+    "ContractionPlan",
+    "ModeProduct",
+    "fastest_product",
+    "kron_with_identity",
+    "mode_product",
+    "others",
+    "plan_contraction",
+]
 
 
 @dataclass(frozen=True)
@@ -303,6 +312,18 @@ def mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: i
     tokens = max(1, _NUMBERS_AT_A_TIME // max(plan.largest_intermediate, 1))
     return ModeProduct(
         math.prod(in_modes), math.prod(out_modes), chains, tokens, len(in_modes) == 2 and terms == 1
+    )
+
+
+# (in_modes, out_modes, terms) -> another product, or None where it cannot do it; see `kernels.switch`
+others: list[Callable[[tuple[int, ...], tuple[int, ...], int], Product | None]] = []
+
+
+def fastest_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int) -> Product:
+    """The first of `others` that can do it, else `mode_product`."""
+    made = [make(in_modes, out_modes, terms) for make in others] if others else []
+    return next((product for product in made if product is not None), None) or mode_product(
+        in_modes, out_modes, terms
     )
 
 
