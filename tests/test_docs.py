@@ -3,6 +3,7 @@
 `python tests/test_docs.py` writes the generated parts anew.
 """
 
+import json
 import pathlib
 import re
 from dataclasses import MISSING, fields
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-GENERATED = re.compile(r"(<!-- methods: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+GENERATED = re.compile(r"(<!-- (?:methods|chaos): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def blocks(path, language):
@@ -62,12 +63,30 @@ def readme_with_table():
     return GENERATED.sub(lambda m: m[1] + methods_table() + m[2], (ROOT / "README.md").read_text())
 
 
+def reliability_page():
+    """The page with the table of what `make chaos` found."""
+    report = json.loads((ROOT / "tests" / "chaos" / "results.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = ["| what was tried | how often | what came out |", "|---|---:|---|"]
+    for row in report["rows"]:
+        found = "<br>".join(f"{count} {outcome}" for outcome, count in row["outcomes"].items())
+        lines.append(f"| {row['tried']} | {row['times']} | {found} |")
+    wrong = sum(len(row["failures"]) for row in report["rows"])
+    lines += ["", f"Came out otherwise than it should: {wrong}. {report['date']}, {versions}."]
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    return GENERATED.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], page)
+
+
 def test_the_methods_table():
     assert (ROOT / "README.md").read_text() == readme_with_table()
 
 
 def test_the_options_page():
     assert (ROOT / "docs" / "options.md").read_text() == options_page()
+
+
+def test_the_table_of_the_reliability_page():
+    assert (ROOT / "docs" / "reliability.md").read_text() == reliability_page()
 
 
 @pytest.fixture
@@ -158,3 +177,4 @@ def test_the_axolotl_snippet(tiny_hub, tmp_path):
 if __name__ == "__main__":
     (ROOT / "README.md").write_text(readme_with_table())
     (ROOT / "docs" / "options.md").write_text(options_page())
+    (ROOT / "docs" / "reliability.md").write_text(reliability_page())
