@@ -37,6 +37,12 @@ test-newest: lint
 test-axolotl: install-axolotl
 	$(AXOLOTL_ENV)/bin/python $(PYTEST)
 
+# Minutes, and nothing else should run beside it: it is not part of `make test`.
+.PHONY: chaos
+chaos: $(NEWEST_ENV)/.complete  ## killed trainings and exports, full disks, races: the table of docs/reliability.md
+	$(NEWEST_ENV)/bin/python tests/chaos tests/chaos/results.json $(CHAOS_OPTIONS)
+	$(NEWEST_ENV)/bin/python tests/test_docs.py
+
 lint: $(NEWEST_ENV)/.complete
 	$(NEWEST_ENV)/bin/ruff check .
 

@@ -3,6 +3,7 @@
 `python tests/test_docs.py` writes the generated parts anew.
 """
 
+import json
 import pathlib
 import re
 from dataclasses import MISSING, fields
@@ -80,6 +81,19 @@ def with_part(path, name, text):
     return part.sub(lambda found: found[1] + text + found[2], (ROOT / path).read_text())
 
 
+def chaos_table():
+    """What `make chaos` found."""
+    report = json.loads((ROOT / "tests" / "chaos" / "results.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = ["| what was tried | how often | what came out |", "|---|---:|---|"]
+    for row in report["rows"]:
+        found = "<br>".join(f"{count} {outcome}" for outcome, count in row["outcomes"].items())
+        lines.append(f"| {row['tried']} | {row['times']} | {found} |")
+    wrong = sum(len(row["failures"]) for row in report["rows"])
+    lines += ["", f"Came out otherwise than it should: {wrong}. {report['date']}, {versions}."]
+    return "\n".join(lines) + "\n"
+
+
 def test_the_methods_table():
     assert (ROOT / "README.md").read_text() == with_part("README.md", "methods", methods_table())
 
@@ -91,6 +105,11 @@ def test_the_table_of_versions():
 
 def test_the_options_page():
     assert (ROOT / "docs" / "options.md").read_text() == options_page()
+
+
+def test_the_table_of_the_reliability_page():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert chaos_table() in page and page == with_part("docs/reliability.md", "chaos", chaos_table())
 
 
 @pytest.fixture
@@ -182,3 +201,4 @@ if __name__ == "__main__":
     (ROOT / "README.md").write_text(with_part("README.md", "methods", methods_table()))
     (ROOT / "docs" / "support.md").write_text(with_part("docs/support.md", "versions", versions_table()))
     (ROOT / "docs" / "options.md").write_text(options_page())
+    (ROOT / "docs" / "reliability.md").write_text(with_part("docs/reliability.md", "chaos", chaos_table()))
