@@ -1,6 +1,6 @@
 """What comes out where processes are killed, disks are full, and two do the same: `make chaos`, minutes, by hand.
 
-    python tests/chaos tests/chaos/results.json [--seed 0] [--trainings 16] [--exports 24] ...
+    python tests/chaos tests/chaos/results.json [--seed 0] [--trainings 24] [--exports 40] ...
 
 Trainings and exports of tiny models run in processes of their own, on the real code: the trainers as a user calls
 them, and the command `ndlora export`. Every moment is drawn at random. The results are the table of
@@ -32,10 +32,10 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, help="where the figures go, as JSON")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trainings", type=int, default=16)
-    parser.add_argument("--exports", type=int, default=24, help="for each signal")
-    parser.add_argument("--full-disks", type=int, default=12)
-    parser.add_argument("--races", type=int, default=12)
+    parser.add_argument("--trainings", type=int, default=24)
+    parser.add_argument("--exports", type=int, default=40, help="for each signal")
+    parser.add_argument("--full-disks", type=int, default=20)
+    parser.add_argument("--races", type=int, default=20)
     options = parser.parse_args()
     started = time.perf_counter()
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))

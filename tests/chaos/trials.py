@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +56,7 @@ class Chaos:
     Attributes:
         inputs: of the exports, -> `contents`.
         expected: (adapter, kind) -> the contents of an undisturbed export.
-        seconds, writing: kind -> how long it takes from the start of its process until it is whole, and how long of
-            that it writes.
+        seconds: kind -> how long the last undisturbed one took from the start of its process until it was whole.
     """
 
     def __init__(self, directory: Path, seed: int):
@@ -67,10 +67,13 @@ class Chaos:
         self.log = directory / "log"
         self.finish(self.start(make_inputs, str(directory)))
         self.inputs = {name: contents(directory / name) for name in ("base", *ADAPTERS)}
-        self.expected, self.seconds, self.writing = {}, {}, {}
+        self.expected, self.seconds = {}, {}
         for adapter in ADAPTERS:
             for to in EXPORTS:
-                self.export_undisturbed(adapter, to)
+                folder = directory / f"expected-{adapter}-{to}"
+                folder.mkdir()
+                self.finish(self.export_undisturbed(adapter, to, folder / "out"))
+                self.expected[adapter, to] = contents(folder / "out")
 
     def start(self, job, *arguments) -> multiprocessing.Process:
         process = self.processes.Process(target=quietly, args=(str(self.log), job, arguments))
@@ -93,6 +96,20 @@ class Chaos:
             os.kill(process.pid, number)
         process.join()
         return running
+
+    def kill_while_it_writes(
+        self, process: multiprocessing.Process, output: Path, expected: Path, number: int
+    ) -> None:
+        """Send a signal once a random part of all bytes is written."""
+        enough = self.random.uniform(0, size(expected))
+        unfinished = output.parent / UNFINISHED
+        while (
+            process.is_alive()
+            and not output.exists()
+            and (not unfinished.exists() or size(unfinished) < enough)
+        ):
+            time.sleep(0.0005)
+        self.kill(process, 0, number)
 
     def trainings(self, times: int) -> Row:
         row = Row(
@@ -124,16 +141,13 @@ class Chaos:
                 )
         return row
 
-    def export_undisturbed(self, adapter: str, to: str) -> None:
-        folder = self.directory / f"expected-{adapter}-{to}"
-        folder.mkdir()
-        started, process = time.perf_counter(), self.start_export(adapter, to, folder / "out")
-        wait_for(process, folder / UNFINISHED)
-        begun = time.perf_counter()
-        wait_for(process, folder / "out")
-        self.seconds[to], self.writing[to] = time.perf_counter() - started, time.perf_counter() - begun
-        self.finish(process)
-        self.expected[adapter, to] = contents(folder / "out")
+    def export_undisturbed(self, adapter: str, to: str, output: Path) -> multiprocessing.Process:
+        started, process = time.perf_counter(), self.start_export(adapter, to, output)
+        while process.is_alive() and not output.exists():
+            time.sleep(0.001)
+        self.seconds[to] = time.perf_counter() - started
+        process.join()
+        return process
 
     def start_export(self, adapter: str, to: str, output: Path, largest_file: int | None = None):
         return self.start(export, str(self.directory / adapter), to, str(output), largest_file)
@@ -159,18 +173,24 @@ class Chaos:
             folder = self.directory / f"{number.name}-{count}"
             folder.mkdir()
             output, whole = folder / "out", self.expected["first", to]
-            process, seconds = self.start_export("first", to, output), self.seconds[to]
-            if count // len(EXPORTS) % 2:  # else at any moment
-                wait_for(process, folder / UNFINISHED)
-                seconds = self.writing[to]
-            self.kill(process, seconds, number)
+            process = self.start_export("first", to, output)
+            if count // len(EXPORTS) % 2:
+                self.kill_while_it_writes(
+                    process, output, self.directory / f"expected-first-{to}" / "out", number
+                )
+            else:
+                self.kill(process, self.seconds[to], number)
             row.times += 1
             done, left = output.exists(), (folder / UNFINISHED).exists()
             row.outcomes["left nothing under the output's name"] += not done
             row.outcomes["left a whole export: it was just done"] += done
             row.outcomes["left unfinished files, which the next run removed"] += left and not done
             found = self.problems(output, [{}, whole], {UNFINISHED} if number == signal.SIGKILL else set())
-            again = self.start_export("first", to, output)
+            again = (
+                self.start_export("first", to, output)
+                if done
+                else self.export_undisturbed("first", to, output)
+            )
             again.join()
             if again.exitcode != (2 if done else 0):  # nothing is overwritten
                 found.append(f"{to}: the next run ended with {again.exitcode}: {self.log.read_text()}")
@@ -226,7 +246,7 @@ class Chaos:
             output, processes = folder / "out", {}
             for adapter in ADAPTERS:
                 processes[adapter] = self.start_export(adapter, to, output)
-                time.sleep(self.random.uniform(0, self.seconds[to] / 4))
+                time.sleep(self.random.uniform(0, self.seconds[to] / 10))
             for process in processes.values():
                 process.join()
             row.times += 1
@@ -250,10 +270,14 @@ def contents(directory: Path) -> dict[str, str]:
     }
 
 
-def wait_for(process: multiprocessing.Process, path: Path) -> None:
-    """Wait until `path` is there, or the process has ended."""
-    while process.is_alive() and not path.exists():
-        time.sleep(0.001)
+def size(directory: Path) -> int:
+    """Bytes of all files, some of which may go meanwhile."""
+    total = 0
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, file)).st_size
+    return total
 
 
 def last_whole_checkpoint(output: Path) -> tuple[str | None, int]:
