@@ -34,6 +34,7 @@ from ndlora_plugins.errors import (
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.layer import LAYER_KINDS, NdLoraLayer
 from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.rows import check_rows
 from ndlora_plugins.integrations.peft.undo import undone_on_failure
 from ndlora_plugins.integrations.peft.weights import (
     WeightForm,
@@ -236,6 +237,7 @@ class NdLoraModel(BaseTuner):
         if not planned:
             return  # PEFT raises, and says why nothing matched
         self._check_adapter_names(each.plan for each in planned)
+        check_rows(peft_config, model, {each.target.name for each in planned})
         _check_bases(planned, peft_config)
         _warn_of_unmatched(peft_config, [each.target.name for each in planned])
         _warn_of_lopsided(planned)
