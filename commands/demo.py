@@ -20,9 +20,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ndlora_plugins.commands import demo_report, finetune
+from ndlora_plugins.commands.demo_progress import Bars
 from ndlora_plugins.commands.demo_report import DemoReport, MethodResult
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 
@@ -41,11 +41,11 @@ class Recipe:
 
 
 RECIPES = {
-    "lora": Recipe(rank=8, learning_rate=1e-3),
-    "ndlinear": Recipe(rank=1, learning_rate=1e-3),
-    "slora": Recipe(rank=8, learning_rate=1e-3),
-    "nlora": Recipe(rank=8, learning_rate=1e-3),
-    "inttune": Recipe(rank=64, learning_rate=1e-3),
+    "lora": Recipe(rank=8, learning_rate=2e-3),
+    "ndlinear": Recipe(rank=1, learning_rate=2e-3),
+    "slora": Recipe(rank=8, learning_rate=2e-3),
+    "nlora": Recipe(rank=8, learning_rate=2e-3),
+    "inttune": Recipe(rank=64, learning_rate=2e-3),
 }
 _START_TOLERANCE = 1e-3  # nats a token: an adapter that has learned nothing must leave the model as it is
 
@@ -93,36 +93,7 @@ def _peft_config(method: str) -> PeftConfig:
     return NdLoraConfig(method=method, **common)
 
 
-class _Bars:
-    """Progress bars, one for each piece of work, with a note at its end; lines where there is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-
-    def start(self, label: str, total: int) -> None:
-        self._label, self._task = label, self.progress.add_task(label, total=total, note="")
-        self._log("started")
-
-    def step(self, note: str, advance: int = 1) -> None:
-        self.progress.update(self._task, advance=advance, note=note)
-
-    def finish(self, note: str) -> None:
-        self.step(note)
-        self._log(note)
-
-    def _log(self, note: str) -> None:
-        if not self.progress.console.is_terminal:  # where bars are drawn only once, at the very end
-            self.progress.console.print(f"{self._label}: {note}")
-
-
-def _evaluate(bench: finetune.Bench, model: torch.nn.Module, bars: _Bars) -> tuple[float, float]:
+def _evaluate(bench: finetune.Bench, model: torch.nn.Module, bars: Bars) -> tuple[float, float]:
     """Held-out loss (nats a token) and exact match (0 to 1); two steps of the bar."""
     bars.step("held-out loss", advance=0)
     held_out = finetune.held_out_loss(bench, model)
@@ -133,7 +104,7 @@ def _evaluate(bench: finetune.Bench, model: torch.nn.Module, bars: _Bars) -> tup
 
 
 def _run_method(
-    bench: finetune.Bench, method: str, seed: int, output: Path, before: tuple[float, float], bars: _Bars
+    bench: finetune.Bench, method: str, seed: int, output: Path, before: tuple[float, float], bars: Bars
 ) -> tuple[MethodResult, float]:
     """Attach, train, evaluate and save one adapter, then take it off the base model again.
 
@@ -205,11 +176,11 @@ def run_demo(
     data: Path | None = None,
     methods: Sequence[str] = tuple(RECIPES),
     *,
-    steps: int = 30,
+    steps: int = 25,
     seed: int = 0,
     output: Path = Path("demo-output"),
-    batch_size: int = 8,
-    held_out: int = 64,
+    batch_size: int = 4,
+    held_out: int = 48,
     exact: int = 48,
     console: Console | None = None,
 ) -> DemoReport:
@@ -247,24 +218,26 @@ def run_demo(
             '`pip install "ndlora-plugins[demo]"`'
         )
     console = console or Console()
-    console.print("loading the model")
-    bench = finetune.prepare(
-        model, data, steps=steps, seed=seed, batch_size=batch_size, held_out=held_out, exact=exact
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    bench.model.save_pretrained(output / "base")
-    bench.tokenizer.save_pretrained(output / "base")
-    bench.model.name_or_path = bench.model.name_or_path or str(output / "base")  # what adapters name as base
-    untouched = finetune.fingerprints(bench.model)
-    example = bench.held_out[0]
-    console.print(
-        f"{escape(bench.name)}: {steps} steps of {batch_size} problems for each method. One of the "
-        f"{len(bench.held_out)} held-out problems:\n[dim]{escape(finetune.prompt(example))} "
-        f"{escape(example.answer)}[/dim]"
-    )
-    results, failures = [], []
-    bars = _Bars(console)
-    with bars.progress:
+    results: list[MethodResult] = []
+    failures: list[str] = []
+    with Bars(console) as bars:
+        bars.start("model", total=1, note="loading")
+        bench = finetune.prepare(
+            model, data, steps=steps, seed=seed, batch_size=batch_size, held_out=held_out, exact=exact
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        bench.model.save_pretrained(output / "base")
+        bench.tokenizer.save_pretrained(output / "base")
+        # what adapters name as their base
+        bench.model.name_or_path = bench.model.name_or_path or str(output / "base")
+        untouched = finetune.fingerprints(bench.model)
+        bars.finish(bench.name)
+        example = bench.held_out[0]
+        console.print(
+            f"{escape(bench.name)}: {steps} steps of {batch_size} problems for each method. One of the "
+            f"{len(bench.held_out)} held-out problems:\n[dim]{escape(finetune.prompt(example))} "
+            f"{escape(example.answer)}[/dim]"
+        )
         bars.start("base model", total=2)
         with torch.inference_mode():
             base_loss = finetune.loss(bench, bench.model, bench.batches[0]).item()
@@ -277,12 +250,17 @@ def run_demo(
                     f"{method}: the new adapter moved the model before any training: loss of the "
                     f"first batch {first_loss:.4f}, without adapter {base_loss:.4f}"
                 )
-    now = finetune.fingerprints(bench.model)
-    changed = sorted(name for name in untouched.keys() | now.keys() if untouched.get(name) != now.get(name))
-    if changed:
-        failures.append(f"the base model's weights changed: {', '.join(changed[:5])} ({len(changed)} in all)")
-    console.print("loading the saved adapters in a fresh process, with PEFT alone")
-    failures += _reload(bench, results, output)
+        now = finetune.fingerprints(bench.model)
+        changed = sorted(
+            name for name in untouched.keys() | now.keys() if untouched.get(name) != now.get(name)
+        )
+        if changed:
+            failures.append(
+                f"the base model's weights changed: {', '.join(changed[:5])} ({len(changed)} in all)"
+            )
+        bars.start("reload", total=1, note="the saved adapters in a fresh process, with PEFT alone")
+        failures += _reload(bench, results, output)
+        bars.finish("done")
     data_name = "generated arithmetic problems" if data is None else str(data)
     report = DemoReport(bench.name, data_name, steps, seed, results, failures)
     demo_report.write_files(report, output)
@@ -306,7 +284,7 @@ def demo(
         list[str] | None,
         typer.Option(help=f"One of {', '.join(RECIPES)}; repeat it for several. Default: all."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps for each method.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps for each method.")] = 25,
     seed: Annotated[int, typer.Option(help="Of the problems and of the adapters' random starts.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("demo-output"),
 ) -> None:

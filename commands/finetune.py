@@ -80,8 +80,17 @@ def prepare(
     batches = [
         batch_of(tokenizer, training[start : start + batch_size]) for start in range(0, wanted, batch_size)
     ]
+    loaded.get_output_embeddings().register_forward_pre_hook(_contiguous)
     longest = max(len(encode(tokenizer, problem)[1]) for problem in kept)
     return Bench(name, loaded, tokenizer, batches, kept, min(exact, len(kept)), longest + _ROOM)
+
+
+def _contiguous(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The answers' tokens as one block of memory, and so one product with the vocabulary's weights.
+
+    transformers hands the output head a view into all tokens: torch makes it one product for each problem.
+    """
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def load_model(model: str | None) -> tuple[Any, Any, str]:

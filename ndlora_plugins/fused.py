@@ -134,11 +134,13 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product, scaling, weight, bias, output, x, *tensors):
         needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
-        if output is not None:
-            ctx.mark_dirty(output)
-        result = output if weight is None else _linear(x, weight, bias)
         tokens = x.reshape(-1, product.in_features)
-        result, kept = _forward(product, scaling, result, x.shape, tokens, tensors, needs)
+        if weight is not None:
+            # F.linear(x, ..) may be a view if there is a bias, and a function's view nobody may change in place
+            output = F.linear(tokens, weight, bias).resize_(*x.shape[:-1], product.out_features)
+        elif output is not None:
+            ctx.mark_dirty(output)
+        result, kept = _forward(product, scaling, output, x.shape, tokens, tensors, needs)
         # x itself and not a view of it: a second derivative needs it as autograd knows it
         ctx.keeps_x = any(value is tokens for value in kept)
         kept = [x if value is tokens else value for value in kept]
@@ -156,16 +158,6 @@ class _Update(torch.autograd.Function):
             backward = _differentiable_backward if torch.is_grad_enabled() else _backward
             grad_x, grads = backward(ctx, grad, weight, tensors, kept, needs, needs_x)
         return None, None, None, None, grad if ctx.needs_input_grad[4] else None, grad_x, *grads
-
-
-def _linear(x, weight, bias):
-    """F.linear, but never a view, as it may give with a bias: autograd lets nobody change a function's view."""
-    if bias is None or x.dim() == 2:
-        return F.linear(x, weight, bias)
-    result = x.new_empty(*x.shape[:-1], len(weight))
-    # (..., in) -> (tokens, in); (..., out) -> (tokens, out), the same memory
-    torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T, out=result.view(-1, len(weight)))
-    return result
 
 
 def _forward(product, scaling, result, shape, tokens, tensors, needs):

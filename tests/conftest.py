@@ -69,6 +69,18 @@ def make_llama():
     return make
 
 
+@pytest.fixture
+def transformers_adapters(make_llama):
+    """Skips where transformers refuses adapters beside this PEFT: PEFT's own LoRA is refused then too."""
+    from peft import LoraConfig, __version__
+    from transformers import __version__ as transformers_version
+
+    try:
+        make_llama().add_adapter(LoraConfig(target_modules=["q_proj"]))
+    except (ValueError, ImportError) as error:
+        pytest.skip(f"transformers {transformers_version} and PEFT {__version__} forbid each other: {error}")
+
+
 @pytest.fixture(scope="session")
 def save_tiny_model():
     """A function that saves a tiny random Llama, with a tokenizer trained on `texts`, as any model is saved."""

@@ -55,7 +55,7 @@ SYSTEM = {
     "shard missing": (
         lose_a_shard,
         [*EXPORT, "out"],
-        "No such file or directory: {}/" + SHARD,
+        "names the file 'model-00001-of-00002.safetensors', which is not there",
     ),
     "disk full": (
         fill_the_disk,

@@ -1,13 +1,17 @@
 """The demo: its problems, its reading of answers, and a whole run on a tiny random model."""
 
+import io
 import json
 import re
+import time
 from dataclasses import asdict
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
+from ndlora_plugins.commands.demo_progress import SILENCE, Bars
 from ndlora_plugins.commands.problems import FINAL_MARKER, Problem, final_answer, generate
 from ndlora_plugins.errors import NdLoraValueError
 
@@ -92,6 +96,28 @@ def tiny_model(save_tiny_model, tmp_path_factory):
     return str(save_tiny_model(tmp_path_factory.mktemp("tiny"), texts))
 
 
+@pytest.mark.parametrize(("terminal", "lines"), [(False, range(3, 12)), (True, range(1))])
+def test_the_demo_is_not_silent_where_there_is_no_terminal(terminal, lines):
+    said = io.StringIO()
+    with Bars(Console(file=said, force_terminal=terminal), silence=0.1) as bars:
+        bars.start("lora", total=4)
+        bars.step("loss 1.234")
+        time.sleep(1)
+    assert SILENCE < 15
+    assert said.getvalue().count("lora: 1 of 4, loss 1.234\n") in lines
+
+
+def test_the_output_head_gets_one_block_of_memory(tiny_model):
+    from ndlora_plugins.commands import finetune
+
+    bench = finetune.prepare(tiny_model, None, steps=1, seed=0, batch_size=2, held_out=2, exact=2)
+    blocks = []
+    bench.model.lm_head.register_forward_pre_hook(lambda _, inputs: blocks.append(inputs[0].is_contiguous()))
+    finetune.loss(bench, bench.model, bench.batches[0])
+    finetune.answers(bench, bench.model, bench.held_out)
+    assert len(blocks) > 2 and all(blocks)
+
+
 def run_tiny(tiny_model, output, **options):
     from ndlora_plugins.commands.demo import run_demo
 
@@ -102,9 +128,11 @@ def run_tiny(tiny_model, output, **options):
 @pytest.mark.slow
 def test_demo_from_end_to_end(tiny_model, tmp_path):
     pytest.importorskip("matplotlib")
-    output = tmp_path / "out"
-    report = run_tiny(tiny_model, output, methods=["lora", "ndlinear"])
+    output, said = tmp_path / "out", io.StringIO()
+    report = run_tiny(tiny_model, output, methods=["lora", "ndlinear"], console=Console(file=said))
     assert report.failures == []
+    pieces = re.findall(r"^(model|base model|lora|ndlinear|reload): ", said.getvalue(), re.MULTILINE)
+    assert list(dict.fromkeys(pieces)) == ["model", "base model", "lora", "ndlinear", "reload"]
     assert [result.method for result in report.results] == ["lora", "ndlinear"]
     for result in report.results:
         assert len(result.losses) == 2

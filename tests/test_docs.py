@@ -3,6 +3,7 @@
 `python tests/test_docs.py` writes the generated parts anew.
 """
 
+import json
 import pathlib
 import re
 from dataclasses import MISSING, fields
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-GENERATED = re.compile(r"(<!-- methods: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+HOSTS = ("torch", "peft", "transformers", "trl", "axolotl")
 
 
 def blocks(path, language):
@@ -58,16 +59,57 @@ def options_page():
     return "\n".join(lines)
 
 
-def readme_with_table():
-    return GENERATED.sub(lambda m: m[1] + methods_table() + m[2], (ROOT / "README.md").read_text())
+def requirements(name):
+    """The lines of a file of environments/, without comments of their own."""
+    lines = (ROOT / "environments" / f"{name}.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def versions_table():
+    lines = [f"| environment | {' | '.join(HOSTS)} |", f"|---|{'---|' * len(HOSTS)}"]
+    for name in ("newest", "axolotl"):
+        lock = dict(line.split("==") for line in requirements(name))
+        lines.append(f"| `{name}` | {' | '.join(lock.get(host, '') for host in HOSTS)} |")
+    held_back = [line.partition("  # ") for line in requirements("held-back")]
+    lines += ["", *(f"Held back to `{wanted}`: {reason}." for wanted, _, reason in held_back)]
+    return "\n".join(lines) + "\n"
+
+
+def with_part(path, name, text):
+    """A page with its generated part of that name written anew."""
+    part = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+    return part.sub(lambda found: found[1] + text + found[2], (ROOT / path).read_text())
+
+
+def chaos_table():
+    """What `make chaos` found."""
+    report = json.loads((ROOT / "tests" / "chaos" / "results.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = ["| what was tried | how often | what came out |", "|---|---:|---|"]
+    for row in report["rows"]:
+        found = "<br>".join(f"{count} {outcome}" for outcome, count in row["outcomes"].items())
+        lines.append(f"| {row['tried']} | {row['times']} | {found} |")
+    wrong = sum(len(row["failures"]) for row in report["rows"])
+    lines += ["", f"Came out otherwise than it should: {wrong}. {report['date']}, {versions}."]
+    return "\n".join(lines) + "\n"
 
 
 def test_the_methods_table():
-    assert (ROOT / "README.md").read_text() == readme_with_table()
+    assert (ROOT / "README.md").read_text() == with_part("README.md", "methods", methods_table())
+
+
+def test_the_table_of_versions():
+    page = (ROOT / "docs" / "support.md").read_text()
+    assert versions_table() in page and page == with_part("docs/support.md", "versions", versions_table())
 
 
 def test_the_options_page():
     assert (ROOT / "docs" / "options.md").read_text() == options_page()
+
+
+def test_the_table_of_the_reliability_page():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert chaos_table() in page and page == with_part("docs/reliability.md", "chaos", chaos_table())
 
 
 @pytest.fixture
@@ -156,5 +198,7 @@ def test_the_axolotl_snippet(tiny_hub, tmp_path):
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme_with_table())
+    (ROOT / "README.md").write_text(with_part("README.md", "methods", methods_table()))
+    (ROOT / "docs" / "support.md").write_text(with_part("docs/support.md", "versions", versions_table()))
     (ROOT / "docs" / "options.md").write_text(options_page())
+    (ROOT / "docs" / "reliability.md").write_text(with_part("docs/reliability.md", "chaos", chaos_table()))

@@ -100,6 +100,13 @@ class BaseFiles:
         found = isinstance(getattr(module, parameter_name, None), nn.Parameter)
         return (module, parameter_name) if found else (None, None)
 
+    def parameter_shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a parameter of the model; None if it has none of that name."""
+        try:
+            return tuple(self.model.get_parameter(self.full_name(name)).shape)
+        except AttributeError:
+            return None
+
     def same_tensor(self, parameter: str) -> list[str]:
         """All names of a parameter: more than one where weights are tied."""
         parameter = self.full_name(parameter)

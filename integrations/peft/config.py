@@ -5,12 +5,15 @@ The core is imported when it is first used: registration, which runs at `import 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
@@ -327,10 +330,14 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As PEFT's; beside an adapter's file README.md is brought up to date too."""
+        """As PEFT's, but patterns keep their order; beside an adapter's file README.md is brought up to date too."""
         from ndlora_plugins.integrations.peft.model_card import write_model_card
 
         super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory, CONFIG_NAME)
+        # PEFT sorts the keys of all dicts, but of the patterns that match a layer the first one counts
+        patterns = {name: getattr(self, name) for name in ("rank_pattern", "alpha_pattern", "modes")}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **patterns}, indent=2))
         write_model_card(self, save_directory)
 
     @classmethod

@@ -195,7 +195,7 @@ def _rows(reader: AdapterReader, key: str) -> Change:
 
 def _check_counterpart(base: BaseFiles, parameter: str, shape: tuple[int, ...]) -> None:
     """The model has a parameter of that name and shape, and the files hold it."""
-    found = _shape(base, parameter)
+    found = base.parameter_shape(parameter)
     if found != shape:
         raise NotInFilesError(
             f"The adapter brings a whole tensor {parameter!r} {list(shape)}; the base model's is "
@@ -207,21 +207,13 @@ def _check_counterpart(base: BaseFiles, parameter: str, shape: tuple[int, ...]) 
 
 def _check_rows(base: BaseFiles, parameter: str, indices: list[int], shape: tuple[int, ...]) -> None:
     """The model has an embedding of that name with these rows, as wide as those of the adapter."""
-    found = _shape(base, parameter)
+    found = base.parameter_shape(parameter)
     if found is None or len(found) != 2 or found[1] != shape[1] or max(indices) >= found[0]:
         raise NotInFilesError(
             f"The adapter brings rows up to {max(indices)} of {parameter!r}, {shape[1]} wide; the base model's is "
             f"{'not there' if found is None else list(found)}: a resized vocabulary? Load the model with its adapter "
             f"and call merge_and_unload()."
         )
-
-
-def _shape(base: BaseFiles, parameter: str) -> tuple[int, ...] | None:
-    """Of a parameter of the model; None if it has none of that name."""
-    try:
-        return tuple(base.model.get_parameter(base.full_name(parameter)).shape)
-    except AttributeError:
-        return None
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

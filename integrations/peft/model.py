@@ -25,6 +25,7 @@ from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.rows import check_rows
 from ndlora_plugins.integrations.peft.shared import SHARED, Bank, Clock
 from ndlora_plugins.integrations.peft.targets import (
     Planned,
@@ -98,6 +99,7 @@ class NdLoraModel(BaseTuner):
             return  # PEFT raises, and says why nothing matched
         self._check_adapter_names(each.plan for each in planned)
         check_shared(planned)
+        check_rows(peft_config, model, {each.target.name for each in planned})
         check_gradients(planned, peft_config)
         check_bases(planned, peft_config)
         warn_of_unmatched(peft_config, [each.target.name for each in planned])

@@ -152,6 +152,8 @@ def _beside(reader: AdapterReader, base: BaseFiles | None) -> Iterator[str]:
             yield f"modules_to_save names {module!r}, of which the file holds no tensor."
     if config.trainable_token_indices and not rows:
         yield "trainable_token_indices is set, but the file holds no token rows."
+    if base is not None:
+        yield from _against(base, {name: reader.others[key] for key, name in names.items() if key not in rows})
     missing = [] if base is None else _missing(reader, base, set(names.values()))
     if missing:
         yield f"{len(missing)} tensors that the configuration trains are missing in {reader.path}: {listed(missing)}."
@@ -169,6 +171,14 @@ def _is_accounted_for(name: str, config: NdLoraConfig) -> bool:
 def _is_inside(name: str, module: str) -> bool:
     """Whether a tensor belongs to a module of that ending, as PEFT matches `modules_to_save`."""
     return any(path.endswith(module) for path in accumulate(name.split(".")[:-1], "{}.{}".format))
+
+
+def _against(base: BaseFiles, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Whole tensors that could not take the place of the base model's. A resized vocabulary has other rows."""
+    for name, shape in shapes.items():
+        expected = base.parameter_shape(name)
+        if expected is not None and (len(shape) != len(expected) or shape[1:] != expected[1:]):
+            yield f"{name!r} has shape {list(shape)}; the base model's is {list(expected)}. Save the adapter again."
 
 
 def _missing(reader: AdapterReader, base: BaseFiles, names: set[str]) -> list[str]:

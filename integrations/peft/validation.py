@@ -76,11 +76,6 @@ def check_fields(config: Any) -> None:
         setattr(config, name, fitted)
 
 
-def _is_finite(value: float) -> bool:
-    """Whether a number is finite in float32, with which the layers multiply."""
-    return abs(value) < 3.4e38
-
-
 def _is_regex(text: str) -> bool:
     """Whether `text` is a regular expression."""
     try:
@@ -92,7 +87,7 @@ def _is_regex(text: str) -> bool:
 
 def _is_pattern(text: str) -> bool:
     """Whether `text` is one where PEFT puts it behind the beginning of a name, as `get_pattern_key` does."""
-    return _is_regex(rf"(.*\.)?({text})$")
+    return text != "" and _is_regex(rf"(.*\.)?({text})$")
 
 
 def _are_modes(modes: dict) -> bool:
@@ -107,19 +102,28 @@ def _are_targets(names: list[str] | str) -> bool:
 
 
 def _are_patterns(names: list[str] | str) -> bool:
-    return all(map(_is_pattern, [names] if isinstance(names, str) else names))
+    return names == "" or all(map(_is_pattern, [names] if isinstance(names, str) else names))
+
+
+def _are_rows(rows: list[int] | dict[str, list[int]]) -> bool:
+    lists = rows.values() if isinstance(rows, dict) else [rows]
+    return all(indices and min(indices) >= 0 for indices in lists)
 
 
 # the kinds of a configuration's fields
 Rank = Annotated[int, Check("a rank must be an integer of at least 1.", lambda value: value >= 1)]
-Alpha = Annotated[float, Check("choose a finite number, such as 16.", _is_finite)]
+# beyond, a factor times the scaling is infinite in float32, and that times a factor of zeros is NaN
+Alpha = Annotated[
+    float, Check("choose a number such as 16, from -1e9 to 1e9.", lambda value: abs(value) <= 1e9)
+]
 Dropout = Annotated[float, Check("choose a value from 0 up to below 1.", lambda value: 0.0 <= value < 1.0)]
-# no dimension is a product of more than 63 numbers above 1
+# 2**31, the largest dimension, is a product of 31 numbers above 1
 NumModes = Annotated[
-    int, Check("choose an integer of at least 2 and at most 64.", lambda value: 2 <= value <= 64)
+    int, Check("choose an integer of at least 2 and at most 32.", lambda value: 2 <= value <= 32)
 ]
 CrossedModes = Annotated[int, Check("choose an integer of at least 1, such as 4.", lambda value: value >= 1)]
 Mode = Annotated[int, Check("a mode must be an integer of at least 1.", lambda value: value >= 1)]
+Name = Annotated[str, Check("choose a name.", bool)]
 Pattern = Annotated[str, Check("choose a name, or a valid regular expression.", _is_pattern)]
 _Block = dict[str, list[Mode] | None]
 Modes = Annotated[
@@ -138,8 +142,8 @@ Targets = Annotated[
 ]
 Indices = Annotated[list[int] | int, Check("choose an integer, or a list of integers.")]
 Rows = Annotated[
-    list[int] | dict[str, list[int]],
-    Check("choose a list of integers, or a dict of an embedding's name to such a list."),
+    list[int] | dict[Name, list[int]],
+    Check("choose integers from 0 in a list, or a dict of an embedding's name to such a list.", _are_rows),
 ]
 Bias = Annotated[
     Literal["none", "all", "ndlora_only", "lora_only"], Check("choose 'none', 'all' or 'ndlora_only'.")

@@ -1,10 +1,13 @@
 """Added in place, with gradients of their own, the updates are what plain autograd makes of the materialised dW."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.func import grad, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from ndlora_plugins import fused
@@ -197,6 +200,27 @@ def test_in_place_takes_the_memory_of_the_output():
     torch.testing.assert_close(y, layer.reference(x))
 
 
+@pytest.mark.parametrize("shape_of_x", [(24,), (5, 24), (2, 3, 24), (2, 2, 3, 24)])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("start", STARTS, ids=str)
+def test_the_output_may_be_changed_in_place(start, way, shape_of_x):
+    layer = Layer(start, SHAPES[0], bias="bias" in way).cast(torch.float64, torch.float64)
+    x = torch.randn(shape_of_x, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(x, way).relu_(), layer.reference(x).relu()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(y, x, layer), gradients(expected, x, layer))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("start, shape", CASES, ids=str)
+def test_an_output_gets_its_gradient_through_a_frozen_adapter(start, shape, create_graph):
+    layer = Layer(start, shape)
+    x, output = torch.randn(5, shape[0]).double(), torch.randn(5, shape[1]).double().requires_grad_()
+    y = layer.plan.add_update(output * 2, layer.trained, layer.frozen, x, SCALING, in_place=True)
+    (found,) = torch.autograd.grad(y.sum(), output, create_graph=create_graph)
+    torch.testing.assert_close(found.detach(), torch.full((5, shape[1]), 2.0).double())
+
+
 # why not -> an output (5, 18) for an x of float32
 NOT_IN_PLACE = {
     "a leaf that needs a gradient": lambda: torch.randn(5, 18, requires_grad=True),
@@ -237,6 +261,20 @@ def test_any_leading_axes(start, shape_of_x):
     assert x.grad.shape == x.shape
 
 
+@pytest.mark.parametrize("way", [*WAYS, "plain"])
+@pytest.mark.parametrize("shape_of_x", [(0,), (2, 0)])
+@pytest.mark.parametrize("start, shape", CASES, ids=str)
+def test_no_tokens(start, shape, shape_of_x, way, monkeypatch):
+    monkeypatch.setattr(fused, "enabled", way != "plain")
+    layer = Layer(start, shape, bias="bias" in way).cast(torch.float32, torch.float32)
+    x = torch.empty(*shape_of_x, shape[0], requires_grad=True)
+    with torch.no_grad():
+        assert layer(x, way).shape == (*shape_of_x, shape[1])
+    y = layer(x, way)
+    assert y.shape == (*shape_of_x, shape[1])
+    assert not any(gradient.any() for gradient in gradients(y, x, layer))
+
+
 @pytest.mark.parametrize("way", ["linear", "in place"])
 def test_non_contiguous_input(way):
     layer = Layer(STARTS[0], SHAPES[0]).cast(torch.float64, torch.float64)
@@ -275,6 +313,62 @@ def test_second_derivatives_with_down_frozen_are_refused_and_possible(monkeypatc
     monkeypatch.setattr(fused, "enabled", False)
     (found,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     torch.autograd.grad(found.sum(), layer.trained["core"])
+
+
+# what of torch.func is taken of a loss (factors, x), for x (4, 3, in) with tangents
+TRANSFORMS = {
+    "gradients of each sample": lambda loss, factors, x, tangent: vmap(grad(loss), (None, 0))(factors, x),
+    "jvp": lambda loss, factors, x, tangent: jvp(lambda x: loss(factors, x), (x,), (tangent,)),
+    "jacrev": lambda loss, factors, x, tangent: jacrev(lambda x: vmap(loss, (None, 0))(factors, x))(x),
+    "hessian vector product": lambda loss, factors, x, tangent: jvp(
+        lambda x: grad(loss, argnums=1)(factors, x), (x,), (tangent,)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("start, shape", CASES, ids=str)
+def test_transforms_see_through(start, shape, way, transform):
+    layer = Layer(start, shape, bias="bias" in way).cast(torch.float64, torch.float64)
+    x, tangent = torch.randn(2, 4, 3, shape[0], dtype=torch.float64)
+    factors = {name: value.detach() for name, value in layer.trained.items()}
+
+    def loss(called, factors, x):
+        layer.trained = factors
+        return called(x).square().sum()
+
+    found, expected = (
+        TRANSFORMS[transform](partial(loss, called), factors, x, tangent)
+        for called in (partial(layer, way=way), layer.reference)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("start, shape", CASES, ids=str)
+def test_forward_mode(start, shape, way):
+    layer = Layer(start, shape, bias="bias" in way).cast(torch.float64, torch.float64)
+    x, tangent = torch.randn(2, 3, shape[0], dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        found, expected = (
+            forward_ad.unpack_dual(y).tangent for y in (layer(dual, way), layer.reference(dual))
+        )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("start, shape", CASES, ids=str)
+def test_many_gradients_in_one_backward(start, shape, way):
+    layer = Layer(start, shape, bias="bias" in way).cast(torch.float64, torch.float64)
+    x = torch.randn(2, 3, shape[0], dtype=torch.float64, requires_grad=True)
+    inputs, weights = [x, *layer.trained.values()], torch.randn(4, 2, 3, shape[1], dtype=torch.float64)
+    found = torch.autograd.grad(layer(x, way), inputs, weights, is_grads_batched=True)
+    y = layer.reference(x)
+    expected = [torch.autograd.grad(y, inputs, weight, retain_graph=True) for weight in weights]
+    for gradient, *each in zip(found, *expected, strict=True):
+        torch.testing.assert_close(gradient, torch.stack(each))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import fields
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ndlora_plugins import NdLoraConfig
+from ndlora_plugins import NdLoraConfig, hookimpl
 from ndlora_plugins.errors import (
     BaseModelWarning,
     LopsidedModesWarning,
@@ -23,6 +24,8 @@ from ndlora_plugins.errors import (
     NdLoraValueError,
     UnmatchedTargetWarning,
 )
+from ndlora_plugins.initializers import Initializer
+from ndlora_plugins.registry import register_plugin, unregister_plugin
 
 # options, what the error must say: refused by the configuration alone
 OPTIONS = [
@@ -47,7 +50,10 @@ OPTIONS = [
     ({"use_dora": True}, r"use_dora=True is an option of LoraConfig"),
     ({"loftq_config": {"loftq_bits": 4}}, r"loftq_config=.*use init_lora_weights='n_lora'"),
     ({"layer_replication": [(0, 2)]}, r"layer_replication="),
-    ({"target_modules": ["q_proj"], "layers_pattern": ["("], "layers_to_transform": [0]}, r"layers_pattern=\['\('\]"),
+    (
+        {"target_modules": ["q_proj"], "layers_pattern": ["("], "layers_to_transform": [0]},
+        r"layers_pattern=\['\('\]",
+    ),
     ({"task_type": "NOPE"}, r"Invalid task type: 'NOPE'"),
 ]
 NAN, INFINITY = float("nan"), float("inf")
@@ -55,7 +61,7 @@ NAN, INFINITY = float("nan"), float("inf")
 REFUSED_VALUES = {
     "method": [5, True, ["slora"]],
     "r": ["8", 2.0, True, -1, [8], {}, NAN, 10**400],
-    "lora_alpha": ["16", True, [16], NAN, INFINITY, -INFINITY, 10**400, 1e39],
+    "lora_alpha": ["16", True, [16], NAN, INFINITY, -INFINITY, 10**400, 1e10],
     "lora_dropout": ["0.1", None, True, [0.1], NAN, -0.1],
     "init_lora_weights": [1, 0.5, ["s_lora"]],
     "anchor": [False, 5, ["none"]],
@@ -76,7 +82,17 @@ REFUSED_VALUES = {
         {"in_modes": [6, 8], "q_proj": {"in_modes": [6, 8]}},
     ],
     "random_seed": [[1], "1", 1.0, True, {}],
-    "target_modules": ["(", "a{99999999999}", "(" * 2000, 5, True, [5], [["q_proj"]], {"q_proj": 1}, b"q_proj"],
+    "target_modules": [
+        "(",
+        "a{99999999999}",
+        "(" * 2000,
+        5,
+        True,
+        [5],
+        [["q_proj"]],
+        {"q_proj": 1},
+        b"q_proj",
+    ],
     "exclude_modules": ["*", 5, True, [5], {"q_proj": 1}],
     "layers_to_transform": ["0", True, 0.5, ["0"], [True], {"0": 1}],
     "layers_pattern": ["(", 5, [5], {}],
@@ -86,7 +102,16 @@ REFUSED_VALUES = {
     "bias": [None, True, 5, ["all"]],
     "fan_in_fan_out": ["false", 1, []],
     "use_rslora": ["false", 1, 0, []],
-    "trainable_token_indices": ["1", 5, True, ["1"], [True], [0.5], {"embed_tokens": 1}, {"embed_tokens": ["1"]}],
+    "trainable_token_indices": [
+        "1",
+        5,
+        True,
+        ["1"],
+        [True],
+        [0.5],
+        {"embed_tokens": 1},
+        {"embed_tokens": ["1"]},
+    ],
     "target_parameters": ["experts.down_proj", 5, [5]],
     "ensure_weight_tying": ["false", 1],
     "base_fingerprint": [[], "q_proj", 5],
@@ -146,6 +171,37 @@ MODELS = [
         NdLoraValueError,
         r"lora_dropout=0.1 cannot be used on the parameter 'model.layers.0.self_attn.q_proj.weight'",
     ),
+    (
+        {"r": 10**9, "method": "slora"},
+        NdLoraValueError,
+        r"r=1000000000 makes an adapter of [\d,]+ numbers on layer 'model.layers.0.self_attn.q_proj', [\d,]+ times its "
+        r"weight of 48 x 48.*Lower r",
+    ),
+    (
+        {"rank_pattern": {"1.mlp.down_proj": 10**30}},
+        NdLoraValueError,
+        r"r=10{30} makes .* numbers on layer 'model.layers.1.mlp.down_proj'",
+    ),
+    (
+        {"trainable_token_indices": [0, 128]},
+        NdLoraValueError,
+        r"trainable_token_indices=\[0, 128\] for layer 'model.embed_tokens': it has 128 rows",
+    ),
+    (
+        {"trainable_token_indices": {"q_proj": [0]}},
+        NdLoraValueError,
+        r"layer 'model.layers.0.self_attn.q_proj': it gets an adapter too",
+    ),
+    (
+        {"trainable_token_indices": {"model.norm": [0]}},
+        NdLoraValueError,
+        r"layer 'model.norm': it is a LlamaRMSNorm, which has no rows",
+    ),
+    (
+        {"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]},
+        ValueError,
+        r"layer 'model.layers.0.self_attn.q_proj' .*not a valid target",
+    ),
 ]
 
 
@@ -162,6 +218,40 @@ def test_models(options, error, message, make_llama):
     with pytest.raises(error, match=message):
         get_peft_model(model, NdLoraConfig(**options))
     assert [name for name, _ in model.named_modules()] == names
+
+
+class OutOfMemory:
+    """A plugin: a start that asks for more memory than there is, on layers that read 96 features."""
+
+    @staticmethod
+    @hookimpl
+    def ndlora_initializers():
+        def start(method, layout, weight, generator):
+            if layout.in_features == 96:
+                torch.empty(2**50)
+            return {factor.name: torch.zeros(factor.shape) for factor in method.factors(layout)}
+
+        return [Initializer("too_large", "for this test", "none", (), False, True, start)]
+
+
+@pytest.mark.parametrize("adapters", [[], ["first"]])
+def test_no_memory_left_halfway_leaves_the_model_as_it_was(adapters, make_llama):
+    register_plugin(OutOfMemory)
+    try:
+        model = make_llama()
+        for name in adapters:
+            model = get_peft_model(model, NdLoraConfig(), name)
+        before = [(name, id(module)) for name, module in model.named_modules()]
+        trains = [(name, id(value), value.requires_grad) for name, value in model.named_parameters()]
+        add = model.add_adapter if adapters else partial(PeftModel, model)
+        config = NdLoraConfig(init_lora_weights="too_large")
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            add(**{"adapter_name": "second", "peft_config": config})
+        assert [(name, id(module)) for name, module in model.named_modules()] == before
+        assert [(name, id(value), value.requires_grad) for name, value in model.named_parameters()] == trains
+        assert getattr(model, "peft_config", {}).keys() == set(adapters)
+    finally:
+        unregister_plugin(OutOfMemory)
 
 
 def test_a_weight_split_over_processes_is_refused(make_llama):

@@ -217,6 +217,7 @@ def test_another_seed_another_start(make_llama):
     assert any(not torch.equal(value, two[key]) for key, value in one.items())
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_transformers_own_adapter_mixin(make_llama, tokens, shake, tmp_path):
     model = make_llama()
     model.add_adapter(NdLoraConfig(init_lora_weights="n_lora"), adapter_name="mine")

@@ -108,6 +108,7 @@ def test_the_export_is_the_trained_model(kind, method, make, base):
         torch.testing.assert_close(loaded.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_a_mapping_names_the_directory_and_the_adapter_that_transformers_added(make, model, tmp_path):
     from ndlora_plugins import NdLoraConfig
 

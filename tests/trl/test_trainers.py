@@ -112,6 +112,7 @@ def test_a_trained_adapter_becomes_the_reference(host, method, make_trainer, mod
 
 
 @pytest.mark.step("get_peft_model and add_adapter train alike", host="Trainer")
+@pytest.mark.usefixtures("transformers_adapters")
 def test_plain_trainer_with_peft_and_with_transformers_mixin(method, model, options, losses):
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
