@@ -169,10 +169,7 @@ def test_the_method_of_the_development_page_trains():
     namespace = {"__name__": "diagonal"}
     exec(compile(blocks("docs/development.md", "python")[0], "development.md", "exec"), namespace)
     plugin = type("Plugin", (), {})()
-    plugin.ndlora_methods, plugin.ndlora_initializers = (
-        namespace["ndlora_methods"],
-        namespace["ndlora_initializers"],
-    )
+    plugin.ndlora_methods, plugin.ndlora_starts = namespace["ndlora_methods"], namespace["ndlora_starts"]
     register_plugin(plugin)
     try:
         model = get_peft_model(

@@ -11,8 +11,9 @@ import torch
 from peft import LoKrConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
-from ndlora_plugins import NdLoraConfig, contraction
-from ndlora_plugins.modes import balanced_modes
+from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.kernels import modes
+from ndlora_plugins.methods.modes import balanced_modes
 
 __all__ = ["BASELINE", "CORES", "KRONECKER", "ON_CUDA", "OURS", "VARIANTS", "adapt", "shake"]
 
@@ -75,8 +76,8 @@ VARIANTS: dict[str, Callable[[nn.Module, list[str], int], nn.Module]] = {
         )
     ),
     "reference NdLinear": _reference,
-    "NdLinear": _peft(lambda targets, rank: NdLoraConfig(target_modules=targets)),
-    "NdLinear, crossed": _peft(lambda targets, rank: NdLoraConfig(crossed_modes=4, target_modules=targets)),
+    "NdLinear": _peft(lambda targets, rank: NdLoraConfig(method="ndlinear", target_modules=targets)),
+    "NdLinear, crossed": _peft(lambda targets, rank: NdLoraConfig(method="crossed", target_modules=targets)),
     "SLoRA": _peft(lambda targets, rank: NdLoraConfig(method="slora", r=rank, target_modules=targets)),
     "NLoRA": _peft(lambda targets, rank: NdLoraConfig(method="nlora", r=rank, target_modules=targets)),
     "IntTune": _peft(lambda targets, rank: NdLoraConfig(method="inttune", r=rank, target_modules=targets)),
@@ -85,9 +86,11 @@ VARIANTS: dict[str, Callable[[nn.Module, list[str], int], nn.Module]] = {
 
 def _triton(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
     """NdLinear by its Triton kernels. What forward takes, backward takes."""
+    from ndlora_plugins.kernels.triton_modes import triton_mode_product
+
     model = VARIANTS["NdLinear"](model, targets, rank)
-    model.register_forward_pre_hook(lambda *_: setattr(contraction, "use_triton", True))
-    model.register_forward_hook(lambda *_: setattr(contraction, "use_triton", False), always_call=True)
+    model.register_forward_pre_hook(lambda *_: modes.others.append(triton_mode_product))
+    model.register_forward_hook(lambda *_: modes.others.remove(triton_mode_product), always_call=True)
     return model
 
 

@@ -69,7 +69,7 @@ def test_every_variant_trains_its_adapter_alone_around_the_shared_weight(variant
 
 def test_the_variant_for_a_gpu_takes_the_triton_kernels_and_the_others_do_not():
     pytest.importorskip("triton")
-    from ndlora_plugins.triton_modes import TritonModeProduct
+    from ndlora_plugins.kernels.triton_modes import TritonModeProduct
 
     base = OneLayer(24, 18, torch.float32, torch.device("cpu"))
     products = [

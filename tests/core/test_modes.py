@@ -5,10 +5,8 @@ import math
 
 import pytest
 
-from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.modes import balanced_modes, check_modes, crossed_modes
-from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.structures import KroneckerSum, Layout
 
 # features, number of modes, expected: the reference's pairs, smaller first
@@ -90,24 +88,18 @@ def test_a_large_prime_is_crossed_without_trying_every_number_below_it():
     assert crossed_modes(2**31 - 1, 2**31 - 1, 2**31 - 2) == ((1, 2**31 - 1), (2**31 - 1, 1))
 
 
-@pytest.mark.parametrize("method", ["slora", "nlora", "inttune"])
-def test_methods_without_modes_search_no_divisors(method):
-    plan = plan_layer(AdapterOptions(method=method, num_modes=3), 10**18 + 9, 8, layer="q_proj")
-    assert plan.layout.in_modes == (1, 1, 10**18 + 9) and plan.layout.out_modes == (1, 1, 8)
-
-
 def test_too_many_modes_by_hand():
     with pytest.raises(NdLoraValueError, match="must be 1 to 32 integers"):
-        check_modes((1,) * 33, 1, "in_modes", "q_proj")
+        check_modes((1,) * 33, 1, "in_modes")
 
 
 @pytest.mark.parametrize(
     "modes, message",
     [
         ((4, 5), r"in_modes=\[4, 5\] multiply to 20.*in_features=24.*\[4, 6\]"),
-        ((), r"in_modes=\[\] must be integers of at least 1"),
-        ((4, 6.0), r"in_modes=\[4, 6.0\] must be integers of at least 1"),
-        ((-4, -6), r"in_modes=\[-4, -6\] must be integers of at least 1"),
+        ((), r"in_modes=\[\] must be 1 to 32 integers of at least 1"),
+        ((4, 6.0), r"in_modes=\[4, 6.0\] must be 1 to 32 integers of at least 1"),
+        ((-4, -6), r"in_modes=\[-4, -6\] must be 1 to 32 integers of at least 1"),
     ],
 )
 def test_wrong_modes_are_named_with_a_remedy(modes, message):

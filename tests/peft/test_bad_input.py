@@ -24,16 +24,16 @@ from ndlora_plugins.errors import (
     NdLoraValueError,
     UnmatchedTargetWarning,
 )
-from ndlora_plugins.initializers import Initializer
 from ndlora_plugins.registry import register_plugin, unregister_plugin
+from ndlora_plugins.starts import Start
 
 # options, what the error must say: refused by the configuration alone
 OPTIONS = [
     ({"method": "nope"}, r"method='nope' is no known method. Known: 'ndlinear'.*entry-point group 'ndlora'"),
-    ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' is no known initialiser"),
+    ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' is no known start"),
     (
         {"method": "inttune", "init_lora_weights": "s_lora"},
-        r"'s_lora' cannot start method='inttune'.*never get a gradient",
+        r"'s_lora' cannot start method='inttune'.*nothing would ever get a gradient",
     ),
     ({"method": "ndlinear", "init_lora_weights": "n_lora"}, r"cannot start method='ndlinear'.*'lora_step'"),
     ({"r": 0}, r"r=0: a rank must be an integer of at least 1"),
@@ -46,7 +46,7 @@ OPTIONS = [
     ({"modes": {"q_proj": [4, 6]}}, r"modes=.*give \{'in_modes'"),
     ({"bias": "boft_only"}, r"bias='boft_only': choose 'none', 'all' or 'ndlora_only'"),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, r"`layers_to_transform` cannot be used"),
-    ({"schema_version": 2}, r"schema_version=2.*Upgrade"),
+    ({"schema_version": 3}, r"schema_version=3.*Upgrade"),
     ({"use_dora": True}, r"use_dora=True is an option of LoraConfig"),
     ({"loftq_config": {"loftq_bits": 4}}, r"loftq_config=.*use init_lora_weights='n_lora'"),
     ({"layer_replication": [(0, 2)]}, r"layer_replication="),
@@ -116,6 +116,8 @@ REFUSED_VALUES = {
     "ensure_weight_tying": ["false", 1],
     "base_fingerprint": [[], "q_proj", 5],
     "weight_forms": [[], "q_proj", 5],
+    "options": [[4], "size", 5, True],
+    "layers": [[1], "q_proj", True],
     "schema_version": [0, -1, "1", 1.0, True, None],
     "task_type": [5, ["CAUSAL_LM"]],
     "peft_type": [5],
@@ -152,7 +154,7 @@ MODELS = [
     (
         {"modes": {"in_modes": [5, 5]}},
         NdLoraValueError,
-        r"in_modes=\[5, 5\] of layer 'model.layers.0.self_attn.q_proj' multiply to 25",
+        r"Layer 'model.layers.0.self_attn.q_proj', 48 x 48 .*in_modes=\[5, 5\] multiply to 25",
     ),
     ({"modes": {"in_modes": [6, 8], "out_modes": [2, 4, 6]}}, NdLoraValueError, r"must be equally many"),
     (
@@ -225,13 +227,13 @@ class OutOfMemory:
 
     @staticmethod
     @hookimpl
-    def ndlora_initializers():
-        def start(method, layout, weight, generator):
-            if layout.in_features == 96:
+    def ndlora_starts():
+        def start(structure, trains, seen, generator):
+            if structure.layout.in_features == 96:
                 torch.empty(2**50)
-            return {factor.name: torch.zeros(factor.shape) for factor in method.factors(layout)}
+            return {factor.name: torch.zeros(factor.shape) for factor in structure.factors}
 
-        return [Initializer("too_large", "for this test", "none", (), False, True, start)]
+        return [Start(name="too_large", summary="for this test", source="none", function=start, moves=True)]
 
 
 @pytest.mark.parametrize("adapters", [[], ["first"]])
@@ -302,7 +304,7 @@ def test_values_that_mean_nothing_are_accepted():
 
 
 def test_every_option_of_lora_config_is_ours_or_refused_with_a_reason():
-    from ndlora_plugins.integrations.peft.config import _REFUSED
+    from ndlora_plugins.integrations.peft.lora_keywords import _REFUSED
 
     ours = {f.name for f in fields(NdLoraConfig)}
     unknown = {f.name for f in fields(LoraConfig)} - ours - set(_REFUSED)
@@ -370,7 +372,7 @@ BROKEN = [
     (no_tensors, r"holds 0 tensors but none of an NDLORA adapter"),
     (empty_tensors, r"1 of 1 tensors are empty.*mode_1"),
     (other_tensors, r"holds 1 tensors but none of an NDLORA adapter"),
-    (newer_schema, r"schema_version=99; the installed ndlora-plugins reads up to 1"),
+    (newer_schema, r"schema_version=99; the installed ndlora-plugins reads up to 2"),
 ]
 
 
