@@ -95,8 +95,8 @@ def test_methods_without_modes_search_no_divisors(method):
 
 
 def test_too_many_modes_by_hand():
-    with pytest.raises(NdLoraValueError, match="must be 1 to 32 integers"):
-        check_modes((1,) * 33, 1, "in_modes", "q_proj")
+    with pytest.raises(NdLoraValueError, match="must be 1 to 64 integers"):
+        check_modes((1,) * 65, 1, "in_modes", "q_proj")
 
 
 def test_wrong_product_names_the_layer_both_numbers_and_a_remedy():
