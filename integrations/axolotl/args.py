@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS, build_callback, build_config
@@ -33,11 +33,12 @@ class NdLoraBlock(BaseModel):
 
     method: str | None = _field("method")
     anchor: Literal["snapshot", "none"] | None = _field("anchor")
-    num_modes: int | None = _field("num_modes")
-    crossed_modes: int | None = _field("crossed_modes")
+    # strict: `true` is not the number 1
+    num_modes: StrictInt | None = _field("num_modes")
+    crossed_modes: StrictInt | None = _field("crossed_modes")
     modes: dict[str, Any] | None = _field("modes")
     options: dict[str, Any] | None = _field("options")
-    random_seed: int | None = _field("random_seed")
+    random_seed: StrictInt | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")
     callback: bool | dict[str, Any] | None = Field(
         default=None,

@@ -12,7 +12,7 @@ __all__ = ["MAX_FEATURES", "MAX_MODES", "balanced_modes", "check_modes", "crosse
 # No layer is larger: what is, stands in a broken file, and its divisors would be searched for years.
 MAX_FEATURES = 2**31
 # 2**31 has 31 prime factors: of more modes, some have the size 1.
-MAX_MODES = 32
+MAX_MODES = 64
 
 
 @cache

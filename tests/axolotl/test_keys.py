@@ -77,6 +77,12 @@ TOGETHER = [
 WRONG = [
     ({"lora_r": 0}, "lora_r"),
     ({"lora_dropout": 1.5}, "lora_dropout"),
+    ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+    ({"lora_target_modules": "("}, "target_modules is lora_target_modules"),
+    ({"lora_rank_pattern": {"q_proj": "2"}}, "rank_pattern is lora_rank_pattern"),
+    ({"peft_use_rslora": "false"}, "use_rslora is peft_use_rslora"),
+    ({"ndlora": {"random_seed": [1]}}, "ndlora.random_seed"),
+    ({"ndlora": {"modes": {"in_modes": "68"}}}, "ndlora.modes"),
     ({"ndlora": {"method": "loha"}}, "ndlora.method"),
     ({"ndlora": {"num_modes": 1}}, "ndlora.num_modes"),
     ({"ndlora": {"crossed_modes": 0}}, "ndlora.crossed_modes"),

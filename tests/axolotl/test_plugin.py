@@ -42,7 +42,11 @@ WRONG_BLOCKS = [
     ({"anchor": "loose"}, ("anchor", "snapshot", "none")),
     ({"num_modes": "many"}, ("num_modes", "integer")),
     ({"num_modes": 1}, ("num_modes", "at least 2")),
+    ({"num_modes": True}, ("num_modes", "integer")),
+    ({"crossed_modes": True}, ("crossed_modes", "integer")),
+    ({"random_seed": [1]}, ("random_seed", "integer")),
     ({"modes": {"rows": [2]}}, ("modes", "in_modes")),
+    ({"modes": {"in_modes": "68"}}, ("ndlora.modes", "in_modes")),
     ({"callback": {"loud": True}}, ("ndlora.callback", "loud", "strict")),
     ({"callback": {"export": "onnx"}}, ("onnx", "merged")),
 ]

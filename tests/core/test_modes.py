@@ -89,17 +89,17 @@ def test_a_large_prime_is_crossed_without_trying_every_number_below_it():
 
 
 def test_too_many_modes_by_hand():
-    with pytest.raises(NdLoraValueError, match="must be 1 to 32 integers"):
-        check_modes((1,) * 33, 1, "in_modes")
+    with pytest.raises(NdLoraValueError, match="must be 1 to 64 integers"):
+        check_modes((1,) * 65, 1, "in_modes")
 
 
 @pytest.mark.parametrize(
     "modes, message",
     [
         ((4, 5), r"in_modes=\[4, 5\] multiply to 20.*in_features=24.*\[4, 6\]"),
-        ((), r"in_modes=\[\] must be 1 to 32 integers of at least 1"),
-        ((4, 6.0), r"in_modes=\[4, 6.0\] must be 1 to 32 integers of at least 1"),
-        ((-4, -6), r"in_modes=\[-4, -6\] must be 1 to 32 integers of at least 1"),
+        ((), r"in_modes=\[\] must be 1 to 64 integers of at least 1"),
+        ((4, 6.0), r"in_modes=\[4, 6.0\] must be 1 to 64 integers of at least 1"),
+        ((-4, -6), r"in_modes=\[-4, -6\] must be 1 to 64 integers of at least 1"),
     ],
 )
 def test_wrong_modes_are_named_with_a_remedy(modes, message):

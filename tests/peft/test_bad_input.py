@@ -409,6 +409,43 @@ def test_another_base_is_an_error_where_the_start_is_read_from_it(method, error,
     assert [name for name, _ in model.named_modules()] == names
 
 
+NAN = float("nan")
+# an entry of the fingerprint that compares with nothing
+NO_FINGERPRINTS = [
+    {"shape": [48, 48], "storage": "float32", "values": [NAN] * 8},
+    {"shape": [48, 48], "storage": "float32", "values": [float("inf")] * 8},
+    {"shape": [48, 48], "storage": "float32", "values": [1e200] * 8},
+    {"shape": [48, 48], "storage": "float32", "values": []},
+    {"shape": [48, 48], "storage": "float32", "values": ["1"] * 8},
+    {"shape": [48, 48], "storage": "float32"},
+    {"shape": [48, 48], "storage": None, "values": None},
+    {"shape": [48], "storage": "float32", "values": None},
+    {"shape": [48, NAN], "storage": "float32", "values": None},
+    [],
+]
+
+
+@pytest.mark.parametrize("method", ["slora", "inttune"])
+@pytest.mark.parametrize("entry", NO_FINGERPRINTS)
+def test_a_fingerprint_that_compares_with_nothing_is_an_error(entry, method, adapters, make_llama):
+    directory, model = adapters(method=method), make_llama(seed=1)
+    path = directory / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    fields["base_fingerprint"]["model.layers.0.self_attn.q_proj"] = entry
+    path.write_text(json.dumps(fields))
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(NdLoraValueError, match="base_fingerprint of the adapter's configuration"):
+        PeftModel.from_pretrained(model, directory)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_base_with_nan_is_not_the_one_of_the_fingerprint(adapters, make_llama):
+    directory, model = adapters(method="inttune"), make_llama()
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(NAN)
+    with pytest.raises(NdLoraValueError, match="differ from those"):
+        PeftModel.from_pretrained(model, directory)
+
+
 @pytest.mark.parametrize("method", ["ndlinear", "slora"])
 def test_another_base_is_a_warning_elsewhere(method, adapters, make_llama):
     with pytest.warns(BaseModelWarning, match="differ from those that the adapter was trained on"):

@@ -70,7 +70,24 @@ BROKEN_CONFIGS = {
     "tokens": ({"trainable_token_indices": [1]}, "the file holds no token rows"),
     "newer": ({"schema_version": 99}, "Upgrade it"),
     "method": ({"method": "nope"}, "no known method"),
+    "type": ({"peft_type": 5}, "of type 5, not NDLORA"),
+    "task": ({"task_type": "NOPE"}, "NOPE"),
+    "fewer-layers": ({"target_modules": ["k_proj"]}, "layers in "),
+    "forms": ({"weight_forms": {"x": {"name": "x", "kind": "linear", "shape": [2, 2]}}}, "weight_forms of"),
+    "forms-kind": ({"weight_forms": {"x": {"name": "x", "kind": [], "shape": [2, 2]}}}, "weight_forms of"),
+    "forms-shape": ({"weight_forms": {"x": {"name": "x", "kind": "embedding", "shape": [0, 2]}}}, "weight_forms of"),
+    "fingerprint": ({"base_fingerprint": {"x": 5}}, "base_fingerprint of"),
+    "huge": (
+        {"base_fingerprint": {"x": {"shape": [10**18 + 9, 8], "storage": "float32", "values": None}}},
+        "base_fingerprint of",
+    ),
+    "rows": ({"trainable_token_indices": {"embed_tokens": [[1]]}}, "trainable_token_indices"),
+    "many-modes": ({"num_modes": 2000}, "num_modes=2000"),
 }
+# text of adapter_config.json that is no configuration
+NO_CONFIGURATIONS = ["", "5", "null", "[]", '"x"', "{", "[" * 10**5, '{"peft_type": null}', "\ud800"]
+# a name in the file that is no layer of the model -> it is told, whatever is behind it
+NO_LAYERS = ["model.config", "model.forward", "..", "model"]
 
 
 @pytest.fixture
@@ -130,6 +147,28 @@ def test_broken_configurations(case, save):
     file.write_text(json.dumps({**json.loads(file.read_text()), **BROKEN_CONFIGS[case][0]}))
     report = check_adapter(directory)
     assert not report.ok and BROKEN_CONFIGS[case][1] in " ".join(report.problems)
+
+
+@pytest.mark.parametrize("text", NO_CONFIGURATIONS)
+def test_files_without_a_configuration(text, save):
+    directory = save(method="slora", r=4)
+    (directory / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    report = check_adapter(directory)
+    assert len(report.problems) == 1 and "NdLora" not in report.problems[0]
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("name", NO_LAYERS)
+def test_tensors_of_what_is_no_layer(name, with_base, save, rewrite, tmp_path):
+    directory = save(method="slora", r=4)
+    rewrite(
+        directory,
+        lambda t: t.update(
+            {f"base_model.model.{name}.ndlora_factors.{f}": t[f"{Q}.{f}"].clone() for f in ("down", "core", "up")}
+        ),
+    )
+    report = check_adapter(directory, str(tmp_path / "base") if with_base else None)
+    assert "layers in " in " ".join(report.problems) and name in " ".join(report.problems)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

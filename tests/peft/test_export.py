@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from ndlora_plugins.commands.export import export
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.check import check_adapter
 from ndlora_plugins.integrations.peft.export import export_adapter
 from ndlora_plugins.integrations.peft.reading import AdapterReader, read_adapter
 
@@ -97,6 +98,33 @@ BESIDE = {
         False,
     ),
     "tokens-tied": ({"trainable_token_indices": [3, 7, 5]}, "trainable_token_indices", True),
+}
+HEAD, ROWS = (
+    "base_model.model.lm_head.weight",
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+)
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+# what is done to the tensors of a slora adapter with a head and two token rows, what the error must say
+BROKEN_BESIDE = {
+    "no-head": (lambda t: t.pop(HEAD), "modules_to_save names 'lm_head', of which the file holds no tensor"),
+    "no-rows": (lambda t: t.pop(ROWS), "the file holds no token rows"),
+    "nan-in-the-head": (lambda t: t[HEAD].fill_(float("nan")), "lm_head.weight' holds NaN or infinity"),
+    "infinity-in-the-rows": (lambda t: t[ROWS].fill_(float("inf")), "delta' holds NaN or infinity"),
+    "integer-head": (lambda t: t.update({HEAD: t[HEAD].to(torch.int8)}), "is of dtype int8"),
+    "integer-factor": (lambda t: t.update({f"{Q}.ndlora_factors.up": torch.ones(48, 4).to(torch.int8)}), "int8"),
+    "boolean-factors": (lambda t: t.update({k: v > 0 for k, v in t.items()}), "is of dtype bool"),
+    "base-weight": (
+        lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(48, 48)}),
+        "1 tensors belong to nothing in the configuration: 'model.layers.0.self_attn.q_proj.weight'",
+    ),
+    "head-twice": (lambda t: t.update({HEAD.replace("weight", "base_layer.weight"): t[HEAD] + 1}), "twice"),
+    "no-prefix": (lambda t: t.update({"lm_head.weight": t.pop(HEAD)}), "belong to nothing"),
+    "strange-layer": (
+        lambda t: [
+            t.update({key.replace("q_proj", "x_proj"): t[key].clone()}) for key in list(t) if key.startswith(Q)
+        ],
+        "x_proj",
+    ),
 }
 # options, what the error must say
 WRONG = [
@@ -362,6 +390,21 @@ def test_a_missing_layer_is_an_error(to, make_llama, trained, tmp_path):
         NdLoraValueError, match="1 layers have no tensor in .*'model.layers.0.self_attn.q_proj'"
     ):
         export_adapter(tmp_path / "adapter", tmp_path / "out", to)
+
+
+@pytest.mark.parametrize("to", ["lora", "lokr", "merged"])
+@pytest.mark.parametrize("case", BROKEN_BESIDE)
+def test_a_file_that_is_broken_beside_the_factors(case, to, make_llama, trained, tmp_path):
+    change, message = BROKEN_BESIDE[case]
+    trained(make_llama, method="slora", r=4, modules_to_save=["lm_head"], trainable_token_indices=[3, 5])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    assert message in " ".join(check_adapter(tmp_path / "adapter").problems)
+    with pytest.raises(NdLoraValueError, match=re.escape(message)):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 @pytest.mark.parametrize("options, message", WRONG)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.base_files import NotInFilesError
 from ndlora_plugins.integrations.peft.export import export_adapter
 from ndlora_plugins.integrations.peft.reading import AdapterReader
 
@@ -29,6 +30,16 @@ METHODS = {
 }
 # model -> how far its merged weights may be from merge_and_unload
 MODELS = {"make_llama": 0, "make_gpt2": 1e-6}
+# what the index of a base model says of one tensor -> what the error must say; {outside} is a file beside the base
+HOSTILE_SHARDS = {
+    "absolute": ("{outside}", "must be a .safetensors file in"),
+    "above": ("../outside.safetensors", "must be a .safetensors file in"),
+    "above-by-a-detour": ("inside/../../outside.safetensors", "must be a .safetensors file in"),
+    "through-a-link": ("linked/outside.safetensors", "must be a .safetensors file in"),
+    "no-tensor-file": ("config.json", "must be a .safetensors file in"),
+    "no-name": (5, "must be a .safetensors file in"),
+    "another-shard": ("inside/outside.safetensors", "which it does not"),
+}
 
 
 @pytest.fixture(params=MODELS)
@@ -78,6 +89,69 @@ def test_merged_files_keep_their_layout_dtypes_and_company(make_llama, trained, 
         with safe_open(file, "pt") as opened, safe_open(tmp_path / "base" / file.name, "pt") as original:
             assert opened.metadata() == original.metadata() and set(opened.keys()) == set(original.keys())
     assert 1e-3 < report.largest_error < 0.1
+
+
+@pytest.mark.parametrize("case", HOSTILE_SHARDS)
+def test_an_index_leads_nowhere_outside(case, make_llama, trained, tmp_path):
+    shard, message = HOSTILE_SHARDS[case]
+    trained(make_llama, "20KB", method="slora")
+    outside = tmp_path / "elsewhere" / "outside.safetensors"
+    for directory in (outside.parent, tmp_path / "base" / "inside"):
+        directory.mkdir()
+        save_file({"odd": torch.ones(2)}, directory / outside.name)
+    save_file({"odd": torch.ones(2)}, tmp_path / "outside.safetensors")
+    (tmp_path / "base" / "linked").symlink_to(outside.parent)
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"]["lm_head.weight"] = shard if shard == 5 else shard.format(outside=outside)
+    index.write_text(json.dumps(fields))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(NdLoraValueError, match=message):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "merged")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 10**5])
+def test_a_broken_index(text, make_llama, trained, tmp_path):
+    trained(make_llama, "20KB", method="slora")
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(NdLoraValueError, match=r"index\.json (is truncated|must hold|has no weight_map)"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "merged")
+
+
+def test_files_that_are_links_are_read_and_linked_directories_left_out(make_llama, trained, tmp_path, load):
+    trained(make_llama, "20KB", method="slora")
+    expected = load(tmp_path / "base", tmp_path / "adapter").merge_and_unload().state_dict()
+    (tmp_path / "base").rename(tmp_path / "blobs")  # as in the hub's cache
+    (tmp_path / "base").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "base" / file.name).symlink_to(f"../blobs/{file.name}")
+    (tmp_path / "base" / "linked").symlink_to("../adapter")
+    export_adapter(tmp_path / "adapter", tmp_path / "out", "merged")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "blobs").iterdir()
+    }
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    torch.testing.assert_close(load(tmp_path / "out").state_dict(), expected, rtol=0, atol=0)
+
+
+def test_rows_beyond_the_vocabulary_have_no_place_in_the_files(make_llama, trained, tmp_path):
+    trained(make_llama, method="slora", trainable_token_indices=[3, 5])
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": [3, 500]}))
+    with pytest.raises(NotInFilesError, match="rows up to 500 of 'model.embed_tokens.weight'"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "merged")
+
+
+def test_a_head_that_the_dtype_of_the_base_cannot_hold(make_llama, trained, tmp_path):
+    trained(lambda: make_llama(dtype=torch.float16), method="slora", modules_to_save=["lm_head"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.weight"] = torch.full((128, 48), 1e6)
+    save_file({key: tensor.float() for key, tensor in tensors.items()}, file)
+    with pytest.raises(NdLoraValueError, match="'lm_head.weight' holds NaN or infinity: its dtype torch.float16"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_an_untied_head_is_written_beside_what_it_was_tied_to(make_llama, trained, tokens, tmp_path, load):
