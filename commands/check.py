@@ -18,7 +18,7 @@ def check(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
 ) -> None:
     """Check an adapter: everything there, finite, of the right shape and dtype, and does it do anything?"""
-    from ndlora_plugins.integrations.peft.check import check_adapter
+    from ndlora_plugins.integrations.peft.files.check import check_adapter
 
     report = check_adapter(adapter, base, trust_remote_code=trust_remote_code)
     console = Console(width=None if Console().is_terminal else 160)

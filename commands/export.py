@@ -59,7 +59,7 @@ def export(
     """Write an adapter that needs no ndlora-plugins: stock LoRA or LoKr, or the merged model."""
     import torch
 
-    from ndlora_plugins.integrations.peft.export import export_adapter
+    from ndlora_plugins.integrations.peft.files.export import export_adapter
 
     with _sigterm_raises(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NdLoraWarning)

@@ -13,11 +13,11 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
-from ndlora_plugins.integrations.peft.base_files import BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.directories import new_directory
-from ndlora_plugins.integrations.peft.merge_files import merge_files
-from ndlora_plugins.integrations.peft.problems import check_sound
-from ndlora_plugins.integrations.peft.reading import AdapterReader
+from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
+from ndlora_plugins.integrations.peft.files.base import BaseFiles, NotInFilesError
+from ndlora_plugins.integrations.peft.files.directories import new_directory
+from ndlora_plugins.integrations.peft.files.merge import merge_files
+from ndlora_plugins.integrations.peft.files.problems import check_sound
 
 __all__ = ["enable", "merge_by_shard"]
 

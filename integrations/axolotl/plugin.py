@@ -18,7 +18,8 @@ from ndlora_plugins.integrations.axolotl.keys import (
     refuse_what_cannot_apply,
     written_fields,
 )
-from ndlora_plugins.integrations.peft.registration import NAME, activate
+from ndlora_plugins.integrations.peft.names import NAME
+from ndlora_plugins.integrations.peft.registration import activate
 from ndlora_plugins.integrations.trl.card import keep_model_card
 
 __all__ = ["NdLoraPlugin"]

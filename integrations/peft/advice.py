@@ -1,4 +1,4 @@
-"""Warnings of what a plan says: entries that match nothing, and modes that cost too much."""
+"""Warnings: entries that match nothing, modes that cost too much, penalties that nobody adds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import re
 import warnings
 from collections.abc import Iterable
 
-from ndlora_plugins.errors import LopsidedModesWarning, UnmatchedTargetWarning
+from torch import nn
+
+from ndlora_plugins.errors import LopsidedModesWarning, NdLoraWarning, UnmatchedTargetWarning
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 from ndlora_plugins.integrations.peft.targets import Planned
 
-__all__ = ["warn_of_lopsided", "warn_of_unmatched"]
+__all__ = ["warn_of_lopsided", "warn_of_penalties", "warn_of_unmatched"]
 
 
 def warn_of_unmatched(config: NdLoraConfig, names: list[str]) -> None:
@@ -66,3 +69,21 @@ def warn_of_lopsided(planned: Iterable[Planned]) -> None:
         LopsidedModesWarning,
         stacklevel=2,
     )
+
+
+def warn_of_penalties(model: nn.Module) -> None:
+    """Warn of methods that ask for a penalty on their factors, while nobody adds it to the loss."""
+    methods = {
+        plan.method.name
+        for layer in model.modules()
+        if isinstance(layer, NdLoraLayer)
+        for plan in layer.plan.values()
+        if plan.method.penalty is not None or plan.method.shrink is not None
+    }
+    if methods:
+        warnings.warn(
+            f"method={sorted(methods)} asks for a penalty on its factors, and nothing adds it: pass NdLoraCallback to "
+            f"the trainer, or add model.base_model.penalty() to the loss.",
+            NdLoraWarning,
+            stacklevel=2,
+        )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, merge_utils
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from ndlora_plugins.registry import product_method
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.integrations.peft.config import NdLoraConfig
-    from ndlora_plugins.integrations.peft.model import NdLoraModel
     from ndlora_plugins.methods import Method
     from ndlora_plugins.structures import Structure
 
@@ -92,7 +92,7 @@ class Combination:
 
 
 def add_weighted(
-    model: NdLoraModel,
+    model: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -157,7 +157,7 @@ def add_weighted(
         _sum_tokens(model, weighted, adapter_name)
 
 
-def _check(model: NdLoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+def _check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     if adapter_name in model.peft_config:
         raise NdLoraValueError(f"There is an adapter {adapter_name!r} already: choose another name.")
     if not adapters or len(adapters) != len(weights):
@@ -190,7 +190,7 @@ def _check(model: NdLoraModel, adapters: Sequence[str], weights: Sequence[float]
         )
 
 
-def _wrappers(model: NdLoraModel) -> list[ModulesToSaveWrapper]:
+def _wrappers(model: BaseTuner) -> list[ModulesToSaveWrapper]:
     return [module for module in model.model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
@@ -219,7 +219,7 @@ def _splits(configs: Sequence[NdLoraConfig], sums: Mapping[str, Sum]) -> dict[st
     return {"modes": modes or None, "num_modes": 2, "crossed_modes": None}
 
 
-def _sum_tokens(model: NdLoraModel, weighted: Sequence[tuple[str, float]], adapter_name: str) -> None:
+def _sum_tokens(model: BaseTuner, weighted: Sequence[tuple[str, float]], adapter_name: str) -> None:
     for wrapper in model.model.modules():
         if not isinstance(wrapper, TrainableTokensWrapper) or wrapper.token_adapter.tied_adapter:
             continue

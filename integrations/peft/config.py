@@ -19,7 +19,8 @@ from peft.utils.peft_types import PeftType
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.lora_keywords import LoraKeywords, refuse_keywords
-from ndlora_plugins.integrations.peft.registration import NAME, extend_enum
+from ndlora_plugins.integrations.peft.names import NAME, extend_enum
+from ndlora_plugins.integrations.peft.session import Session
 from ndlora_plugins.integrations.peft.validation import (
     Alpha,
     Bias,
@@ -38,32 +39,14 @@ from ndlora_plugins.integrations.peft.validation import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ndlora_plugins.options import AdapterOptions
 
-__all__ = ["NdLoraConfig", "SCHEMA_VERSION", "Session"]
+__all__ = ["NdLoraConfig", "SCHEMA_VERSION"]
 
 # of adapter_config.json; raised when the meaning of a field or of a tensor changes
 SCHEMA_VERSION = 2
 
 _SIDES = {"in_modes", "out_modes"}
-
-
-@dataclass
-class Session:
-    """What is known of an adapter while it is in memory.
-
-    Attributes:
-        base_fingerprint, layers: of the model that it is on; become the fields of these names when it is saved.
-        training: what a trainer noted, for the model card.
-        gradients: layer's name -> gradient of its weight (out_features, in_features), for starts that read one.
-    """
-
-    base_fingerprint: dict | None = None
-    layers: dict | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -331,7 +314,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As PEFT's, but patterns keep their order; beside an adapter's file README.md is brought up to date too."""
-        from ndlora_plugins.integrations.peft.model_card import write_model_card
+        from ndlora_plugins.integrations.peft.files.card import write_model_card
 
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory, CONFIG_NAME)
@@ -349,7 +332,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         directory = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, check_adapter_file
+        from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, check_adapter_file
 
         # a configuration may stand alone, and a pickle file is PEFT's affair: it loads tensors only from one
         if os.path.isfile(os.path.join(directory, ADAPTER_FILE)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
-from ndlora_plugins.integrations.peft.json_files import check_fingerprint
+from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint
 
 __all__ = ["FingerprintedLayer", "compare_fingerprint", "make_fingerprint"]
 

@@ -5,7 +5,6 @@ The core is imported when it is first used: registration, which runs at `import 
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,12 +18,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_unmatched
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_unmatched
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.names import PREFIX
 from ndlora_plugins.integrations.peft.rows import check_rows
 from ndlora_plugins.integrations.peft.shared import SHARED, Bank, Clock
 from ndlora_plugins.integrations.peft.targets import (
@@ -218,7 +217,9 @@ class NdLoraModel(BaseTuner):
         if adapter_names is None:
             if self.training:
                 self.clock.begin_forward()
-                self._warn_of_penalties()
+                if not (self._penalty_settled or self.clock.driven or self.clock.step < 2):
+                    self._penalty_settled = True
+                    warn_of_penalties(self.model)
             yield
             return
         if self.training:
@@ -305,26 +306,6 @@ class NdLoraModel(BaseTuner):
         }
         state_dict = {shared.get(key, key): value for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    def _warn_of_penalties(self) -> None:
-        """Once: a method has a penalty, and nobody asks for it."""
-        if self._penalty_settled or self.clock.driven or self.clock.step < 2:
-            return
-        self._penalty_settled = True
-        methods = {
-            plan.method.name
-            for layer in self.model.modules()
-            if isinstance(layer, NdLoraLayer)
-            for plan in layer.plan.values()
-            if plan.method.penalty is not None or plan.method.shrink is not None
-        }
-        if methods:
-            warnings.warn(
-                f"method={sorted(methods)} asks for a penalty on its factors, and nothing adds it: pass "
-                f"NdLoraCallback to the trainer, or add model.base_model.penalty() to the loss.",
-                NdLoraWarning,
-                stacklevel=3,
-            )
 
     def penalty(self) -> torch.Tensor | None:
         """The sum of what the methods of the active adapters add to the loss; None if they add nothing."""

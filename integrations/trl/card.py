@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.model_card import note_training, write_model_card
+from ndlora_plugins.integrations.peft.files.card import note_training, write_model_card
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerState, TrainingArguments

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
-from ndlora_plugins.integrations.peft.directories import check_new
-from ndlora_plugins.integrations.peft.export import EXPORT_KINDS, export_adapter
+from ndlora_plugins.integrations.peft.files.directories import check_new
+from ndlora_plugins.integrations.peft.files.export import EXPORT_KINDS, export_adapter
 
 __all__ = ["EndExport", "make_export"]
 

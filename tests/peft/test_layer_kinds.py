@@ -11,8 +11,8 @@ from torch import nn
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.check import check_adapter
-from ndlora_plugins.integrations.peft.export import export_adapter
+from ndlora_plugins.integrations.peft.files.check import check_adapter
+from ndlora_plugins.integrations.peft.files.export import export_adapter
 from ndlora_plugins.integrations.peft.kinds import ParamWrapper
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 

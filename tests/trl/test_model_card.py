@@ -9,7 +9,7 @@ import yaml
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraWarning
-from ndlora_plugins.integrations.peft.model_card import write_model_card
+from ndlora_plugins.integrations.peft.files.card import write_model_card
 from ndlora_plugins.integrations.trl import NdLoraCallback, keep_model_card
 
 pytest.importorskip("trl")

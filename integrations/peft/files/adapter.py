@@ -14,12 +14,10 @@ from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.directories import local_directory
-from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, check_adapter_file
-from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
-from ndlora_plugins.integrations.peft.format import (
+from ndlora_plugins.integrations.peft.files.base import BaseFiles
+from ndlora_plugins.integrations.peft.files.directories import local_directory
+from ndlora_plugins.integrations.peft.files.format import (
     FACTORS,
     FROZEN,
     KEY_PREFIX,
@@ -28,8 +26,10 @@ from ndlora_plugins.integrations.peft.format import (
     shared_key,
     split_key,
 )
-from ndlora_plugins.integrations.peft.json_files import check_fingerprint, read_object, shorten
-from ndlora_plugins.integrations.peft.registration import NAME
+from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint, read_object, shorten
+from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, check_adapter_file
+from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
+from ndlora_plugins.integrations.peft.names import NAME
 from ndlora_plugins.integrations.peft.targets import plan_form
 from ndlora_plugins.integrations.peft.weights import WeightForm
 from ndlora_plugins.options import AdapterOptions

@@ -13,13 +13,13 @@ import torch
 from peft import PeftConfig
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.compress import RankTarget
-from ndlora_plugins.integrations.peft.directories import check_new, new_directory
-from ndlora_plugins.integrations.peft.files import ADAPTER_FILE, save_tensors
-from ndlora_plugins.integrations.peft.merge_files import merge_files
-from ndlora_plugins.integrations.peft.problems import check_sound
-from ndlora_plugins.integrations.peft.reading import AdapterReader
-from ndlora_plugins.integrations.peft.stock import ExportedLayer, to_lokr, to_lora
+from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
+from ndlora_plugins.integrations.peft.files.compress import RankTarget
+from ndlora_plugins.integrations.peft.files.directories import check_new, new_directory
+from ndlora_plugins.integrations.peft.files.merge import merge_files
+from ndlora_plugins.integrations.peft.files.problems import check_sound
+from ndlora_plugins.integrations.peft.files.stock import ExportedLayer, to_lokr, to_lora
+from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
 
 __all__ = ["EXPORT_KINDS", "ExportReport", "ExportedLayer", "export_adapter"]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.base_files import BaseFiles
-from ndlora_plugins.integrations.peft.compress import RankTarget, low_rank_form, relative_error
-from ndlora_plugins.integrations.peft.format import KEY_PREFIX
-from ndlora_plugins.integrations.peft.reading import AdapterReader, ReadLayer
+from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, ReadLayer
+from ndlora_plugins.integrations.peft.files.base import BaseFiles
+from ndlora_plugins.integrations.peft.files.compress import RankTarget, low_rank_form, relative_error
+from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
 
 __all__ = ["ExportedLayer", "StockAdapter", "to_lokr", "to_lora"]
 

@@ -15,11 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ndlora_plugins.errors import NdLoraWarning
-from ndlora_plugins.integrations.peft.files import ADAPTER_FILE
-from ndlora_plugins.integrations.peft.registration import METHOD_NAME, PREFIX
+from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE
+from ndlora_plugins.integrations.peft.names import METHOD_NAME, PREFIX
 
 if TYPE_CHECKING:
-    from ndlora_plugins.integrations.peft.config import NdLoraConfig
+    from peft import PeftConfig
 
 __all__ = ["note_training", "write_model_card"]
 
@@ -79,12 +79,12 @@ ndlora export PATH_OF_THIS_ADAPTER --to lora --output plain-lora --base "{base_n
 """
 
 
-def note_training(config: NdLoraConfig, values: Mapping[str, Any]) -> None:
+def note_training(config: PeftConfig, values: Mapping[str, Any]) -> None:
     """Let cards that are written later in this session name these too: learning rate, steps, and the like."""
     config.session.training = dict(values)
 
 
-def write_model_card(config: NdLoraConfig, directory: str | Path) -> None:
+def write_model_card(config: PeftConfig, directory: str | Path) -> None:
     """Put our part into `directory`/README.md, and there only: after the first heading, or where it stood before.
 
     The header gets `library_name` and our tags, and loses a base model that is a directory of
@@ -114,7 +114,7 @@ def write_model_card(config: NdLoraConfig, directory: str | Path) -> None:
         )
 
 
-def _complete_header(data: ModelCardData, config: NdLoraConfig) -> None:
+def _complete_header(data: ModelCardData, config: PeftConfig) -> None:
     data.library_name = "peft"  # as PEFT itself has it; TRL writes "transformers"
     tags = [
         tag
@@ -149,7 +149,7 @@ def _put_in(text: str, part: str) -> str:
     return f"{''.join(lines[:heading]).rstrip()}\n\n{part}\n\n{''.join(lines[heading:]).lstrip()}"
 
 
-def _our_part(config: NdLoraConfig, directory: Path) -> str:
+def _our_part(config: PeftConfig, directory: Path) -> str:
     from ndlora_plugins.registry import methods
 
     base, method = config.base_model_name_or_path, methods()[config.method].value
@@ -168,7 +168,7 @@ def _our_part(config: NdLoraConfig, directory: Path) -> str:
     return f"{_BEGIN}\n{text}{_END}"
 
 
-def _options(config: NdLoraConfig) -> dict[str, Any]:
+def _options(config: PeftConfig) -> dict[str, Any]:
     """The options of an adapter, those that are off or empty left out."""
     return {
         field.name: getattr(config, field.name)

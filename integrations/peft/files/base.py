@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.directories import local_directory
-from ndlora_plugins.integrations.peft.files import open_tensors
-from ndlora_plugins.integrations.peft.json_files import read_shards
+from ndlora_plugins.integrations.peft.files.directories import local_directory
+from ndlora_plugins.integrations.peft.files.json_files import read_shards
+from ndlora_plugins.integrations.peft.files.tensors import open_tensors
 from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.json_files import check_layers, check_weight_forms
-from ndlora_plugins.integrations.peft.registration import PREFIX
+from ndlora_plugins.integrations.peft.files.json_files import check_layers, check_weight_forms
+from ndlora_plugins.integrations.peft.names import PREFIX
 from ndlora_plugins.integrations.peft.shared import SHARED
 from ndlora_plugins.integrations.peft.weights import WeightForm
 

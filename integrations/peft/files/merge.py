@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.base_files import INDEX_FILE, BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.files import open_tensors, save_tensors
-from ndlora_plugins.integrations.peft.format import KEY_PREFIX, TOKEN_ROWS
-from ndlora_plugins.integrations.peft.reading import AdapterReader
+from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
+from ndlora_plugins.integrations.peft.files.base import INDEX_FILE, BaseFiles, NotInFilesError
+from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
+from ndlora_plugins.integrations.peft.files.tensors import open_tensors, save_tensors
 
 __all__ = ["MergedLayer", "merge_files"]
 

@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.base_files import BaseFiles
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.format import KEY_PREFIX, TOKEN_ROWS
-from ndlora_plugins.integrations.peft.reading import AdapterReader, listed
+from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, listed
+from ndlora_plugins.integrations.peft.files.base import BaseFiles
+from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
 from ndlora_plugins.integrations.peft.targets import plan_model
 
 __all__ = ["Problem", "check_sound", "find_problems"]
@@ -153,7 +153,9 @@ def _beside(reader: AdapterReader, base: BaseFiles | None) -> Iterator[str]:
     if config.trainable_token_indices and not rows:
         yield "trainable_token_indices is set, but the file holds no token rows."
     if base is not None:
-        yield from _against(base, {name: reader.others[key] for key, name in names.items() if key not in rows})
+        yield from _against(
+            base, {name: reader.others[key] for key, name in names.items() if key not in rows}
+        )
     missing = [] if base is None else _missing(reader, base, set(names.values()))
     if missing:
         yield f"{len(missing)} tensors that the configuration trains are missing in {reader.path}: {listed(missing)}."

@@ -1,0 +1,27 @@
+"""What is known of an adapter while it is in memory, and not of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Session"]
+
+
+@dataclass
+class Session:
+    """Of one configuration, in this process.
+
+    Attributes:
+        base_fingerprint, layers: of the model that it is on; become the fields of these names when it is saved.
+        training: what a trainer noted, for the model card.
+        gradients: layer's name -> gradient of its weight (out_features, in_features), for starts that read one.
+    """
+
+    base_fingerprint: dict | None = None
+    layers: dict | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
