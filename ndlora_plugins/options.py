@@ -40,7 +40,8 @@ class AdapterOptions:
         frozen = (
             len(names) > 1 if self.anchor == "snapshot" else trained is not None and set(trained) < set(names)
         )
-        return frozen and self.start.recomputable and self.start.reads == {"weight"}
+        readable = self.start.recomputable and self.start.reads == {"weight"}
+        return frozen and readable and self.method.shared is None
 
 
 def adapter_options(

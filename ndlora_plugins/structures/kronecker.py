@@ -18,8 +18,9 @@ from ndlora_plugins.kernels.modes import (
     plan_contraction,
 )
 from ndlora_plugins.structures.base import Factor, Layout, Structure
+from ndlora_plugins.structures.einsum import Einsum, Equation
 
-__all__ = ["KroneckerSum", "kronecker", "kronecker_terms"]
+__all__ = ["KroneckerSum", "kronecker", "kronecker_terms", "tensor_train"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,25 @@ class KroneckerSum(Structure):
 
     def _modes(self, factors):
         return [factors[factor.name] for factor in self.factors]
+
+
+def tensor_train(layout: Layout, in_modes: Sequence[int], out_modes: Sequence[int]) -> Einsum:
+    """The same modes with bonds between neighbours instead of a sum over all: factor k is (bond, out, in, bond).
+
+    The bonds have the layout's rank; the first and the last factor have one each. With two modes it is `KroneckerSum`.
+
+    Source: Oseledets, Tensor-train decomposition (2011), in matrix order; arXiv 2408.01008 for adapters.
+
+    Args:
+        in_modes, out_modes: as `KroneckerSum` has them, at least two.
+    """
+    count = len(in_modes)
+    outs, ins = ([f"{side}{k}" for k in range(1, count + 1)] for side in ("out", "in"))
+    bonds = [f"bond{k}" for k in range(1, count)]
+    factors = tuple((*bonds[max(k - 1, 0) : k], outs[k], ins[k], *bonds[k : k + 1]) for k in range(count))
+    sizes = (*zip(outs, out_modes, strict=True), *zip(ins, in_modes, strict=True))
+    names = tuple(f"mode_{k}" for k in range(1, count + 1))
+    return Einsum(layout, Equation(factors, tuple(outs), tuple(ins)), sizes, names, tuple(bonds))
 
 
 def kronecker(factors: Sequence[Tensor]) -> Tensor:
