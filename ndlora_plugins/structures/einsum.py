@@ -23,6 +23,9 @@ __all__ = ["Einsum", "Equation"]
 
 Axes = tuple[str, ...]
 
+_MOST_FACTORS = 12  # every cut between them is looked at
+_MOST_AXES = 24  # torch.einsum has 52 letters, and the norm takes two for an axis
+
 _TOKENS = "tokens'"
 
 
@@ -63,6 +66,8 @@ class Equation:
             if len(set(axes)) < len(axes):
                 raise _wrong(text, f"{' '.join(axes)!r} has an axis twice")
         uses = [axis for axes in factors for axis in axes]
+        if len(factors) > _MOST_FACTORS or len(set(uses)) > _MOST_AXES:
+            raise _wrong(text, f"it has more than {_MOST_FACTORS} factors or {_MOST_AXES} axes")
         for axis in uses:
             if not axis.isidentifier():  # the names that this file adds are none, so that they are nobody's
                 raise _wrong(text, f"{axis!r} is no name of an axis: use letters, digits and underscores")

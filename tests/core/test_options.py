@@ -52,6 +52,7 @@ WRONG_EQUATIONS = [
     ("out r', r' in -> out in", r'"r\'" is no name of an axis: use letters, digits and underscores'),
     ("...out r, r in -> out in", "'...out' is no name of an axis"),
     ("out r, r -> out in", "no factor has the axis 'in'"),
+    ("out r, r in" + 11 * ", r" + " -> out in", "it has more than 12 factors"),
     ("out r, s in -> out in", "the axis 'r' is in one factor only, which it would sum up"),
     ("out r, r in, in2 in -> out in", "the axis 'in2' is in one factor only"),
     (
