@@ -73,9 +73,25 @@ BROKEN_CONFIGS = {
     "type": ({"peft_type": 5}, "of type 5, not NDLORA"),
     "task": ({"task_type": "NOPE"}, "NOPE"),
     "fewer-layers": ({"target_modules": ["k_proj"]}, "layers in "),
-    "forms": ({"weight_forms": {"x": {"name": "x", "kind": "linear", "shape": [2, 2]}}}, "weight_forms of"),
-    "forms-kind": ({"weight_forms": {"x": {"name": "x", "kind": [], "shape": [2, 2]}}}, "weight_forms of"),
-    "forms-shape": ({"weight_forms": {"x": {"name": "x", "kind": "embedding", "shape": [0, 2]}}}, "weight_forms of"),
+    "layers": ({"layers": {"x": ["x", "linear", [2]]}}, "layers of"),
+    "layers-entry": ({"layers": {"x": {"name": "x"}}}, "layers of"),
+    "layers-kind": ({"layers": {"x": ["x", [], [2, 2]]}}, "layers of"),
+    "layers-shape": ({"layers": {"x": ["x", "embedding", [0, 2]]}}, "layers of"),
+    "layers-list": ({"layers": []}, "layers="),
+    "layers-of-another": ({"layers": {"x": ["x", "linear", [2, 2]]}}, "does not list under `layers`"),
+    # of schema 1
+    "forms": (
+        {"layers": None, "weight_forms": {"x": {"name": "x", "kind": "linear", "shape": [2, 2]}}},
+        "weight_forms of",
+    ),
+    "forms-kind": (
+        {"layers": None, "weight_forms": {"x": {"name": "x", "kind": [], "shape": [2, 2]}}},
+        "weight_forms of",
+    ),
+    "forms-shape": (
+        {"layers": None, "weight_forms": {"x": {"name": "x", "kind": "embedding", "shape": [0, 2]}}},
+        "weight_forms of",
+    ),
     "fingerprint": ({"base_fingerprint": {"x": 5}}, "base_fingerprint of"),
     "huge": (
         {"base_fingerprint": {"x": {"shape": [10**18 + 9, 8], "storage": "float32", "values": None}}},

@@ -109,7 +109,7 @@ class AdapterReader:
         return self.forms[path][0]
 
     def form(self, path: str) -> WeightForm | None:
-        """Of the base weight; None where an old file does not tell it without the base model."""
+        """Of the base weight; None where the configuration does not list it and the tensors do not tell it."""
         return self.forms[path][1]
 
     def is_parameter(self, path: str) -> bool:
@@ -124,6 +124,11 @@ class AdapterReader:
             NdLoraValueError: the base model has no such layer, or a factor is missing, unknown or of another shape.
         """
         name, form = self.forms[path]
+        if self.config.layers is not None and form is None:
+            raise NdLoraValueError(
+                f"{self.path} holds tensors of layer {path!r}, which its configuration does not list under `layers`. "
+                f"Save the adapter again."
+            )
         if base is not None:
             found = base.form(name)
             # an old file that reads its start from the base says nothing of how wide its linear layers are

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.files.json_files import check_layers, check_weight_forms
 from ndlora_plugins.integrations.peft.names import PREFIX
@@ -49,27 +48,24 @@ def shared_key(group: str, key: str) -> str:
 
 
 def layer_forms(config: NdLoraConfig, shapes: Shapes) -> dict[str, tuple[str, WeightForm | None]]:
-    """Layer, as the file names it -> its name in the model and the form of its weight, where that is known.
+    """Layer, as the file names it -> its name in the model and the form of its weight.
+
+    The form is None where an old file does not tell it, and of a layer that the table has not.
 
     Args:
         shapes: layer -> "ndlora_factors.down" and the like -> shape.
 
     Raises:
-        NdLoraValueError: the table is broken, or has not the layers of the file.
+        NdLoraValueError: the table is broken.
     """
     if config.layers is None:
         return _forms_of_schema_1(config, shapes)
     check_layers(config.layers)
-    unknown = [path for path in shapes if path not in config.layers]
-    if unknown:
-        raise NdLoraValueError(
-            f"The file holds tensors of {len(unknown)} layers that its configuration does not list, the first is "
-            f"{unknown[0]!r}. Save the adapter again."
-        )
-    return {
+    listed = {
         path: (name, WeightForm(kind, tuple(shape), transposed=kind == "embedding"))
         for path, (name, kind, shape) in config.layers.items()
     }
+    return listed | {path: (path, None) for path in shapes if path not in listed}
 
 
 def _forms_of_schema_1(config: NdLoraConfig, shapes: Shapes) -> dict[str, tuple[str, WeightForm | None]]:

@@ -14,7 +14,8 @@ __all__ = ["check_fingerprint", "check_layers", "check_weight_forms", "read_obje
 
 _LARGEST = torch.finfo(torch.float32).max
 # kind of a weight -> how many axes it can have
-_AXES = {"linear": (2,), "embedding": (2,), "convolution": (3, 4, 5), "parameter": (2, 3)}
+_OTHER_AXES = {"embedding": (2,), "convolution": (3, 4, 5), "parameter": (2, 3)}
+_AXES = {"linear": (2,), **_OTHER_AXES}
 
 
 def read_object(path: Path) -> dict:
@@ -102,11 +103,11 @@ def check_weight_forms(saved: dict) -> None:
         if not (
             isinstance(entry.get("name"), str)
             and isinstance(kind, str)
-            and _is_shape(entry.get("shape"), _AXES.get(kind, ()))
+            and _is_shape(entry.get("shape"), _OTHER_AXES.get(kind, ()))
         ):
             raise NdLoraValueError(
                 f"weight_forms of the adapter's configuration is broken: the entry of {shorten(path)} must have a "
-                f"name, a kind out of {list(_AXES)} and a shape that fits it, but is {shorten(entry)}. Save the "
+                f"name, a kind out of {list(_OTHER_AXES)} and a shape that fits it, but is {shorten(entry)}. Save the "
                 f"adapter again."
             )
 
