@@ -12,6 +12,9 @@ import hypothesis
 import pytest
 import torch
 
+# the fields of `NdLoraConfig` that a method cannot be without
+NEEDED = {"einsum": {"options": {"equation": "out r, r s, s in -> out in"}}}
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -46,6 +49,12 @@ def pytest_collection_modifyitems(config, items):
 def fixed_seed():
     """Every test starts from the same global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fields_of():
+    """A function: a method's name -> the fields of `NdLoraConfig` that say it."""
+    return lambda method: {"method": method, **NEEDED.get(method, {})}
 
 
 @pytest.fixture

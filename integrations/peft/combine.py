@@ -119,13 +119,14 @@ def add_weighted(
         raise NdLoraValueError(
             f"The sum of {list(adapters)} would take the methods {sorted(methods)}: one is needed."
         )
+    method = methods.pop()
     ranks = {f"^{re.escape(name)}": found.rank for name, found in sums.items()}
     largest = max(ranks.values())
     smaller = {key: rank for key, rank in ranks.items() if rank != largest}
     saved = {module for config in configs for module in config.modules_to_save or ()}
     model.peft_config[adapter_name] = replace(
         configs[0],
-        method=methods.pop(),
+        method=method,
         init_lora_weights=True,
         anchor="none",
         r=largest,
@@ -133,7 +134,7 @@ def add_weighted(
         rank_pattern=smaller,
         alpha_pattern=smaller,
         use_rslora=False,
-        **_splits(configs, sums),
+        **_options(method, configs, sums),
         target_modules="|".join(re.escape(name) for name in sums),
         exclude_modules=None,
         layers_to_transform=None,
@@ -209,14 +210,17 @@ def _union_of_tokens(configs: Sequence[NdLoraConfig]) -> list[int] | dict[str, l
     return {layer: sorted(set().union(*(indices.get(layer, ()) for indices in given))) for layer in layers}
 
 
-def _splits(configs: Sequence[NdLoraConfig], sums: Mapping[str, Sum]) -> dict[str, Any]:
-    """How dimensions are split into modes, layer by layer where the adapters do not say the same."""
-    if len({(str(config.modes), config.num_modes, config.crossed_modes) for config in configs}) == 1:
+def _options(method: str, configs: Sequence[NdLoraConfig], sums: Mapping[str, Sum]) -> dict[str, Any]:
+    """The fields with the method's own options: the adapters' where it is theirs and they say the same, else how each
+    layer's features are split into modes.
+    """
+    said = [(config.method, str(config.modes), config.resolved().options) for config in configs]
+    if method == configs[0].method and all(each == said[0] for each in said):
         return {}
     modes = {
         f"^{re.escape(name)}": dict(found.mode_sizes) for name, found in sums.items() if found.mode_sizes
     }
-    return {"modes": modes or None, "num_modes": 2, "crossed_modes": None}
+    return {"options": None, "modes": modes or None, "num_modes": 2, "crossed_modes": None}
 
 
 def _sum_tokens(model: BaseTuner, weighted: Sequence[tuple[str, float]], adapter_name: str) -> None:

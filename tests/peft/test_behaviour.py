@@ -20,8 +20,8 @@ from transformers import (
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.registry import methods
 
-METHODS = ["ndlinear", "slora", "nlora", "inttune"]
 # options of a second adapter on the same layers
 OTHERS = {
     "same": {},
@@ -31,6 +31,8 @@ OTHERS = {
 # the starts that are subtracted: their effective rank is twice r (slora), or the modes times r (ndlinear)
 ANCHORED = {
     "ndlinear": {"init_lora_weights": "ndlinear", "anchor": "snapshot"},
+    "crossed": {"init_lora_weights": "ndlinear", "anchor": "snapshot"},
+    "einsum": {"init_lora_weights": False, "anchor": "snapshot"},
     "slora": {"init_lora_weights": False, "anchor": "snapshot"},
     "nlora": {"init_lora_weights": "n_lora"},
     "inttune": {"init_lora_weights": "n_lora"},
@@ -39,16 +41,16 @@ ANCHORED = {
 SAVES_BIASES = hasattr(BaseTuner, "_get_adapter_state_dict")
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=methods())
 def method(request):
     return request.param
 
 
 @pytest.fixture
-def config(method):
+def config(method, fields_of):
     def make(**options):
         options = {"init_lora_weights": False, "r": 3, "target_modules": ["q_proj", "down_proj"], **options}
-        return NdLoraConfig(method=method, task_type="CAUSAL_LM", **options)
+        return NdLoraConfig(task_type="CAUSAL_LM", **fields_of(method), **options)
 
     return make
 
@@ -198,6 +200,21 @@ def test_the_sum_covers_the_layers_of_both(two_adapters, tokens):
 
 # adapters "one" and "two" -> the rank of their sum on a layer that both have
 SPLITS = {
+    "crossed, by the method's own option": (
+        {"options": {"crossed_modes": 4}, "r": 2},
+        {"options": {"crossed_modes": 4}},
+        3,
+    ),
+    "crossed and by hand, by options": (
+        {"options": {"crossed_modes": 4}, "target_modules": ["q_proj"]},
+        {"options": {"in_modes": [4, 12], "out_modes": [12, 4]}, "target_modules": ["q_proj"]},
+        2,
+    ),
+    "by options that fit one adapter's layers": (
+        {"options": {"in_modes": [2, 24], "out_modes": [24, 2]}, "target_modules": ["q_proj"]},
+        {"options": {"in_modes": [4, 12], "out_modes": [4, 6]}, "target_modules": ["v_proj"]},
+        1,
+    ),
     "crossed, both": ({"crossed_modes": 4, "r": 2}, {"crossed_modes": 4}, 3),
     "crossed and even, on other layers": (
         {"crossed_modes": 4, "target_modules": ["q_proj"]},

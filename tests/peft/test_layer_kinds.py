@@ -191,7 +191,7 @@ def test_an_embedding_looks_its_columns_up_without_the_matrix(monkeypatch):
     layer = model.base_model.model.layer
     first, second = (layer.ndlora_factors["default"][f"mode_{k}"] for k in (1, 2))
     expected = layer.scaling["default"] * (torch.kron(first[0], second[0]) + torch.kron(first[1], second[1]))
-    monkeypatch.delattr(type(layer.plan["default"].method), "delta")
+    monkeypatch.delattr(type(layer.plan["default"].structure), "delta")
     torch.testing.assert_close(model(x) - layer.base_layer(x), F.embedding(x, expected.T))
 
 

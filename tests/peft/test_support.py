@@ -15,16 +15,18 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraError
 from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.registry import methods
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "support.md"
-METHODS = {
-    "ndlinear": {"method": "ndlinear"},
-    "slora": {"method": "slora", "r": 2},
+# what of a method is not its default
+CHANGED = {
+    "slora": {"r": 2},
     # the slices as they are: the noise that stands for a training is of one size
-    "nlora": {"method": "nlora", "r": 2, "init_lora_weights": "n_lora"},
-    "inttune": {"method": "inttune", "r": 2, "init_lora_weights": "n_lora"},
+    "nlora": {"r": 2, "init_lora_weights": "n_lora"},
+    "inttune": {"r": 2, "init_lora_weights": "n_lora"},
+    "einsum": {"r": 2},
 }
-ALL, NONE = tuple(METHODS), ()
+ALL, NONE = tuple(methods()), ()
 STEPS = [
     "start",
     "train",
@@ -158,11 +160,11 @@ def torchao():
 class Case:
     """One method on one kind of layer, as its steps see it."""
 
-    def __init__(self, kind, method, directory, work, shake):
+    def __init__(self, kind, fields, directory, work, shake):
         name, _, options, self.inputs, targets = BASES[kind]
         self.kind, self.base, self.work, self.shake = kind, directory, work, shake
         self.make, self.options = getattr(transformers, name), torchao() if options == "torchao" else options
-        self.config = {"random_seed": 0, **METHODS[method], **targets}
+        self.config = {"random_seed": 0, **fields, **targets}
         # of an output of about 1: what rounding a merged weight to 4 or 8 bits may cost
         self.tolerance = 0.3 if self.options else 1e-4
 
@@ -278,10 +280,10 @@ def works(step, case):
     return True
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("kind", BASES)
-def test_cells(kind, method, directory, tmp_path, shake):
-    case = Case(kind, method, directory(kind), tmp_path, shake)
+def test_cells(kind, method, fields_of, directory, tmp_path, shake):
+    case = Case(kind, {**fields_of(method), **CHANGED.get(method, {})}, directory(kind), tmp_path, shake)
     found = {step: works(step, case) for step in STEPS}
     assert found == {step: method in cell for step, cell in zip(STEPS, SUPPORT[kind], strict=True)}
 
