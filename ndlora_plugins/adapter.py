@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.fused import Product, add_product, linear_with_product
+from ndlora_plugins.fused import Product, add_product, compute_dtype, linear_with_product
 from ndlora_plugins.methods.base import Method, Moment
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.registry import method_and_start
@@ -189,8 +189,7 @@ class LayerAdapter:
         """output + scaling * dW x; see `fused.add_product`."""
         found = self._product(trained, frozen, moment)
         if found is None:
-            y = self.apply(trained, frozen, x, moment)
-            return output + (y if scaling == 1 else y * scaling)
+            return self._add_plain(output, trained, frozen, x, scaling, moment)
         return add_product(*found, output, x, scaling, in_place)
 
     def linear(
@@ -206,8 +205,7 @@ class LayerAdapter:
         """F.linear(x, weight, bias) + scaling * dW x; see `fused.linear_with_product`."""
         found = self._product(trained, frozen, moment)
         if found is None:
-            y = self.apply(trained, frozen, x, moment)
-            return F.linear(x, weight, bias) + (y if scaling == 1 else y * scaling)
+            return self._add_plain(F.linear(x, weight, bias), trained, frozen, x, scaling, moment)
         return linear_with_product(*found, weight, bias, x, scaling)
 
     def lookup(
@@ -266,6 +264,22 @@ class LayerAdapter:
         if self.anchor == "snapshot":
             return structure.change_product(frozen, trained)
         return structure.product({**frozen, **trained})
+
+    def _add_plain(
+        self,
+        output: Tensor,
+        trained: Factors,
+        frozen: Factors,
+        x: Tensor,
+        scaling: float,
+        moment: Moment | None,
+    ) -> Tensor:
+        """As `add_product`, by autograd: for structures without a product."""
+        update, factors = self.factors(trained, frozen, moment)
+        floating = [value for value in factors.values() if value.is_floating_point()]
+        dtype = compute_dtype(x, floating, torch.is_autocast_enabled(x.device.type))
+        y = update.apply(cast_factors(factors, dtype), x.to(dtype))
+        return (output + (y if scaling == 1 else y * scaling)).to(output.dtype)
 
     def _visible(
         self, trained: Factors, frozen: Factors, moment: Moment | None

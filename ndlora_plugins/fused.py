@@ -20,6 +20,7 @@ __all__ = [
     "Product",
     "add_mm_",
     "add_product",
+    "compute_dtype",
     "linear_with_product",
 ]
 
@@ -104,7 +105,7 @@ def add_mm_(result: Tensor | None, left: Tensor, right: Tensor, scaling: float) 
     return result.addmm_(left, right, alpha=scaling)
 
 
-def _compute_dtype(x: Tensor, tensors: Sequence[Tensor], autocast: bool) -> torch.dtype:
+def compute_dtype(x: Tensor, tensors: Sequence[Tensor], autocast: bool) -> torch.dtype:
     """The dtype that dW x is computed in.
 
     Under autocast it is autocast's. A bfloat16 x meets float32 tensors in bfloat16, which has float32's range:
@@ -255,7 +256,7 @@ def add_product(
     Returns:
         (..., out_features), in output's dtype.
     """
-    dtype = _compute_dtype(x, tensors, torch.is_autocast_enabled(x.device.type))
+    dtype = compute_dtype(x, tensors, torch.is_autocast_enabled(x.device.type))
     return _add(product, tensors, output, x, scaling, in_place, dtype)
 
 
@@ -300,7 +301,7 @@ def linear_with_product(
         (..., out_features).
     """
     autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = _compute_dtype(x, tensors, autocast)
+    dtype = compute_dtype(x, tensors, autocast)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     if autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -18,7 +18,7 @@ from ndlora_plugins.adapter import LayerAdapter, plan_layer
 from ndlora_plugins.methods.base import Moment
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts.base import Seen
-from ndlora_plugins.structures.base import Factors
+from ndlora_plugins.structures.base import Factors, cast_factors
 
 __all__ = ["LAYOUTS", "check_method"]
 
@@ -44,7 +44,8 @@ def check_method(
 
     The start leaves the layer as it is; `apply`, `product`, `lookup`, `norm` and the low-rank form are views of
     `delta`; the change since a start is the difference of two `delta`; gradients are those of `delta` and reach every
-    factor that trains; what is saved is enough to make the update again; a smaller rank is a slice; merging is adding.
+    factor that trains; a layer of 16 bit keeps its dtype; what is saved is enough to make the update again; a smaller
+    rank is a slice; merging is adding.
 
     Args:
         method, init_lora_weights, options: as `NdLoraConfig` takes them.
@@ -68,6 +69,7 @@ def check_method(
                 trained, frozen = _moved(plan, seen, generator)
                 _check_views(plan, trained, frozen, generator)
                 _check_gradients(plan, trained, frozen, generator)
+                _check_dtypes(plan, trained, frozen, generator)
                 _check_file(plan, trained, frozen, seen)
                 _check_cut(plan, trained, frozen)
                 _check_merge(plan, trained, frozen, seen.weight, generator)
@@ -157,6 +159,21 @@ def _check_gradients(
     for name, one, other in zip(("x", *leaves), found, expected, strict=True):
         _equal(one, other, f"gradient of {name!r}")
         assert one.any(), f"no gradient reaches {name!r}"
+
+
+def _check_dtypes(plan: LayerAdapter, trained: Factors, frozen: Factors, generator: torch.Generator) -> None:
+    """Float32 factors on a layer of 16 bit, and under autocast."""
+    weight = torch.zeros(plan.layout.out_features, plan.layout.in_features)
+    x = _random(generator, 4, plan.layout.in_features)
+    expected = x @ plan.delta(trained, frozen).T
+    trained, frozen = cast_factors(trained, torch.float32), cast_factors(frozen, torch.float32)
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = plan.linear(weight.to(dtype), None, trained, frozen, x.to(dtype), 1.0)
+        kind = torch.bfloat16 if autocast else dtype
+        assert found.dtype == kind, f"a layer of {kind} gives {found.dtype}"
+        lost = (found.double() - expected).abs().max() / expected.abs().max()
+        assert lost < 0.05, f"on a layer of {kind}, {lost:.0%} of the update are lost to rounding"
 
 
 def _check_file(plan: LayerAdapter, trained: Factors, frozen: Factors, seen: Seen) -> None:

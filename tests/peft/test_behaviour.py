@@ -369,10 +369,10 @@ BIASES = {
 
 @pytest.mark.skipif(not SAVES_BIASES, reason="peft 0.20 saves biases of its own tuner types only")
 @pytest.mark.parametrize("bias", BIASES)
-def test_biases_come_back(bias, method, shake, tmp_path):
+def test_biases_come_back(bias, method, fields_of, shake, tmp_path):
     torch.manual_seed(3)
     base, x = Biased(), torch.randn(2, 12)
-    config = NdLoraConfig(method=method, r=2, target_modules=["first"], bias=bias)
+    config = NdLoraConfig(**fields_of(method), r=2, target_modules=["first"], bias=bias)
     model = shake(get_peft_model(copy.deepcopy(base), config))
     trained = {
         name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad
@@ -384,9 +384,9 @@ def test_biases_come_back(bias, method, shake, tmp_path):
 
 
 @pytest.mark.skipif(SAVES_BIASES, reason="peft 0.21 saves them")
-def test_biases_that_would_be_lost_are_refused(method):
+def test_biases_that_would_be_lost_are_refused(method, fields_of):
     with pytest.raises(NdLoraValueError, match="bias='all': peft .* Upgrade to peft 0.21"):
-        get_peft_model(Biased(), NdLoraConfig(method=method, r=2, target_modules=["first"], bias="all"))
+        get_peft_model(Biased(), NdLoraConfig(**fields_of(method), r=2, target_modules=["first"], bias="all"))
 
 
 def test_tokens_and_whole_modules_survive_a_merge(config, make_llama, tokens, shake):
@@ -488,12 +488,12 @@ HEADS = {
 
 
 @pytest.mark.parametrize("task", HEADS)
-def test_a_head_that_trains_in_full_gets_no_adapter(task, method, tokens, shake, tmp_path):
+def test_a_head_that_trains_in_full_gets_no_adapter(task, method, fields_of, tokens, shake, tmp_path):
     model_class, head = HEADS[task]
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
     base = model_class(RobertaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)).eval()
     linear = {name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
-    model = get_peft_model(copy.deepcopy(base), NdLoraConfig(method=method, r=2, task_type=task)).eval()
+    model = get_peft_model(copy.deepcopy(base), NdLoraConfig(**fields_of(method), r=2, task_type=task)).eval()
     assert {name.removeprefix("base_model.model.") for name in deltas(model, "default")} == linear - head
     shake(model).save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path).eval()

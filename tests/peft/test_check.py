@@ -180,7 +180,10 @@ def test_tensors_of_what_is_no_layer(name, with_base, save, rewrite, tmp_path):
     rewrite(
         directory,
         lambda t: t.update(
-            {f"base_model.model.{name}.ndlora_factors.{f}": t[f"{Q}.{f}"].clone() for f in ("down", "core", "up")}
+            {
+                f"base_model.model.{name}.ndlora_factors.{f}": t[f"{Q}.{f}"].clone()
+                for f in ("down", "core", "up")
+            }
         ),
     )
     report = check_adapter(directory, str(tmp_path / "base") if with_base else None)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraError
+from ndlora_plugins.registry import methods, starts
 
 FEATURES, TOKENS, EXPERTS = 12, 10, 3
 INDICES = torch.tensor([[0, 1, 2, 3, 4], [9, 8, 7, 6, 5]])
@@ -118,18 +119,20 @@ SIDES = st.dictionaries(st.sampled_from(["in_modes", "out_modes"]), st.one_of(MO
 FITTING = st.sampled_from(
     [{"in_modes": [3, 4]}, {"in_modes": [2, 6], "out_modes": [3, 4]}, {"out_modes": [2, 2, 3]}]
 )
-STARTS = [
-    None,
-    True,
-    False,
-    "zero_mode",
-    "lora_step",
-    "kronecker",
-    "ndlinear",
-    "s_lora",
-    "n_lora",
-    "n_lora_step",
-]
+EQUATIONS = st.sampled_from(
+    [
+        "out r, r in -> out in",
+        "out r, r s, s in -> out in",
+        "out_1 r in_1, r out_2 in_2 -> out_1 out_2 in_1 in_2",
+    ]
+    + ["out r, r in -> out", "out in -> out in", "out r, in -> out in", ""]
+)
+# of a method that has them, and of one that has not
+OPTIONS = st.one_of(
+    st.fixed_dictionaries({"equation": EQUATIONS}, optional={"sizes": st.just({"r": 2}), "trains": MODES}),
+    st.fixed_dictionaries({"num_modes": st.sampled_from([2, 3, 0])}, optional={"crossed_modes": st.just(2)}),
+    FITTING,
+)
 TOKEN_ROWS = st.lists(st.sampled_from([0, 1, 2, 9, -1, 10, 10**6]), max_size=3)
 MODULES = st.lists(
     st.sampled_from(["lm_head", "norm", "layers.0.norm", "embed_tokens", "query", "nothing"]), max_size=2
@@ -137,12 +140,13 @@ MODULES = st.lists(
 FLAGS = st.sampled_from([True, False, None])
 # field -> values of its kind: usual ones, those on the border, and some that do not fit the others or the model
 VALUES = {
-    "method": st.sampled_from([None, "ndlinear", "slora", "nlora", "inttune"]),
+    "method": st.sampled_from([None, *methods()]),
     "r": RANKS,
     "lora_alpha": ALPHAS,
     "lora_dropout": st.sampled_from([0, 0.0, 0.5, 0.999]),
-    "init_lora_weights": st.sampled_from([*STARTS, "n_lora_pivots"]),
+    "init_lora_weights": st.sampled_from([None, True, False, *starts()]),
     "anchor": st.sampled_from([None, "snapshot", "none"]),
+    "options": OPTIONS,
     "num_modes": st.sampled_from([2, 3, 4, 7, 32]),
     "crossed_modes": st.sampled_from([1, 2, 4, 7, 10**30]),
     "modes": st.one_of(FITTING, SIDES, st.dictionaries(PATTERNS, st.one_of(FITTING, SIDES), max_size=2)),
@@ -164,6 +168,7 @@ VALUES = {
     "ensure_weight_tying": FLAGS,
     "base_fingerprint": st.none(),
     "weight_forms": st.none(),
+    "layers": st.none(),
     "schema_version": st.sampled_from([1, 2]),
     "task_type": st.sampled_from([None, "CAUSAL_LM", "FEATURE_EXTRACTION", "NOPE"]),
     "peft_type": st.sampled_from([None, "NDLORA", "LORA"]),
@@ -225,7 +230,7 @@ def values(config):
 
 def promises_the_base(config, options):
     """Whether an adapter leaves the model's function as it is before it is trained."""
-    return options.get("anchor") != "none" and config.init_lora_weights is not False
+    return options.get("anchor") != "none" and not config.resolved().start.moves
 
 
 def shake(model):
@@ -254,6 +259,8 @@ def test_every_field_has_values():
 @example({"lora_alpha": 3e38, "crossed_modes": 1})
 @example({"modules_to_save": [""]})
 @example({"r": 10**30})
+@example({"method": "einsum", "options": {"equation": "out r, r in -> out in"}, "target_modules": LAYERS})
+@example({"method": "crossed", "options": {"in_modes": [3, 4]}, "modes": {"query": {"in_modes": [2, 6]}}})
 def test_our_own_error_or_an_adapter_that_comes_back(options):
     try:
         config = NdLoraConfig(**options)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,17 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.registry import methods
 
 METHODS = {
-    "ndlinear": {},
+    **{method: {"method": method} for method in methods()},
     "ndlinear-3-modes-4-terms": {"method": "ndlinear", "num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
     "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
     "nlora-pivots": {"init_lora_weights": "n_lora_pivots", "r": 4},
-    "slora": {"method": "slora"},
-    "nlora": {"init_lora_weights": "n_lora"},
+    "nlora-slices": {"init_lora_weights": "n_lora"},
     "nlora-no-anchor": {"init_lora_weights": "n_lora", "anchor": "none", "r": 4},
-    "inttune": {"method": "inttune"},
     "inttune-no-anchor": {"method": "inttune", "init_lora_weights": "n_lora", "anchor": "none"},
 }
 ANCHORED = [name for name in METHODS if not name.endswith("no-anchor")]
@@ -31,8 +31,15 @@ PAIRS = [("ndlinear", "slora"), ("slora", "nlora"), ("nlora", "inttune"), ("intt
 MODELS = ["make_llama", "make_gpt2"]
 
 
-def config(name, **more):
-    return NdLoraConfig(task_type="CAUSAL_LM", **{**METHODS[name], **more})
+@pytest.fixture
+def config(fields_of):
+    """A function: an entry of `METHODS`, and further fields -> a configuration."""
+
+    def make(name, **more):
+        fields = METHODS[name]
+        return NdLoraConfig(task_type="CAUSAL_LM", **{**fields_of(fields.get("method")), **fields, **more})
+
+    return make
 
 
 @pytest.fixture(params=MODELS)
@@ -41,13 +48,13 @@ def make_model(request):
 
 
 @pytest.mark.parametrize("name", ANCHORED)
-def test_the_first_output_is_the_bases(name, make_model, tokens):
+def test_the_first_output_is_the_bases(name, config, make_model, tokens):
     base = make_model()(tokens).logits
     assert torch.equal(get_peft_model(make_model(), config(name)).eval()(tokens).logits, base)
 
 
 @pytest.mark.parametrize("name", ["nlora-no-anchor", "inttune-no-anchor"])
-def test_without_an_anchor_it_is_not(name, make_llama, tokens):
+def test_without_an_anchor_it_is_not(name, config, make_llama, tokens):
     base = make_llama()(tokens).logits
     assert not torch.allclose(
         get_peft_model(make_llama(), config(name, r=24)).eval()(tokens).logits, base, atol=1e-7
@@ -55,7 +62,9 @@ def test_without_an_anchor_it_is_not(name, make_llama, tokens):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_disabled_is_the_base_bit_for_bit_and_the_base_is_never_written(name, make_model, tokens, shake):
+def test_disabled_is_the_base_bit_for_bit_and_the_base_is_never_written(
+    name, config, make_model, tokens, shake
+):
     base = make_model()
     weights, expected = copy.deepcopy(base.state_dict()), base(tokens).logits
     model = shake(get_peft_model(base, config(name))).eval()
@@ -69,7 +78,9 @@ def test_disabled_is_the_base_bit_for_bit_and_the_base_is_never_written(name, ma
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_saved_and_loaded_under_another_seed(name, low_cpu_mem_usage, make_model, tokens, shake, tmp_path):
+def test_saved_and_loaded_under_another_seed(
+    name, low_cpu_mem_usage, config, make_model, tokens, shake, tmp_path
+):
     model = shake(get_peft_model(make_model(), config(name))).eval()
     expected = model(tokens).logits
     model.save_pretrained(tmp_path)
@@ -79,7 +90,7 @@ def test_saved_and_loaded_under_another_seed(name, low_cpu_mem_usage, make_model
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_file_holds_only_what_cannot_be_recomputed(name, make_llama, shake, tmp_path):
+def test_the_file_holds_only_what_cannot_be_recomputed(name, config, make_llama, shake, tmp_path):
     model = shake(get_peft_model(make_llama(), config(name)))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -94,7 +105,7 @@ def test_the_file_holds_only_what_cannot_be_recomputed(name, make_llama, shake, 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_merged_equals_unmerged(name, safe_merge, make_model, tokens, shake):
+def test_merged_equals_unmerged(name, safe_merge, config, make_model, tokens, shake):
     model = shake(get_peft_model(make_model(), config(name))).eval()
     expected = model(tokens).logits
     base = make_model()(tokens).logits
@@ -109,7 +120,7 @@ def test_merged_equals_unmerged(name, safe_merge, make_model, tokens, shake):
     )
 
 
-def test_safe_merge_raises_before_it_writes(make_llama, shake):
+def test_safe_merge_raises_before_it_writes(config, make_llama, shake):
     model = shake(get_peft_model(make_llama(), config("slora")))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     before = layer.base_layer.weight.clone()
@@ -121,7 +132,7 @@ def test_safe_merge_raises_before_it_writes(make_llama, shake):
 
 
 @pytest.mark.parametrize("first, second", PAIRS)
-def test_two_adapters_of_different_methods(first, second, make_model, tokens, shake, tmp_path):
+def test_two_adapters_of_different_methods(first, second, config, make_model, tokens, shake, tmp_path):
     model = get_peft_model(make_model(), config(first), adapter_name="one")
     model.add_adapter("two", config(second))
     shake(model, seed=1)
@@ -150,7 +161,7 @@ def test_two_adapters_of_different_methods(first, second, make_model, tokens, sh
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_only_the_active_adapters_factors_train(name, make_llama):
+def test_only_the_active_adapters_factors_train(name, config, make_llama):
     model = get_peft_model(make_llama(), config(name))
     model.add_adapter("other", config("slora"))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -161,7 +172,7 @@ def test_only_the_active_adapters_factors_train(name, make_llama):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_half_precision_bases(name, dtype, autocast_adapter_dtype, make_llama, tokens, shake):
+def test_half_precision_bases(name, dtype, autocast_adapter_dtype, config, make_llama, tokens, shake):
     model = get_peft_model(
         make_llama(dtype=dtype), config(name), autocast_adapter_dtype=autocast_adapter_dtype
     )
@@ -178,7 +189,7 @@ def test_half_precision_bases(name, dtype, autocast_adapter_dtype, make_llama, t
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_autocast_does_not_upcast_the_input(name, make_llama, tokens, shake):
+def test_autocast_does_not_upcast_the_input(name, config, make_llama, tokens, shake):
     model = shake(get_peft_model(make_llama(), config(name)), 0.01)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -187,7 +198,7 @@ def test_autocast_does_not_upcast_the_input(name, make_llama, tokens, shake):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_dropout_acts_on_the_adapter_alone(name, make_llama, tokens, shake):
+def test_dropout_acts_on_the_adapter_alone(name, config, make_llama, tokens, shake):
     model = shake(get_peft_model(make_llama(), config(name, lora_dropout=0.5)))
     model.train()
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
@@ -196,7 +207,7 @@ def test_dropout_acts_on_the_adapter_alone(name, make_llama, tokens, shake):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_seed_makes_the_start_reproducible_and_leaves_the_global_generator_alone(name, make_llama):
+def test_a_seed_makes_the_start_reproducible_and_leaves_the_global_generator_alone(name, config, make_llama):
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -210,7 +221,7 @@ def test_a_seed_makes_the_start_reproducible_and_leaves_the_global_generator_alo
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-def test_another_seed_another_start(make_llama):
+def test_another_seed_another_start(config, make_llama):
     one, two = (
         get_peft_model(make_llama(), config("slora", random_seed=seed)).state_dict() for seed in (1, 2)
     )
@@ -231,7 +242,7 @@ def test_transformers_own_adapter_mixin(make_llama, tokens, shake, tmp_path):
     torch.testing.assert_close(other(tokens).logits, make_llama()(tokens).logits)
 
 
-def test_auto_classes(make_llama, tokens, shake, tmp_path):
+def test_auto_classes(config, make_llama, tokens, shake, tmp_path):
     make_llama().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = shake(get_peft_model(base, config("nlora"))).eval()
@@ -244,7 +255,7 @@ def test_auto_classes(make_llama, tokens, shake, tmp_path):
     torch.testing.assert_close(direct.eval()(tokens).logits, expected)
 
 
-def test_inject_and_low_level_state_dict(make_llama, tokens, shake):
+def test_inject_and_low_level_state_dict(config, make_llama, tokens, shake):
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     model = shake(inject_adapter_in_model(config("ndlinear"), make_llama())).eval()
@@ -255,7 +266,7 @@ def test_inject_and_low_level_state_dict(make_llama, tokens, shake):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_deepcopy_and_pickle(name, make_llama, tokens, shake):
+def test_deepcopy_and_pickle(name, config, make_llama, tokens, shake):
     model = shake(get_peft_model(make_llama(), config(name))).eval()
     assert torch.equal(copy.deepcopy(model)(tokens).logits, model(tokens).logits)
     # the layer, not the model: transformers 5.16's models cannot be pickled, with LoRA neither
@@ -266,7 +277,9 @@ def test_deepcopy_and_pickle(name, make_llama, tokens, shake):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, make_llama, tokens, shake):
+def test_gradient_checkpointing_gives_the_same_gradients(
+    name, use_reentrant, config, make_llama, tokens, shake
+):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -281,7 +294,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, ma
         torch.testing.assert_close(gradients[1][key], gradient)
 
 
-def test_a_base_that_is_loaded_after_the_adapter(make_llama, tokens, shake):
+def test_a_base_that_is_loaded_after_the_adapter(config, make_llama, tokens, shake):
     with torch.device("meta"):
         model = make_llama()
     model = get_peft_model(model, config("inttune"))
@@ -292,7 +305,7 @@ def test_a_base_that_is_loaded_after_the_adapter(make_llama, tokens, shake):
     torch.testing.assert_close(model.eval()(tokens).logits, source.eval()(tokens).logits)
 
 
-def test_hostile_adapter_names(make_llama, tokens, shake, tmp_path):
+def test_hostile_adapter_names(config, make_llama, tokens, shake, tmp_path):
     names = {"ndlora_mine": "slora", "a_ndlora_b": "ndlinear", "weight": "nlora", "lora_A": "inttune"}
     model = get_peft_model(make_llama(), config("slora"), adapter_name="ndlora_mine")
     for name in list(names)[1:]:
@@ -310,7 +323,7 @@ def test_hostile_adapter_names(make_llama, tokens, shake, tmp_path):
 @pytest.mark.parametrize(
     "first, second, taken", [("core", "slora", "core"), ("mode_1", "ndlinear", "mode_1")]
 )
-def test_an_adapter_named_as_a_tensor_is_refused(first, second, taken, make_llama):
+def test_an_adapter_named_as_a_tensor_is_refused(first, second, taken, config, make_llama):
     model = get_peft_model(make_llama(), config("nlora"), adapter_name="fine")
     with pytest.raises(ValueError, match=f"cannot be called '{taken}'"):
         model.add_adapter(first, config(second))
@@ -339,9 +352,9 @@ def test_modes_by_hand_for_one_target(make_llama):
         NdLoraConfig(modes={"down_proj": {"in_modes": [4, 24]}, "q_proj": {"out_modes": [2, 4, 6]}}),
     )
     layer = model.base_model.model.model.layers[0]
-    assert layer.mlp.down_proj.plan["default"].layout.in_modes == (4, 24)
-    assert layer.self_attn.q_proj.plan["default"].layout.out_modes == (2, 4, 6)
-    assert layer.self_attn.k_proj.plan["default"].layout.in_modes == (6, 8)
+    assert layer.mlp.down_proj.plan["default"].structure.in_modes == (4, 24)
+    assert layer.self_attn.q_proj.plan["default"].structure.out_modes == (2, 4, 6)
+    assert layer.self_attn.k_proj.plan["default"].structure.in_modes == (6, 8)
 
 
 def test_config_round_trip(make_llama, tmp_path):
@@ -351,18 +364,25 @@ def test_config_round_trip(make_llama, tmp_path):
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["method"], saved["r"], saved["lora_alpha"], saved["anchor"]) == ("nlora", 4, 4, "snapshot")
-    assert saved["base_fingerprint"] and saved["schema_version"] == 1
+    assert saved["base_fingerprint"] and saved["schema_version"] == 2
+    assert saved["layers"]["model.layers.0.self_attn.k_proj"] == [
+        "model.layers.0.self_attn.k_proj",
+        "linear",
+        [24, 48],
+    ]
     loaded = PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(loaded, NdLoraConfig) and loaded.options_for("q_proj").in_modes == [6, 8]
+    assert isinstance(loaded, NdLoraConfig) and loaded.modes == {"q_proj": {"in_modes": [6, 8]}}
+    loaded = replace(loaded, method="ndlinear", init_lora_weights=True)
+    assert loaded.options_for("q_proj").options.in_modes == (6, 8)
 
 
-def test_one_config_may_serve_two_models(make_llama):
+def test_one_config_may_serve_two_models(config, make_llama):
     shared = config("nlora")
     get_peft_model(make_llama(seed=0), shared)
     get_peft_model(make_llama(seed=1), shared)
 
 
-def test_scaling_can_be_changed(make_llama, tokens, shake):
+def test_scaling_can_be_changed(config, make_llama, tokens, shake):
     model = shake(get_peft_model(make_llama(), config("slora"))).eval()
     expected = model(tokens).logits
     layers = [m for m in model.modules() if hasattr(m, "plan")]
