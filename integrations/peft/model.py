@@ -19,7 +19,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_unmatched
+from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_unmatched
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
@@ -58,23 +58,26 @@ class NdLoraModel(BaseTuner):
     target_module_mapping: dict = {}
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs) -> None:
-        # what the layers, which are made next, refer to
-        self.bank, self.clock = Bank(), Clock()
+        # what the layers refer to: those that are made next, and those that are there without a PEFT model
+        found = next((module for module in model.modules() if isinstance(module, NdLoraLayer)), None)
+        self.bank, self.clock = (Bank(), Clock()) if found is None else (found.bank, found.clock)
         self._planned: dict[tuple[int, str | None], Planned] = {}
-        self._penalty_settled = False
         self._injected = not isinstance(peft_config, dict)  # PEFT then drops this model and keeps the layers
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """As PEFT's; a failure halfway, such as no memory left, leaves the model as it was."""
         try:
-            with undone_on_failure(self):
+            with undone_on_failure(self, self.bank.factors, self.bank.frozen):
+                self.bank.delete(adapter_name)  # one of that name is replaced
+                flags = [(shared, shared.requires_grad) for shared in self.bank.factors.parameters()]
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._planned = {}
-        self.clock.seed = self.peft_config[adapter_name].random_seed or 0
-        if self.peft_config[adapter_name].inference_mode:
-            self.bank.set_trained([])
+        for shared, requires_grad in flags:  # a further adapter changes nothing for the others
+            shared.requires_grad_(requires_grad)
+        config = self.peft_config[adapter_name]
+        self.clock.seeds[adapter_name] = config.random_seed or 0
 
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config  # `_prepare_model` fills in the targets, as it has the model
@@ -136,8 +139,11 @@ class NdLoraModel(BaseTuner):
             if isinstance(layer, NdLoraLayer)
             for plan in layer.plan.values()
         ]
-        tensors = {factor.name for plan in (*present, *plans) for factor in (*plan.trained, *plan.frozen)}
-        for name in {*tensors, "ndlora_factors", "ndlora_frozen"} & set(self.peft_config):
+        plans = [*present, *plans]
+        tensors = {factor.name for plan in plans for factor in (*plan.trained, *plan.frozen)}
+        keys = {key for plan in plans for _, key in plan.shared}
+        groups = {"ndlora_factors", "ndlora_frozen", SHARED, f"{SHARED}_frozen"}
+        for name in (tensors | keys | groups) & set(self.peft_config):
             raise NdLoraValueError(
                 f"An adapter cannot be called {name!r}: this is the name of one of the tensors of an NDLORA adapter, "
                 f"and PEFT could not tell the two apart in a file. Choose another adapter name."
@@ -215,11 +221,7 @@ class NdLoraModel(BaseTuner):
             NdLoraValueError: the model is in training mode, or an adapter does not exist.
         """
         if adapter_names is None:
-            if self.training:
-                self.clock.begin_forward()
-                if not (self._penalty_settled or self.clock.driven or self.clock.step < 2):
-                    self._penalty_settled = True
-                    warn_of_penalties(self.model)
+            self.clock.begin_forward(self)
             yield
             return
         if self.training:
@@ -272,26 +274,6 @@ class NdLoraModel(BaseTuner):
         combination = Combination(combination_type, svd_rank, density, majority_sign_method)
         add_weighted(self, adapters, weights, adapter_name, combination)
 
-    # What the layers share is no layer's: PEFT looks for an adapter's tensors in its layers alone.
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones, and the only ones that train unless `inference_mode`."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self.bank.set_trained([] if inference_mode else names)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the tensors of these adapters train, or not."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.bank.factors:
-                self.bank.factors[name].requires_grad_(requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out of all layers."""
-        super().delete_adapter(adapter_name)
-        self.bank.delete(adapter_name)
-
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -309,7 +291,7 @@ class NdLoraModel(BaseTuner):
 
     def penalty(self) -> torch.Tensor | None:
         """The sum of what the methods of the active adapters add to the loss; None if they add nothing."""
-        total, self._penalty_settled = None, True
+        total, self.clock.penalty_settled = None, True
         for layer in self.model.modules():
             if not isinstance(layer, NdLoraLayer):
                 continue
