@@ -6,7 +6,7 @@ The core is imported when it is first used: registration, which runs at `import 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -62,6 +62,7 @@ class NdLoraModel(BaseTuner):
         found = next((module for module in model.modules() if isinstance(module, NdLoraLayer)), None)
         self.bank, self.clock = (Bank(), Clock()) if found is None else (found.bank, found.clock)
         self._planned: dict[tuple[int, str | None], Planned] = {}
+        self._to_be_loaded: set[str] = set()  # adapters that a start gave nothing
         self._injected = not isinstance(peft_config, dict)  # PEFT then drops this model and keeps the layers
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -78,6 +79,10 @@ class NdLoraModel(BaseTuner):
             shared.requires_grad_(requires_grad)
         config = self.peft_config[adapter_name]
         self.clock.seeds[adapter_name] = config.random_seed or 0
+        config.session.gradients = {}  # of the size of the weights, and used
+        if self._injected and self.clock.begin_forward not in model._forward_pre_hooks.values():
+            # no PEFT model tells of a forward
+            model.register_forward_pre_hook(self.clock.begin_forward)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config  # `_prepare_model` fills in the targets, as it has the model
@@ -164,9 +169,12 @@ class NdLoraModel(BaseTuner):
             planned = plan_target(
                 peft_config, target_of_file, peft_config.resolved(), **get_quantization_kwargs(self.model)
             )
+        gradient = peft_config.session.gradients.get(planned.target.name)
+        if gradient is None and "gradient" in planned.plan.start.reads:
+            self._to_be_loaded.add(adapter_name)
         arguments = {
             "lora_dropout": peft_config.lora_dropout,
-            "gradient": peft_config.session.gradients.get(planned.target.name),
+            "gradient": gradient,
             "generator": generator,
             "inference_mode": peft_config.inference_mode,
         }
@@ -218,8 +226,10 @@ class NdLoraModel(BaseTuner):
             adapter_names: for each sample of the batch the adapter to use; "__base__" for none.
 
         Raises:
-            NdLoraValueError: the model is in training mode, or an adapter does not exist.
+            NdLoraValueError: the model is in training mode, or an adapter does not exist or has no values.
         """
+        if self._to_be_loaded:
+            self._check_loaded()
         if adapter_names is None:
             self.clock.begin_forward(self)
             yield
@@ -245,6 +255,21 @@ class NdLoraModel(BaseTuner):
                     hook = module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True)
                     hooks.callback(hook.remove)
             yield
+
+    def _check_loaded(self) -> None:
+        """A configuration that was read from a file brings no gradients: the tensors must come from there too."""
+        layers = [module for module in self.model.modules() if isinstance(module, NdLoraLayer)]
+        for adapter in sorted(self._to_be_loaded & self.peft_config.keys()):
+            plans = [layer for layer in layers if adapter in layer.ndlora_factors]
+            if not any(
+                value.any() for layer in plans for group in layer.tensors(adapter) for value in group.values()
+            ):
+                raise NdLoraValueError(
+                    f"Adapter {adapter!r} starts from gradients, and has neither these nor the tensors of a file. Load "
+                    f"it with PeftModel.from_pretrained, or call ndlora_plugins.measure_gradients(model, config, step) "
+                    f"before get_peft_model."
+                )
+        self._to_be_loaded.clear()
 
     def add_weighted_adapter(
         self,

@@ -62,7 +62,9 @@ class Bank:
         self, adapter: str, plan: LayerAdapter, trained: Tensors, frozen: Tensors
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A layer's own tensors and the shared ones, by factor, on the layer's device and in its dtype."""
-        own = next((value for value in (*trained.values(), *frozen.values()) if value.is_floating_point()), None)
+        own = next(
+            (value for value in (*trained.values(), *frozen.values()) if value.is_floating_point()), None
+        )
         joined = []
         for holder, tensors in ((self.factors, trained), (self.frozen, frozen)):
             held = self._held(holder, adapter)

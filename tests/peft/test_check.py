@@ -75,7 +75,10 @@ BROKEN_CONFIGS = {
     "fewer-layers": ({"target_modules": ["k_proj"]}, "layers in "),
     "forms": ({"weight_forms": {"x": {"name": "x", "kind": "linear", "shape": [2, 2]}}}, "weight_forms of"),
     "forms-kind": ({"weight_forms": {"x": {"name": "x", "kind": [], "shape": [2, 2]}}}, "weight_forms of"),
-    "forms-shape": ({"weight_forms": {"x": {"name": "x", "kind": "embedding", "shape": [0, 2]}}}, "weight_forms of"),
+    "forms-shape": (
+        {"weight_forms": {"x": {"name": "x", "kind": "embedding", "shape": [0, 2]}}},
+        "weight_forms of",
+    ),
     "fingerprint": ({"base_fingerprint": {"x": 5}}, "base_fingerprint of"),
     "huge": (
         {"base_fingerprint": {"x": {"shape": [10**18 + 9, 8], "storage": "float32", "values": None}}},
@@ -164,7 +167,10 @@ def test_tensors_of_what_is_no_layer(name, with_base, save, rewrite, tmp_path):
     rewrite(
         directory,
         lambda t: t.update(
-            {f"base_model.model.{name}.ndlora_factors.{f}": t[f"{Q}.{f}"].clone() for f in ("down", "core", "up")}
+            {
+                f"base_model.model.{name}.ndlora_factors.{f}": t[f"{Q}.{f}"].clone()
+                for f in ("down", "core", "up")
+            }
         ),
     )
     report = check_adapter(directory, str(tmp_path / "base") if with_base else None)
