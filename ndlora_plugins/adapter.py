@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import Product, add_product, compute_dtype, linear_with_product
@@ -333,4 +334,10 @@ def plan_layer(
         {} if method.shared is None else {f.name: method.shared(f, layer, layout) for f in structure.factors}
     )
     shared = tuple((name, key) for name, key in keys.items() if key is not None)
+    for name, key in shared:
+        if not (isinstance(key, str) and re.fullmatch(r"\w+", key)) or hasattr(nn.ParameterDict, key):
+            raise NdLoraValueError(
+                f"method={method.name!r} shares {name!r} of layer {layer!r} under {key!r}: a key is made of letters, "
+                f"digits and underscores, and is no name that nn.ParameterDict has."
+            )
     return LayerAdapter(method, start, layout, scaling, options.anchor, shared)

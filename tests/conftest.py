@@ -1,5 +1,6 @@
 """Fixtures that every folder uses. Models are tiny and random; the real one is in tests/peft/test_real_model.py."""
 
+import importlib.util
 import os
 import pathlib
 import warnings
@@ -138,6 +139,36 @@ def make_gpt2():
             )
 
     return make
+
+
+@pytest.fixture
+def stranger():
+    """A function that brings in a method, or a file of tests/strangers by its name, until the test ends."""
+    from ndlora_plugins import hookimpl, register_plugin, unregister_plugin
+
+    class Plugin:
+        def __init__(self, method):
+            self.method = method
+
+        @hookimpl
+        def ndlora_methods(self):
+            return [self.method]
+
+    brought = []
+
+    def bring(method):
+        plugin = Plugin(method)
+        if isinstance(method, str):
+            spec = importlib.util.spec_from_file_location(method, ROOT / f"tests/strangers/{method}.py")
+            plugin = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(plugin)
+        register_plugin(plugin, name=f"stranger {len(brought)}")
+        brought.append(plugin)
+        return plugin
+
+    yield bring
+    for plugin in brought:
+        unregister_plugin(plugin)
 
 
 @pytest.fixture

@@ -276,10 +276,12 @@ def _sum(name: str, layer: NdLoraLayer, weighted: list[tuple[str, float]], combi
 def _same_method(
     plans: Sequence[LayerAdapter], updates: Sequence[tuple[Structure, Mapping[str, Tensor]]]
 ) -> Sum | None:
-    """The sum in the adapters' own method, if it is one, trains all its factors, and holds sums in a larger rank."""
+    """The sum in the adapters' own method, if it is one, trains all its factors, each layer's its own, and holds sums
+    in a larger rank.
+    """
     method, structures = plans[0].method, [structure for structure, _ in updates]
     units = {structure.unit for structure in structures}
-    if len(units) > 1 or None in units or any(plan.method != method for plan in plans):
+    if len(units) > 1 or None in units or any(plan.method != method or plan.shared for plan in plans):
         return None
     if method.trained_names(plans[0].layout.options) is not None:
         return None

@@ -54,8 +54,11 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
 
     # what models read of a layer of this kind
     shown_of_base: tuple[str, ...] = ()
-    adapter_layer_names = ("ndlora_factors",)
-    other_param_names = ("ndlora_frozen", "ndlora_dropout", "plan", "r", "lora_alpha", "scaling")
+    # where PEFT looks for the tensors of an adapter, to freeze, move and delete them
+    adapter_layer_names = ("ndlora_factors", "ndlora_shared")
+    other_param_names = (
+        "ndlora_frozen", "ndlora_shared_frozen", "ndlora_dropout", "plan", "r", "lora_alpha", "scaling",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -127,6 +130,16 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    @property
+    def ndlora_shared(self) -> nn.ModuleDict:
+        """What the layers of the model share and what trains: adapter -> key -> parameter."""
+        return self.bank.factors
+
+    @property
+    def ndlora_shared_frozen(self) -> nn.ModuleDict:
+        """The same of what does not train."""
+        return self.bank.frozen
+
     def get_base_weight(self) -> Tensor:
         """The weight of the base layer, dequantised, as the layer stores it."""
         return base_weight(self.get_base_layer(), self.quantization_backend)
@@ -194,17 +207,21 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
     def moment(self, adapter: str) -> Moment | None:
         """The training step, for a method that shows a part of its factors in each; else None."""
         shows_all = self.plan[adapter].method.visible is None
-        return None if shows_all or not self.training else self.clock.moment
+        return None if shows_all or not self.training else self.clock.moment(adapter)
 
     def trained_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The factors of one adapter that the method trains, by name, shared ones too."""
-        own = dict(self.ndlora_factors[adapter].items())
-        return self.bank.join(adapter, self.plan[adapter], own, {})[0] if self.plan[adapter].shared else own
+        return {
+            **self.ndlora_factors[adapter]._parameters,
+            **self.bank.parameters(adapter, self.plan[adapter]),
+        }
 
     def penalty(self, adapter: str) -> Tensor | None:
-        """What the method of one adapter adds to the loss for this layer; None if nothing."""
+        """What the method of one adapter adds to the loss for this layer; None if nothing, or if it does not train."""
         plan = self.plan[adapter]
-        if plan.method.penalty is None:
+        if plan.method.penalty is None or self.disable_adapters:
+            return None
+        if not any(factor.requires_grad for factor in self.trained_parameters(adapter).values()):
             return None
         return plan.method.penalty(plan.structure, self.tensors(adapter)[0])
 

@@ -28,7 +28,7 @@ def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[],
         model: the base model, before the adapter is added.
         config: whose `init_lora_weights` is a start that reads gradients.
         step: runs the model on some batches and calls `backward()` on each loss, as PEFT's `preprocess_loraga` asks
-            for it. The mean over the backward passes is kept.
+            for it. The mean over the forward passes of the model is kept.
 
     Raises:
         NdLoraTypeError: a layer that is not linear.
@@ -36,7 +36,12 @@ def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[],
     """
     targets = find_targets(model, config)
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += torch.is_grad_enabled()
+
     for target in targets:
         form = weight_form(target.base, target.parameter_name)
         if form is None or form.kind != "linear":
@@ -49,17 +54,12 @@ def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[],
         for parameter in trained:
             parameter.requires_grad_(False)
             undo.callback(parameter.requires_grad_, True)
-        # else nothing frozen would pass a gradient on
+        undo.callback(model.register_forward_pre_hook(count).remove)
         embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        entry = embedding if embedding is not None else model
-        handle = (
-            entry.register_forward_hook(_let_output_need_gradient)
-            if embedding is not None
-            else entry.register_forward_pre_hook(_let_inputs_need_gradient)
-        )
-        undo.callback(handle.remove)
+        if embedding is not None:  # else gradient checkpointing would pass nothing on
+            undo.callback(embedding.register_forward_hook(_let_output_need_gradient).remove)
         for target in targets:
-            handle = target.base.register_forward_hook(partial(_watch, target.name, sums, counts))
+            handle = target.base.register_forward_hook(partial(_watch, target.name, sums))
             undo.callback(handle.remove)
         step()
     silent = [target.name for target in targets if target.name not in sums]
@@ -68,30 +68,25 @@ def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[],
             f"No gradient reached {len(silent)} layers, the first is {silent[0]!r}: `step` must call backward() on a "
             f"loss that depends on them, or exclude them (exclude_modules)."
         )
-    config.session.gradients = {name: total / counts[name] for name, total in sums.items()}
+    config.session.gradients = {name: total / max(passes, 1) for name, total in sums.items()}
 
 
 def _let_output_need_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def _let_inputs_need_gradient(module: nn.Module, args: tuple) -> tuple:
-    return tuple(
-        arg.detach().requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
-        for arg in args
-    )
-
-
-def _watch(name: str, sums: dict, counts: dict, module: nn.Module, args: tuple, output: Tensor) -> None:
+def _watch(name: str, sums: dict[str, Tensor], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """A forward hook: adds the gradient of the weight (out, in) when that of the output arrives."""
-    if not output.requires_grad:
-        return
+    if not torch.is_grad_enabled():
+        return output
+    if not output.requires_grad:  # nothing before it trains
+        output = output.detach().requires_grad_()
     x = args[0].detach()
 
     def add(gradient: Tensor) -> None:
         # (tokens, out)^T (tokens, in)
         product = gradient.reshape(-1, gradient.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
         sums[name] = product if name not in sums else sums[name].add_(product)
-        counts[name] = counts.get(name, 0) + 1
 
     output.register_hook(add)
+    return output

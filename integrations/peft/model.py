@@ -6,7 +6,7 @@ The core is imported when it is first used: registration, which runs at `import 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_unmatched
+from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_unmatched
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
@@ -58,23 +58,31 @@ class NdLoraModel(BaseTuner):
     target_module_mapping: dict = {}
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs) -> None:
-        # what the layers, which are made next, refer to
-        self.bank, self.clock = Bank(), Clock()
+        # what the layers refer to: those that are made next, and those that are there without a PEFT model
+        found = next((module for module in model.modules() if isinstance(module, NdLoraLayer)), None)
+        self.bank, self.clock = (Bank(), Clock()) if found is None else (found.bank, found.clock)
         self._planned: dict[tuple[int, str | None], Planned] = {}
-        self._penalty_settled = False
+        self._to_be_loaded: set[str] = set()  # adapters that a start gave nothing
         self._injected = not isinstance(peft_config, dict)  # PEFT then drops this model and keeps the layers
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """As PEFT's; a failure halfway, such as no memory left, leaves the model as it was."""
         try:
-            with undone_on_failure(self):
+            with undone_on_failure(self, self.bank.factors, self.bank.frozen):
+                self.bank.delete(adapter_name)  # one of that name is replaced
+                flags = [(shared, shared.requires_grad) for shared in self.bank.factors.parameters()]
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._planned = {}
-        self.clock.seed = self.peft_config[adapter_name].random_seed or 0
-        if self.peft_config[adapter_name].inference_mode:
-            self.bank.set_trained([])
+        for shared, requires_grad in flags:  # a further adapter changes nothing for the others
+            shared.requires_grad_(requires_grad)
+        config = self.peft_config[adapter_name]
+        self.clock.seeds[adapter_name] = config.random_seed or 0
+        config.session.gradients = {}  # of the size of the weights, and used
+        if self._injected and self.clock.begin_forward not in model._forward_pre_hooks.values():
+            # no PEFT model tells of a forward
+            model.register_forward_pre_hook(self.clock.begin_forward)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config  # `_prepare_model` fills in the targets, as it has the model
@@ -136,8 +144,11 @@ class NdLoraModel(BaseTuner):
             if isinstance(layer, NdLoraLayer)
             for plan in layer.plan.values()
         ]
-        tensors = {factor.name for plan in (*present, *plans) for factor in (*plan.trained, *plan.frozen)}
-        for name in {*tensors, "ndlora_factors", "ndlora_frozen"} & set(self.peft_config):
+        plans = [*present, *plans]
+        tensors = {factor.name for plan in plans for factor in (*plan.trained, *plan.frozen)}
+        keys = {key for plan in plans for _, key in plan.shared}
+        groups = {"ndlora_factors", "ndlora_frozen", SHARED, f"{SHARED}_frozen"}
+        for name in (tensors | keys | groups) & set(self.peft_config):
             raise NdLoraValueError(
                 f"An adapter cannot be called {name!r}: this is the name of one of the tensors of an NDLORA adapter, "
                 f"and PEFT could not tell the two apart in a file. Choose another adapter name."
@@ -158,9 +169,12 @@ class NdLoraModel(BaseTuner):
             planned = plan_target(
                 peft_config, target_of_file, peft_config.resolved(), **get_quantization_kwargs(self.model)
             )
+        gradient = peft_config.session.gradients.get(planned.target.name)
+        if gradient is None and "gradient" in planned.plan.start.reads:
+            self._to_be_loaded.add(adapter_name)
         arguments = {
             "lora_dropout": peft_config.lora_dropout,
-            "gradient": peft_config.session.gradients.get(planned.target.name),
+            "gradient": gradient,
             "generator": generator,
             "inference_mode": peft_config.inference_mode,
         }
@@ -212,14 +226,12 @@ class NdLoraModel(BaseTuner):
             adapter_names: for each sample of the batch the adapter to use; "__base__" for none.
 
         Raises:
-            NdLoraValueError: the model is in training mode, or an adapter does not exist.
+            NdLoraValueError: the model is in training mode, or an adapter does not exist or has no values.
         """
+        if self._to_be_loaded:
+            self._check_loaded()
         if adapter_names is None:
-            if self.training:
-                self.clock.begin_forward()
-                if not (self._penalty_settled or self.clock.driven or self.clock.step < 2):
-                    self._penalty_settled = True
-                    warn_of_penalties(self.model)
+            self.clock.begin_forward(self)
             yield
             return
         if self.training:
@@ -243,6 +255,21 @@ class NdLoraModel(BaseTuner):
                     hook = module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True)
                     hooks.callback(hook.remove)
             yield
+
+    def _check_loaded(self) -> None:
+        """A configuration that was read from a file brings no gradients: the tensors must come from there too."""
+        layers = [module for module in self.model.modules() if isinstance(module, NdLoraLayer)]
+        for adapter in sorted(self._to_be_loaded & self.peft_config.keys()):
+            plans = [layer for layer in layers if adapter in layer.ndlora_factors]
+            if not any(
+                value.any() for layer in plans for group in layer.tensors(adapter) for value in group.values()
+            ):
+                raise NdLoraValueError(
+                    f"Adapter {adapter!r} starts from gradients, and has neither these nor the tensors of a file. Load "
+                    f"it with PeftModel.from_pretrained, or call ndlora_plugins.measure_gradients(model, config, step) "
+                    f"before get_peft_model."
+                )
+        self._to_be_loaded.clear()
 
     def add_weighted_adapter(
         self,
@@ -272,26 +299,6 @@ class NdLoraModel(BaseTuner):
         combination = Combination(combination_type, svd_rank, density, majority_sign_method)
         add_weighted(self, adapters, weights, adapter_name, combination)
 
-    # What the layers share is no layer's: PEFT looks for an adapter's tensors in its layers alone.
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones, and the only ones that train unless `inference_mode`."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self.bank.set_trained([] if inference_mode else names)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the tensors of these adapters train, or not."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.bank.factors:
-                self.bank.factors[name].requires_grad_(requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out of all layers."""
-        super().delete_adapter(adapter_name)
-        self.bank.delete(adapter_name)
-
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -309,7 +316,7 @@ class NdLoraModel(BaseTuner):
 
     def penalty(self) -> torch.Tensor | None:
         """The sum of what the methods of the active adapters add to the loss; None if they add nothing."""
-        total, self._penalty_settled = None, True
+        total, self.clock.penalty_settled = None, True
         for layer in self.model.modules():
             if not isinstance(layer, NdLoraLayer):
                 continue

@@ -53,19 +53,28 @@ class Bank:
         ]
         return own[0], own[1]
 
+    def parameters(self, adapter: str, plan: LayerAdapter) -> dict[str, nn.Parameter]:
+        """Factor -> the parameter, of those that a layer shares and that train."""
+        held = self._held(self.factors, adapter)
+        return {name: held[key] for name, key in plan.shared if key in held}
+
     def join(
         self, adapter: str, plan: LayerAdapter, trained: Tensors, frozen: Tensors
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layer's own tensors and the shared ones, by factor, on the layer's device."""
+        """A layer's own tensors and the shared ones, by factor, on the layer's device and in its dtype."""
+        own = next(
+            (value for value in (*trained.values(), *frozen.values()) if value.is_floating_point()), None
+        )
         joined = []
-        for holder, own, factors in (
-            (self.factors, trained, plan.trained),
-            (self.frozen, frozen, plan.frozen),
-        ):
-            held, names = self._held(holder, adapter), {factor.name for factor in factors}
-            shared = {name: held[key] for name, key in plan.shared if name in names}
-            device = next((value.device for value in own.values()), None)
-            joined.append({**own, **{n: v if device is None else v.to(device) for n, v in shared.items()}})
+        for holder, tensors in ((self.factors, trained), (self.frozen, frozen)):
+            held = self._held(holder, adapter)
+            shared = {name: held[key] for name, key in plan.shared if key in held}
+            if own is not None:
+                shared = {
+                    name: value.to(own.device, own.dtype if value.is_floating_point() else value.dtype)
+                    for name, value in shared.items()
+                }
+            joined.append({**tensors, **shared})
         return joined[0], joined[1]
 
     def delete(self, adapter: str) -> None:
@@ -81,11 +90,6 @@ class Bank:
                 if value.dtype in (torch.float16, torch.bfloat16):
                     value.data = value.data.float()
 
-    def set_trained(self, adapters: list[str]) -> None:
-        """Let the tensors of these adapters train, and no others."""
-        for adapter, parameters in self.factors.items():
-            parameters.requires_grad_(adapter in adapters)
-
     @staticmethod
     def _held(holder: nn.ModuleDict, adapter: str) -> dict[str, nn.Parameter]:
         return holder[adapter]._parameters if adapter in holder else {}
@@ -97,20 +101,27 @@ class Clock:
     Attributes:
         step: of the optimiser.
         driven: whether a trainer's callback sets the step; else every training forward is a step of its own.
-        seed: of the adapters.
+        seeds: adapter -> its `random_seed`.
+        penalty_settled: whether the loss gets the methods' penalties, or it was told that it does not.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
-        self.step, self.driven, self.seed = 0, False, seed or 0
+    def __init__(self) -> None:
+        self.step, self.driven, self.penalty_settled = 0, False, False
+        self.seeds: dict[str, int] = {}
 
-    @property
-    def moment(self) -> Moment:
+    def moment(self, adapter: str) -> Moment:
         """For methods that show a part of their factors."""
         from ndlora_plugins.methods import Moment
 
-        return Moment(self.step, self.seed)
+        return Moment(self.step, self.seeds.get(adapter, 0))
 
-    def begin_forward(self) -> None:
-        """A training forward of the whole model begins."""
-        if not self.driven:
-            self.step += 1
+    def begin_forward(self, model: nn.Module, args: tuple = ()) -> None:
+        """A forward of the whole model begins; made to be a forward pre-hook of it too."""
+        if self.driven or not model.training:
+            return
+        self.step += 1
+        if self.step > 1 and not self.penalty_settled:  # the first step has had its loss
+            from ndlora_plugins.integrations.peft.advice import warn_of_penalties
+
+            self.penalty_settled = True
+            warn_of_penalties(model)

@@ -11,18 +11,19 @@ __all__ = ["undone_on_failure"]
 
 
 @contextmanager
-def undone_on_failure(model: nn.Module) -> Iterator[None]:
-    """If the block fails, all modules of `model` hold the submodules, parameters and adapters that they held before.
+def undone_on_failure(*models: nn.Module) -> Iterator[None]:
+    """If the block fails, all modules of `models` hold the submodules, parameters and adapters that they held before.
 
     Only references are kept: values that are written in place stay written.
     """
     containers = [
         (held, held.copy())
+        for model in models
         for module in model.modules()
         for held in vars(module).values()
         if type(held) in (dict, list, set)
     ]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trainable = [(value, value.requires_grad) for model in models for value in model.parameters()]
     try:
         yield
     except BaseException:  # no memory left, or Ctrl-C

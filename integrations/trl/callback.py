@@ -114,6 +114,11 @@ class NdLoraCallback(TrainerCallback):
             raise NdLoraValueError(
                 "Penalties on factors do not work under DeepSpeed or FSDP: use another method."
             )
+        if self._penalties and args.fp16 and not args.max_grad_norm:
+            raise NdLoraValueError(
+                "Penalties on factors do not work with fp16 without clipping, where the gradients are still scaled "
+                "when they are added: set max_grad_norm, or use bf16."
+            )
         for clock in self._clocks():
             clock.driven = True
         if self.schedule is not None:
@@ -147,7 +152,7 @@ class NdLoraCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self._penalties and optimizer is not None:
-            shrink_factors(self._layers, optimizer.param_groups[0]["lr"])
+            shrink_factors(self._layers, optimizer.param_groups)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.log_norms or logs is None or "loss" not in logs:  # evaluations and the summary have none

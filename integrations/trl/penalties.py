@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -40,11 +41,22 @@ def add_penalty_gradients(layers: Layers) -> None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def shrink_factors(layers: Layers, learning_rate: float) -> None:
-    """Let every method make its proximal step, of the size of the learning rate."""
+def shrink_factors(layers: Layers, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Let every method make its proximal step, of the size of the factors' learning rate.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+    """
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     with torch.no_grad():
         for _, layer in layers:
-            for adapter in trained_factors(layer):
+            for adapter, factors in trained_factors(layer).items():
                 plan = layer.plan[adapter]
-                if plan.method.shrink is not None:
-                    plan.method.shrink(plan.structure, layer.tensors(adapter)[0], learning_rate)
+                rate = next((rates[id(factor)] for factor in factors.values() if id(factor) in rates), None)
+                if plan.method.shrink is None or rate is None:
+                    continue
+                tensors = layer.tensors(adapter)[0]
+                plan.method.shrink(plan.structure, tensors, rate)
+                for name, factor in factors.items():
+                    if tensors[name] is not factor:  # shared, and used here on another device
+                        factor.copy_(tensors[name])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
@@ -33,9 +33,9 @@ class Moment:
     seed: int = 0
 
     def draw(self, high: int) -> int:
-        """A number from 0 up to below `high`; the same for the same step and seed."""
-        generator = torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
-        return int(torch.randint(high, (), generator=generator))
+        """A number from 0 up to below `high`; the same for the same step and seed, on every machine."""
+        digest = hashlib.blake2b(f"{self.seed} {self.step}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % high
 
 
 @dataclass(frozen=True, kw_only=True)

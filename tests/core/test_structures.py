@@ -349,13 +349,13 @@ def test_multiply_adds(structure, oracle, _, expected):
     assert oracle.multiply_adds > 0
 
 
-@pytest.mark.parametrize("modes", [((4, 6), (3, 6)), ((2, 3, 4), (3, 3, 2)), ((2, 3, 2, 2), (3, 1, 3, 2))], ids=str)
+@pytest.mark.parametrize(
+    "modes", [((4, 6), (3, 6)), ((2, 3, 4), (3, 3, 2)), ((2, 3, 2, 2), (3, 1, 3, 2))], ids=str
+)
 def test_a_tensor_train_is_its_bonds_contracted(modes):
     in_modes, out_modes = modes
     structure = tensor_train(Layout(24, 18, 3), in_modes, out_modes)
-    factors = {
-        factor.name: torch.randn(factor.shape, dtype=torch.float64) for factor in structure.factors
-    }
+    factors = {factor.name: torch.randn(factor.shape, dtype=torch.float64) for factor in structure.factors}
     # (out, in) of the modes so far and the bond behind them; the first and the last factor have no outer bond
     product = factors["mode_1"].movedim(-1, 0)
     for k in range(2, len(in_modes)):

@@ -111,7 +111,10 @@ BROKEN_BESIDE = {
     "nan-in-the-head": (lambda t: t[HEAD].fill_(float("nan")), "lm_head.weight' holds NaN or infinity"),
     "infinity-in-the-rows": (lambda t: t[ROWS].fill_(float("inf")), "delta' holds NaN or infinity"),
     "integer-head": (lambda t: t.update({HEAD: t[HEAD].to(torch.int8)}), "is of dtype int8"),
-    "integer-factor": (lambda t: t.update({f"{Q}.ndlora_factors.up": torch.ones(48, 4).to(torch.int8)}), "int8"),
+    "integer-factor": (
+        lambda t: t.update({f"{Q}.ndlora_factors.up": torch.ones(48, 4).to(torch.int8)}),
+        "int8",
+    ),
     "boolean-factors": (lambda t: t.update({k: v > 0 for k, v in t.items()}), "is of dtype bool"),
     "base-weight": (
         lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(48, 48)}),
@@ -121,7 +124,9 @@ BROKEN_BESIDE = {
     "no-prefix": (lambda t: t.update({"lm_head.weight": t.pop(HEAD)}), "belong to nothing"),
     "strange-layer": (
         lambda t: [
-            t.update({key.replace("q_proj", "x_proj"): t[key].clone()}) for key in list(t) if key.startswith(Q)
+            t.update({key.replace("q_proj", "x_proj"): t[key].clone()})
+            for key in list(t)
+            if key.startswith(Q)
         ],
         "x_proj",
     ),

@@ -149,7 +149,9 @@ def test_a_head_that_the_dtype_of_the_base_cannot_hold(make_llama, trained, tmp_
     tensors = load_file(file)
     tensors["base_model.model.lm_head.weight"] = torch.full((128, 48), 1e6)
     save_file({key: tensor.float() for key, tensor in tensors.items()}, file)
-    with pytest.raises(NdLoraValueError, match="'lm_head.weight' holds NaN or infinity: its dtype torch.float16"):
+    with pytest.raises(
+        NdLoraValueError, match="'lm_head.weight' holds NaN or infinity: its dtype torch.float16"
+    ):
         export_adapter(tmp_path / "adapter", tmp_path / "out", "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

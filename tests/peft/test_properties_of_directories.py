@@ -48,7 +48,9 @@ SCALARS = (
     st.none()
     | st.booleans()
     | st.sampled_from([-1, 0, 1, 2, 3, 2000, 2**31, HUGE, 10**30, 0.5, 1e200, float("nan"), float("inf")])
-    | st.sampled_from(["", "x", "(", "q_proj", "all-linear", "../x", "/", "none", "all", "slora", "n_lora", "\0", "ü"])
+    | st.sampled_from(
+        ["", "x", "(", "q_proj", "all-linear", "../x", "/", "none", "all", "slora", "n_lora", "\0", "ü"]
+    )
 )
 VALUES = st.recursive(
     SCALARS,
@@ -107,7 +109,10 @@ FITTING = [
     ("peft_type", "LORA"),
     ("base_fingerprint", None),
     ("base_fingerprint", {}),
-    ("base_fingerprint", {"model.layers.0.self_attn.q_proj": {"shape": [16, 16], "storage": "", "values": None}}),
+    (
+        "base_fingerprint",
+        {"model.layers.0.self_attn.q_proj": {"shape": [16, 16], "storage": "", "values": None}},
+    ),
     ("weight_forms", None),
     ("weight_forms", {}),
     (
@@ -136,7 +141,15 @@ NAMES = st.sampled_from(
     ]
 )
 DTYPES = st.sampled_from(
-    [torch.int8, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.complex64]
+    [
+        torch.int8,
+        torch.bool,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.complex64,
+    ]
 )
 SHAPES = st.sampled_from([(), (0,), (1,), (3, 4), (1, 4, 4), (2, 16), (16, 16), (1, 1, 1, 1)])
 SHARDS = st.sampled_from(
@@ -323,7 +336,16 @@ def test_changed_directories(adapter, changes, to, with_base, saved, base_model,
     for change, *arguments in changes:
         try:
             change(folder, *arguments)
-        except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, OSError, SafetensorError):
+        except (
+            ValueError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            IndexError,
+            RuntimeError,
+            OSError,
+            SafetensorError,
+        ):
             pass  # the second change does not fit what the first one has left
     before, base = hashes(folder), str(folder / "base")
     try:
@@ -332,7 +354,9 @@ def test_changed_directories(adapter, changes, to, with_base, saved, base_model,
         problems = (str(error),)
     expected = loaded_logits(base_model, folder / "adapter")
     try:
-        export_adapter(folder / "adapter", folder / "out", to, base=base, max_error=0 if to == "lora" else None)
+        export_adapter(
+            folder / "adapter", folder / "out", to, base=base, max_error=0 if to == "lora" else None
+        )
     except REFUSED:
         assert not list(folder.glob("*out*"))
     else:
