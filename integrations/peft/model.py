@@ -215,7 +215,7 @@ class NdLoraModel(BaseTuner):
             NdLoraValueError: the model is in training mode, or an adapter does not exist.
         """
         if adapter_names is None:
-            if self.training:
+            if self.training and self.clock.asked:
                 self.clock.begin_forward()
                 if not (self._penalty_settled or self.clock.driven or self.clock.step < 2):
                     self._penalty_settled = True

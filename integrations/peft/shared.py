@@ -98,10 +98,12 @@ class Clock:
         step: of the optimiser.
         driven: whether a trainer's callback sets the step; else every training forward is a step of its own.
         seed: of the adapters.
+        asked: whether a method asks for the step or for a penalty. Without one the step is not counted here:
+            torch.compile would compile anew for every number.
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.step, self.driven, self.seed = 0, False, seed or 0
+        self.step, self.driven, self.seed, self.asked = 0, False, seed or 0, False
 
     @property
     def moment(self) -> Moment:

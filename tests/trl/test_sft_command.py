@@ -88,6 +88,7 @@ def write(base, options, datasets_by_form, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.step("ndlora sft", host="SFTTrainer", method="nlora")
 def test_a_yaml_trains_and_saves(write, tmp_path):
     from ndlora_plugins.integrations.trl.sft import main
 
@@ -106,6 +107,7 @@ def test_a_yaml_trains_and_saves(write, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.step("ndlora sft", host="SFTTrainer", method="einsum")
 def test_an_option_of_a_method_reaches_the_adapter(write, tmp_path):
     from ndlora_plugins.integrations.trl.sft import main
 
