@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from typing import Any
 
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.options import adapter_options
 from ndlora_plugins.registry import fits, methods, starts
 
 __all__ = ["describe_methods", "describe_starts"]
@@ -31,15 +34,28 @@ def describe_methods() -> list[dict[str, Any]]:
 
 def describe_starts() -> list[dict[str, Any]]:
     """One row for each start."""
-    return [
-        {
-            "init_lora_weights": name,
-            "methods": [method for method in methods() if fits(method, name)],
-            "reads": sorted(found.value.reads),
-            "default alpha": found.value.alpha or "r",
-            "what it is": found.value.summary,
-            "source": found.value.source,
-            "plugin": found.plugin,
-        }
-        for name, found in starts().items()
-    ]
+    rows = []
+    for name, found in starts().items():
+        fitting = [method for method in methods() if fits(method, name)]
+        rows.append(
+            {
+                "init_lora_weights": name,
+                "methods": fitting,
+                "reads": sorted(found.value.reads),
+                "default alpha": found.value.alpha or "r",
+                "default anchor": _default_anchors(fitting, name),
+                "what it is": found.value.summary,
+                "source": found.value.source,
+                "plugin": found.plugin,
+            }
+        )
+    return rows
+
+
+def _default_anchors(fitting: list[str], start: str) -> list[str]:
+    """With the methods that need no options."""
+    anchors = set()
+    for method in fitting:
+        with suppress(NdLoraValueError):  # an option that has no default is missing
+            anchors.add(adapter_options(method, start).anchor)
+    return sorted(anchors)

@@ -33,11 +33,11 @@ class NdLoraBlock(BaseModel):
 
     method: str | None = _field("method")
     anchor: Literal["snapshot", "none"] | None = _field("anchor")
+    options: dict[str, Any] | None = _field("options")
     # strict: `true` is not the number 1
     num_modes: StrictInt | None = _field("num_modes")
     crossed_modes: StrictInt | None = _field("crossed_modes")
     modes: dict[str, Any] | None = _field("modes")
-    options: dict[str, Any] | None = _field("options")
     random_seed: StrictInt | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")
     callback: bool | dict[str, Any] | None = Field(

@@ -199,8 +199,12 @@ def _task(model: Any | None) -> str:
 
 def _in_the_yaml(message: str) -> str:
     """ " (in the YAML: r is lora_r)" for the fields that a message names by another name than the YAML's."""
-    block = ("method", "anchor", "num_modes", "crossed_modes", "modes", "random_seed", "bias")
-    names = {**YAML_KEYS, **{field: f"ndlora.{field}" for field in block}}
+    from ndlora_plugins.integrations.peft import NdLoraConfig
+    from ndlora_plugins.integrations.peft.validation import fields_to_set
+
+    names = {
+        field.name: YAML_KEYS.get(field.name, f"ndlora.{field.name}") for field in fields_to_set(NdLoraConfig)
+    }
     said = [
         f"{field} is {key}"
         for field, key in names.items()

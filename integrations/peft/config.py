@@ -196,24 +196,27 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
     base_fingerprint: dict | None = field(
         default=None,
         metadata={
-            "help": "Written when an adapter is saved: what its base model looked like. Not set by hand."
+            "help": "Written when an adapter is saved: what its base model looked like. Not set by hand.",
+            "written": True,
         },
     )
     weight_forms: dict | None = field(
         default=None,
         metadata={
-            "help": "As `layers`, in files of schema 1: of the layers that are not linear. Not set by hand."
+            "help": "As `layers`, in files of schema 1: of the layers that are not linear. Not set by hand.",
+            "written": True,
         },
     )
     layers: dict | None = field(
         default=None,
         metadata={
             "help": "Written when an adapter is saved: its layers, as the file names them, with name, kind and shape. "
-            "Not set by hand."
+            "Not set by hand.",
+            "written": True,
         },
     )
     schema_version: Schema = field(
-        default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand."}
+        default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand.", "written": True}
     )
 
     def __post_init__(self, *refused):

@@ -11,6 +11,8 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from peft.config import PeftConfig
+
 from ndlora_plugins.errors import NdLoraValueError
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Schema",
     "Targets",
     "check_fields",
+    "fields_to_set",
 ]
 
 
@@ -74,6 +77,20 @@ def check_fields(config: Any) -> None:
         except _Unfit as reason:
             raise NdLoraValueError(f"{name}={_shown(value)}: {reason}") from None
         setattr(config, name, fitted)
+
+
+def fields_to_set(config: Any) -> list[dataclasses.Field]:
+    """The fields that a user sets: those of every `PeftConfig` left out, and those that a save writes.
+
+    Args:
+        config: a configuration, or its class.
+    """
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    return [
+        field
+        for field in dataclasses.fields(config)
+        if field.name not in inherited and not field.metadata.get("written")
+    ]
 
 
 def _is_regex(text: str) -> bool:

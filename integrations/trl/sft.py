@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.validation import fields_to_set
 from ndlora_plugins.integrations.trl.callback import NdLoraCallback, make_callback
 from ndlora_plugins.integrations.trl.card import keep_model_card
 
@@ -37,17 +38,6 @@ _TAKEN_OVER = {
     "lora_task_type": "task_type",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
-}
-# fields of NdLoraConfig that a user does not set
-_INTERNAL = {
-    "auto_mapping",
-    "base_fingerprint",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "schema_version",
 }
 
 
@@ -111,9 +101,7 @@ def make_config(
         raise NdLoraValueError("use_peft: false, but `ndlora sft` always trains an adapter: take it out.")
     options = _as_mapping(ndlora)
     callback = make_callback(options.pop("callback", None) or {}, "ndlora.callback")
-    known = {f.name for f in fields(NdLoraConfig) if f.init and f.name not in _INTERNAL} | set(
-        _TAKEN_OVER.values()
-    )
+    known = {field.name for field in fields_to_set(NdLoraConfig)} | set(_TAKEN_OVER.values())
     unknown = sorted(set(options) - known)
     if unknown:
         raise NdLoraValueError(f"ndlora: unknown options {unknown}. Known: {', '.join(sorted(known))}.")

@@ -15,6 +15,13 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.slow
 
 TOKENS = torch.arange(20)[None]
+# the block `ndlora:`
+METHODS = {
+    "slora": {"method": "slora"},
+    "nlora": {"method": "nlora"},
+    "inttune": {"method": "inttune"},
+    "einsum": {"method": "einsum", "options": {"equation": "out r, r s, s in -> out in", "sizes": {"s": 3}}},
+}
 
 
 def logits(directory, adapter=None):
@@ -65,11 +72,11 @@ def test_merge_lora_by_default(axolotl, adapter_line_alone, tiny):
 
 @pytest.mark.step("train")
 @pytest.mark.step("merge-lora, shard by shard")
-@pytest.mark.parametrize("method", ["slora", "nlora", "inttune"])
-def test_every_method_trains_and_merges(method, axolotl, tiny, least, tmp_path):
-    config = {**least(tmp_path / "out"), "learning_rate": 0.05, "lora_r": 4, "ndlora": {"method": method}}
+@pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
+def test_every_method_trains_and_merges(block, axolotl, tiny, least, tmp_path):
+    config = {**least(tmp_path / "out"), "learning_rate": 0.05, "lora_r": 4, "ndlora": block}
     axolotl("train", config, tmp_path)
-    assert saved_config(tmp_path / "out")["method"] == method
+    assert saved_config(tmp_path / "out").items() >= block.items()
     assert "merged 14 layers" in axolotl("merge-lora", config, tmp_path)
     assert_trained_and_merged(tiny, tmp_path / "out")
 
@@ -210,3 +217,10 @@ def test_a_wrong_yaml_ends_before_anything_is_written(axolotl, tiny, least, tmp_
     assert "`peft_use_dora: True` cannot apply to adapter: ndlora" in printed
     assert "`lora_mlp_kernel: True` cannot apply to adapter: ndlora" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_the_method_does_not_have_ends_before_the_data_is_prepared(axolotl, least, tmp_path):
+    config = {**least(tmp_path / "out"), "ndlora": {"method": "slora", "options": {"size": 4}}}
+    printed = axolotl("train", config, tmp_path, ok=False)
+    assert "options={'size': ...}: method='slora' has no such option; it has none." in printed
+    assert not (tmp_path / "out").exists() and not (tmp_path / "prepared").exists()

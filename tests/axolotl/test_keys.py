@@ -41,6 +41,7 @@ MAPPED = [
     ("ndlora", {"num_modes": 3}, "num_modes", 3),
     ("ndlora", {"crossed_modes": 4}, "crossed_modes", 4),
     ("ndlora", {"modes": {"in_modes": [4, 8]}}, "modes", {"in_modes": [4, 8]}),
+    ("ndlora", {"options": {"num_modes": 3}}, "options", {"num_modes": 3}),
     ("ndlora", {"random_seed": 7}, "random_seed", 7),
     ("ndlora", {"bias": "all"}, "bias", "all"),
 ]
@@ -86,6 +87,7 @@ WRONG = [
     ({"ndlora": {"method": "loha"}}, "ndlora.method"),
     ({"ndlora": {"num_modes": 1}}, "ndlora.num_modes"),
     ({"ndlora": {"crossed_modes": 0}}, "ndlora.crossed_modes"),
+    ({"ndlora": {"options": {"size": 4}}}, "ndlora.options"),
     ({"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights"),
     ({"peft_init_lora_weights": "s_lora", "ndlora": {"method": "inttune"}}, "peft_init_lora_weights"),
 ]

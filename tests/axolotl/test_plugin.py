@@ -15,9 +15,13 @@ with warnings.catch_warnings():
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
+from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl import implicit
+from ndlora_plugins.integrations.axolotl.args import NdLoraBlock
+from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS
 from ndlora_plugins.integrations.axolotl.plugin import NdLoraPlugin
+from ndlora_plugins.integrations.peft.validation import fields_to_set
 from ndlora_plugins.integrations.trl import NdLoraCallback
 
 LEAST = {
@@ -33,7 +37,7 @@ LEAST = {
 WRONG_BLOCKS = [
     (
         {"methd": "slora"},
-        ("ndlora.methd", "'method'", "anchor, num_modes, crossed_modes, modes, random_seed"),
+        ("ndlora.methd", "'method'", "anchor, options, num_modes, crossed_modes, modes, random_seed"),
     ),
     ({"r": 4}, ("ndlora.r", "`lora_r:`")),
     ({"lora_alpha": 4}, ("ndlora.lora_alpha", "`lora_alpha:`", "top level")),
@@ -47,6 +51,20 @@ WRONG_BLOCKS = [
     ({"random_seed": [1]}, ("random_seed", "integer")),
     ({"modes": {"rows": [2]}}, ("modes", "in_modes")),
     ({"modes": {"in_modes": "68"}}, ("ndlora.modes", "in_modes")),
+    ({"options": "equation"}, ("options", "dictionary")),
+    (
+        {"method": "slora", "options": {"size": 4}},
+        ("ndlora.options", "{'size': ...}", "method='slora' has no such option; it has none"),
+    ),
+    (
+        {"method": "ndlinear", "options": {"size": 4}},
+        ("ndlora.options", "method='ndlinear' has no such option", "'num_modes', 'crossed_modes'"),
+    ),
+    ({"method": "einsum"}, ("ndlora.options", "equation")),
+    (
+        {"method": "einsum", "options": {"equation": "out r, r r in -> out in"}},
+        ("equation=", "r"),
+    ),
     ({"callback": {"loud": True}}, ("ndlora.callback", "loud", "strict")),
     ({"callback": {"export": "onnx"}}, ("onnx", "merged")),
 ]
@@ -142,6 +160,21 @@ def load(tiny, config_only=False, **keys):
     cfg = validate(**keys)
     model = AutoModelForCausalLM.from_pretrained(tiny)
     return PluginManager.get_instance().load_adapter(model, cfg, config_only=config_only)
+
+
+def test_an_option_of_a_method_reaches_the_adapter(tiny):
+    equation = "out r, r s, s in -> out in"
+    block = {"method": "einsum", "options": {"equation": equation, "sizes": {"s": 3}}}
+    model, config = load(tiny, lora_r=2, ndlora=block)
+    assert config.options == block["options"]
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    shapes = [tuple(factor.shape) for factor in layer.trained_parameters("default").values()]
+    assert shapes == [(layer.out_features, 2), (2, 3), (3, layer.in_features)]
+
+
+def test_the_block_has_every_option_that_axolotl_has_no_key_for():
+    own = {field.name for field in fields_to_set(NdLoraConfig)} - set(YAML_KEYS)
+    assert {*NdLoraBlock.model_fields} == {*own, "callback"}
 
 
 def test_targets_are_joined_with_all_linear_layers(tiny):

@@ -58,6 +58,15 @@ def test_a_saved_adapter_has_a_card(adapted, base, tmp_path, monkeypatch):
     assert torch.equal(namespace["model"](tokens).logits, adapted.eval()(tokens).logits)
 
 
+def test_a_loaded_adapter_saved_again_has_the_same_card(adapted, tmp_path):
+    from peft import PeftModel
+
+    adapted.save_pretrained(tmp_path / "first")
+    again = PeftModel.from_pretrained(adapted.unload(), tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    assert read(tmp_path / "first") == read(tmp_path / "second")
+
+
 def test_no_path_of_this_machine_is_in_the_card(adapted, base, tmp_path):
     adapted.save_pretrained(tmp_path / "saved")
     assert base not in (tmp_path / "saved/README.md").read_text()

@@ -18,7 +18,7 @@ ARGUMENTS = {
 # method and export -> the export, NdLoraConfig's arguments, for which it is exact
 EXPORTS = {
     "inttune-lora": ("lora", {"method": "inttune", "r": 8}),
-    "ndlinear-lokr": ("lokr", {"r": 1}),
+    "ndlinear-lokr": ("lokr", {"method": "ndlinear", "r": 1}),
     "nlora-merged": ("merged", {"method": "nlora", "r": 4}),
 }
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 
@@ -21,11 +22,22 @@ CONFIGS = {
         "slora",
         {"r": 16, "lora_alpha": 32, "target_modules": {"q_proj", "v_proj"}, "use_rslora": True},
     ),
+    "options of the method": (
+        {},
+        '{"method": "einsum", "options": {"equation": "out r, r in -> out in"}}',
+        {"method": "einsum", "options": {"equation": "out r, r in -> out in"}},
+    ),
     "ours first": ({"lora_r": 16}, {"method": "slora", "r": 2}, {"r": 2, "lora_alpha": 2}),
 }
 # TRL's arguments, `ndlora:` -> words of the error
 REFUSED = {
     "unknown option": ({}, {"rank": 4}, r"unknown options \['rank'\]. Known: .*'?\br\b"),
+    "a field that a save writes": ({}, {"layers": {}}, r"unknown options \['layers'\]"),
+    "an option that the method does not have": (
+        {},
+        {"method": "slora", "options": {"size": 4}},
+        r"options=\{'size': ...\}: method='slora' has no such option; it has none",
+    ),
     "unknown method": ({}, "lora", "method='lora' is no known method"),
     "unknown option of the callback": (
         {},
@@ -76,6 +88,7 @@ def write(base, options, datasets_by_form, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.step("ndlora sft", host="SFTTrainer", method="nlora")
 def test_a_yaml_trains_and_saves(write, tmp_path):
     from ndlora_plugins.integrations.trl.sft import main
 
@@ -91,6 +104,18 @@ def test_a_yaml_trains_and_saves(write, tmp_path):
     assert saved["lora_dropout"] == 0.1 and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
     assert json.loads((tmp_path / "out/lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.slow
+@pytest.mark.step("ndlora sft", host="SFTTrainer", method="einsum")
+def test_an_option_of_a_method_reaches_the_adapter(write, tmp_path):
+    from ndlora_plugins.integrations.trl.sft import main
+
+    options = {"equation": "out r, r s, s in -> out in", "sizes": {"s": 3}, "names": ["up", "core", "down"]}
+    main(["--config", write({"ndlora": {"method": "einsum", "r": 4, "options": options}})])
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["options"] == options
+    saved = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {tuple(value.shape) for name, value in saved.items() if name.endswith(".core")} == {(4, 3)}
 
 
 def test_an_unknown_key_of_the_yaml_is_named(write):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from ndlora_plugins.errors import NdLoraWarning
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE
 from ndlora_plugins.integrations.peft.names import METHOD_NAME, PREFIX
+from ndlora_plugins.integrations.peft.validation import fields_to_set
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -27,20 +27,7 @@ _BEGIN = "<!-- ndlora: this part is written anew at each save, all else is left 
 _END = "<!-- end of ndlora -->"
 _ADAPTER_TAG = "base_model:adapter:"  # PEFT's, with the base model's name behind it
 # fields that are said elsewhere in the card, or say nothing of the recipe
-_NOT_LISTED = {
-    "auto_mapping",
-    "base_fingerprint",
-    "base_model_name_or_path",
-    "inference_mode",
-    "method",
-    "peft_type",
-    "peft_version",
-    "random_seed",
-    "revision",
-    "schema_version",
-    "task_type",
-    "weight_forms",
-}
+_NOT_LISTED = {"method", "random_seed"}
 # task -> transformers' class of the base model
 _MODEL_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -172,7 +159,7 @@ def _options(config: PeftConfig) -> dict[str, Any]:
     """The options of an adapter, those that are off or empty left out."""
     return {
         field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
+        for field in fields_to_set(config)
         if field.name not in _NOT_LISTED and getattr(config, field.name) not in (None, False, {}, [])
     }
 
