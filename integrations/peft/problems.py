@@ -21,7 +21,8 @@ from ndlora_plugins.integrations.peft.reading import KEY_PREFIX, TOKEN_ROWS, Ada
 __all__ = ["Problem", "check_sound", "find_problems"]
 
 # PEFT saves a resized or adapted embedding with the adapter, whatever the options say
-_EMBEDDINGS = ("lm_head", "wte", "shared", "embed_tokens", "embed_in", "embed_out", "word_embeddings")
+_INPUT_EMBEDDINGS = ("wte", "embed_tokens", "embed_in", "word_embeddings")
+_EMBEDDINGS = (*_INPUT_EMBEDDINGS, "shared", "lm_head", "embed_out")
 
 
 class Problem(NamedTuple):
@@ -115,6 +116,9 @@ def _of_layer(
     reader: AdapterReader, path: str, tensors: dict[str, Tensor], base: BaseFiles | None
 ) -> Iterator[str]:
     yield from _values({f"{path}.{name}": tensor for name, tensor in tensors.items()})
+    if reader.form(path) is None and path.rpartition(".")[2] in _INPUT_EMBEDDINGS:
+        yield f"{path!r} in {reader.path} is an embedding by its name, but weight_forms does not say so. Save it again."
+        return
     try:
         reader.plan(path, base)
     except NdLoraError as error:

@@ -124,7 +124,7 @@ class AdapterReader:
         name, form = self.name(path), self.form(path)
         if base is not None:
             found = base.form(name)
-            if found is None or form not in (None, found):
+            if found is None or form != found and (form is not None or found.kind != "linear"):
                 raise NdLoraValueError(
                     f"The base model in {base.directory} has no {form.kind if form else 'linear'} layer {name!r}"
                     f"{f' of shape {list(form.shape)}' if form else ''}, which the adapter has. Name the model that "
