@@ -95,9 +95,9 @@ def _layers(reader: AdapterReader, base: BaseFiles | None) -> Iterator[str]:
 
 def _unmatched(reader: AdapterReader, names: list[str], base: BaseFiles | None) -> tuple[list[str], list[str]]:
     """(missing in the file, not in the configuration). Without the base model only those that are known."""
+    missing = [name for name in reader.config.base_fingerprint or () if name not in names]
     if base is None:
         targets = reader.config.target_modules
-        missing = [name for name in reader.config.base_fingerprint or () if name not in names]
         if not targets or targets == "all-linear":
             return missing, []
         parameters = {reader.name(path) for path in reader.shapes if reader.is_parameter(path)}
@@ -109,7 +109,11 @@ def _unmatched(reader: AdapterReader, names: list[str], base: BaseFiles | None) 
         warnings.simplefilter("ignore", NdLoraWarning)
         expected = [name for name, _ in plan_model(base.model, reader.config)]
     full = [base.full_name(name) for name in names]
-    return [name for name in expected if name not in full], [name for name in full if name not in expected]
+    # by both: a name of the fingerprint may be one without the model's head
+    missing = {base.full_name(name): None for name in missing} | dict.fromkeys(
+        name for name in expected if name not in full
+    )
+    return list(missing), [name for name in full if name not in expected]
 
 
 def _of_layer(
