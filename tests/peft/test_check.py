@@ -165,6 +165,17 @@ def test_broken_configurations(case, save):
     assert not report.ok and BROKEN_CONFIGS[case][1] in " ".join(report.problems)
 
 
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_fingerprint_of_a_layer_that_is_not_in_the_file(with_base, save, tmp_path):
+    directory = save(method="slora", r=4, target_modules=["q_proj"])
+    file = directory / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    fields["base_fingerprint"] = {"lm_head": {"shape": [128, 48], "storage": "float32", "values": None}}
+    file.write_text(json.dumps(fields))
+    report = check_adapter(directory, str(tmp_path / "base") if with_base else None)
+    assert "1 layers have no tensor in " in " ".join(report.problems) and "'lm_head'" in " ".join(report.problems)
+
+
 @pytest.mark.parametrize("text", NO_CONFIGURATIONS)
 def test_files_without_a_configuration(text, save):
     directory = save(method="slora", r=4)

@@ -1,4 +1,4 @@
-"""What a method asks for beside the loss, through a trainer and in a loop of one's own; and what a resume makes of it."""
+"""What a method asks for beside the loss, through a trainer and in a loop of one's own, and after a resume."""
 
 import warnings
 from dataclasses import replace

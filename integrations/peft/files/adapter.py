@@ -131,12 +131,10 @@ class AdapterReader:
             )
         if base is not None:
             found = base.form(name)
-            # an old file that reads its start from the base says nothing of how wide its linear layers are
-            if (
-                found is None
-                or (self.config.layers is not None or form.kind != "linear")
-                and ((form.kind, form.matrix_shape) != (found.kind, found.matrix_shape))
-            ):
+            kind = form.kind if form else "linear"
+            # an old file says nothing of its linear layers but their names
+            told = self.config.layers is not None or kind != "linear"
+            if found is None or found.kind != kind or (told and found.matrix_shape != form.matrix_shape):
                 raise NdLoraValueError(
                     f"The base model in {base.directory} has no {form.kind if form else 'linear'} layer {name!r}"
                     f"{f' of shape {list(form.shape)}' if form else ''}, which the adapter has. Name the model that "

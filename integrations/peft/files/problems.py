@@ -22,7 +22,8 @@ from ndlora_plugins.integrations.peft.targets import plan_model
 __all__ = ["Problem", "check_sound", "find_problems"]
 
 # PEFT saves a resized or adapted embedding with the adapter, whatever the options say
-_EMBEDDINGS = ("lm_head", "wte", "shared", "embed_tokens", "embed_in", "embed_out", "word_embeddings")
+_INPUT_EMBEDDINGS = ("wte", "embed_tokens", "embed_in", "word_embeddings")
+_EMBEDDINGS = (*_INPUT_EMBEDDINGS, "shared", "lm_head", "embed_out")
 
 
 class Problem(NamedTuple):
@@ -99,10 +100,10 @@ def _unmatched(
     reader: AdapterReader, names: list[str], base: BaseFiles | None
 ) -> tuple[list[str], list[str]]:
     """(missing in the file, not in the configuration). Without the base model only those that are known."""
+    known = [*(reader.config.base_fingerprint or ()), *(name for name, _ in reader.forms.values())]
+    missing = [name for name in dict.fromkeys(known) if name not in names]
     if base is None:
         targets = reader.config.target_modules
-        known = [*(reader.config.base_fingerprint or ()), *(name for name, _ in reader.forms.values())]
-        missing = [name for name in dict.fromkeys(known) if name not in names]
         if not targets or targets == "all-linear":
             return missing, []
         parameters = {reader.name(path) for path in reader.shapes if reader.is_parameter(path)}
@@ -114,13 +115,24 @@ def _unmatched(
         warnings.simplefilter("ignore", NdLoraWarning)
         expected = [name for name, _ in plan_model(base.model, reader.config)]
     full = [base.full_name(name) for name in names]
-    return [name for name in expected if name not in full], [name for name in full if name not in expected]
+    # by both: a name of the fingerprint may be one without the model's head
+    missing = {base.full_name(name): None for name in missing} | dict.fromkeys(
+        name for name in expected if name not in full
+    )
+    return list(missing), [name for name in full if name not in expected]
 
 
 def _of_layer(
     reader: AdapterReader, path: str, tensors: dict[str, Tensor], base: BaseFiles | None
 ) -> Iterator[str]:
     yield from _values({f"{path}.{name}": tensor for name, tensor in tensors.items()})
+    form = reader.form(path)
+    if (form is None or form.kind == "linear") and path.rpartition(".")[2] in _INPUT_EMBEDDINGS:
+        yield (
+            f"{path!r} in {reader.path} is an embedding by its name, but its configuration does not say so. Save the "
+            f"adapter again."
+        )
+        return
     try:
         reader.plan(path, base)
     except NdLoraError as error:
