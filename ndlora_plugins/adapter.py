@@ -190,7 +190,11 @@ class LayerAdapter:
         """output + scaling * dW x; see `fused.add_product`."""
         found = self._product(trained, frozen, moment)
         if found is None:
-            return self._add_plain(output, trained, frozen, x, scaling, moment)
+            update, factors = self.factors(trained, frozen, moment)
+            floating = [value for value in factors.values() if value.is_floating_point()]
+            dtype = compute_dtype(x, floating, torch.is_autocast_enabled(x.device.type))
+            y = update.apply(cast_factors(factors, dtype), x.to(dtype))
+            return (output + (y if scaling == 1 else y * scaling)).to(output.dtype)
         return add_product(*found, output, x, scaling, in_place)
 
     def linear(
@@ -206,7 +210,7 @@ class LayerAdapter:
         """F.linear(x, weight, bias) + scaling * dW x; see `fused.linear_with_product`."""
         found = self._product(trained, frozen, moment)
         if found is None:
-            return self._add_plain(F.linear(x, weight, bias), trained, frozen, x, scaling, moment)
+            return self.add_update(F.linear(x, weight, bias), trained, frozen, x, scaling, moment=moment)
         return linear_with_product(*found, weight, bias, x, scaling)
 
     def lookup(
@@ -265,22 +269,6 @@ class LayerAdapter:
         if self.anchor == "snapshot":
             return structure.change_product(frozen, trained)
         return structure.product({**frozen, **trained})
-
-    def _add_plain(
-        self,
-        output: Tensor,
-        trained: Factors,
-        frozen: Factors,
-        x: Tensor,
-        scaling: float,
-        moment: Moment | None,
-    ) -> Tensor:
-        """As `add_product`, by autograd: for structures without a product."""
-        update, factors = self.factors(trained, frozen, moment)
-        floating = [value for value in factors.values() if value.is_floating_point()]
-        dtype = compute_dtype(x, floating, torch.is_autocast_enabled(x.device.type))
-        y = update.apply(cast_factors(factors, dtype), x.to(dtype))
-        return (output + (y if scaling == 1 else y * scaling)).to(output.dtype)
 
     def _visible(
         self, trained: Factors, frozen: Factors, moment: Moment | None
