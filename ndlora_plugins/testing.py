@@ -1,6 +1,7 @@
 """What every method must hold to: `check_method` for your own, before it meets a trainer.
 
->>> from ndlora_plugins.testing import check_method
+>>> from ndlora_plugins.fused import cast_factors
+from ndlora_plugins.testing import check_method
 >>> check_method("slora")
 """
 
@@ -18,7 +19,7 @@ from ndlora_plugins.adapter import LayerAdapter, plan_layer
 from ndlora_plugins.methods.base import Moment
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts.base import Seen
-from ndlora_plugins.structures.base import Factors, cast_factors
+from ndlora_plugins.structures.base import Factors
 
 __all__ = ["LAYOUTS", "check_method"]
 
