@@ -94,7 +94,7 @@ def test_kto(axolotl, tiny, least, tmp_path):
     assert not torch.allclose(before, trained, atol=1e-4)
 
 
-@pytest.mark.step("reward_model: true", method="ndlinear")
+@pytest.mark.step("reward_model: true", method="crossed")
 def test_reward_modelling(axolotl, tiny, least, tmp_path):
     rows = [
         {"system": "", "input": f"add {word}", "chosen": "three more", "rejected": "minus the"}
