@@ -140,7 +140,7 @@ def test_demo_from_end_to_end(tiny_model, tmp_path):
         assert result.bytes_on_disk > result.trainable_parameters * 4
         assert 0 <= result.exact_match_after <= 1
     lora, crossed, ndlinear = (result.trainable_parameters for result in report.results)
-    assert crossed == lora / 8 and ndlinear < lora / 8
+    assert crossed == lora / 8 and ndlinear < lora
     assert json.loads((output / "results.json").read_text())["failures"] == []
     assert len((output / "results.md").read_text().splitlines()) == 5
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")

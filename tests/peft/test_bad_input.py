@@ -506,4 +506,4 @@ def test_a_lopsided_layer_is_named_with_its_cost():
         LopsidedModesWarning,
         match=r"Layer '[01]' .and 1 more layers.*\[1, 257\].*\d parameters, \d+\.\d times",
     ):
-        get_peft_model(model, NdLoraConfig(target_modules=["0", "1"]))
+        get_peft_model(model, NdLoraConfig(method="ndlinear", target_modules=["0", "1"]))
