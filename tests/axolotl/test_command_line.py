@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 TOKENS = torch.arange(20)[None]
 # the block `ndlora:`
 METHODS = {
+    "ndlinear": {"method": "ndlinear"},
     "slora": {"method": "slora"},
     "nlora": {"method": "nlora"},
     "inttune": {"method": "inttune"},
