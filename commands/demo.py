@@ -34,7 +34,7 @@ __all__ = ["RECIPES", "DemoReport", "MethodResult", "Recipe", "demo", "run_demo"
 
 @dataclass(frozen=True)
 class Recipe:
-    """``rank`` in the method's own sense (Kronecker terms for ndlinear); AdamW's highest learning rate."""
+    """``rank`` in the method's own sense (Kronecker terms for crossed and ndlinear); AdamW's highest learning rate."""
 
     rank: int
     learning_rate: float
@@ -42,6 +42,7 @@ class Recipe:
 
 RECIPES = {
     "lora": Recipe(rank=8, learning_rate=2e-3),
+    "crossed": Recipe(rank=1, learning_rate=2e-3),
     "ndlinear": Recipe(rank=1, learning_rate=2e-3),
     "slora": Recipe(rank=8, learning_rate=2e-3),
     "nlora": Recipe(rank=8, learning_rate=2e-3),

@@ -57,7 +57,7 @@ def plan(
     anchor: Annotated[str | None, typer.Option(help="snapshot or none.")] = None,
     num_modes: Annotated[int, typer.Option(help="Into how many modes a dimension is split.")] = 2,
     crossed_modes: Annotated[
-        int | None, typer.Option(help="Uneven modes that cross, the small ones of this size.")
+        int | None, typer.Option(help="The size of the small modes, of modes that cross.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="An option of the method's own, NAME=JSON; may be repeated.")

@@ -14,10 +14,18 @@ _PUBLIC = {
     "NdLoraConfig": "ndlora_plugins.integrations.peft",
     "NdLoraModel": "ndlora_plugins.integrations.peft",
     "hookimpl": "ndlora_plugins.hookspecs",
+    "measure_gradients": "ndlora_plugins.integrations.peft",
     "register_plugin": "ndlora_plugins.registry",
     "unregister_plugin": "ndlora_plugins.registry",
 }
-__all__ = ["NdLoraConfig", "NdLoraModel", "hookimpl", "register_plugin", "unregister_plugin"]
+__all__ = [
+    "NdLoraConfig",
+    "NdLoraModel",
+    "hookimpl",
+    "measure_gradients",
+    "register_plugin",
+    "unregister_plugin",
+]
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ switch_on()
 
 @hookimpl
 def ndlora_methods():
-    return [ndlinear, crossed, slora, nlora, inttune, einsum]
+    return [crossed, ndlinear, slora, nlora, inttune, einsum]
 
 
 @hookimpl

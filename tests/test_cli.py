@@ -18,11 +18,14 @@ from ndlora_plugins.errors import NdLoraValueError
 
 # what follows `ndlora plan MODEL`, what must stand in the output
 PLANS = [
-    ([], ["ndlinear", "32x32, 64x64", "1,146,880", "8,716,288", "7.60x fewer than LoRA r=8"]),
+    ([], ["crossed", "512x4, 4x512", "1,089,536", "8,716,288", "8.00x fewer than LoRA r=8"]),
+    (["--method", "ndlinear"], ["32x32, 64x64", "1,146,880", "7.60x fewer than LoRA r=8"]),
     (["--method", "inttune", "--r", "128"], ["3,211,264", "inttune"]),
-    (["--target", "q_proj", "--num-modes", "3"], ["8x8, 16x16, 16x16"]),
-    (["--crossed-modes", "4"], ["512x4, 4x512", "1,089,536", "8.00x fewer than LoRA r=8"]),
-    (["--lora-rank", "4"], ["4,358,144", "3.80x fewer than LoRA r=4"]),
+    (["--target", "q_proj", "--num-modes", "3"], ["crossed", "128x4, 4x4, 4x128"]),
+    (["--method", "ndlinear", "--target", "q_proj", "--num-modes", "3"], ["8x8, 16x16, 16x16"]),
+    (["--crossed-modes", "8"], ["crossed", "256x8, 8x256", "1,089,536"]),
+    (["--method", "ndlinear", "--crossed-modes", "4"], ["512x4, 4x512"]),
+    (["--lora-rank", "4"], ["4,358,144", "4.00x fewer than LoRA r=4"]),
 ]
 # what follows, what the error must say
 WRONG = [
@@ -100,7 +103,7 @@ def test_plan(options, expected, model):
 
 def test_plan_takes_the_config_file_and_prints_json(model):
     result = invoke("plan", model / "config.json", "--json")
-    assert json.loads(result.stdout)["parameters"] == 1_146_880
+    assert json.loads(result.stdout)["parameters"] == 1_089_536
 
 
 @pytest.mark.parametrize("options, message", WRONG)
@@ -118,18 +121,20 @@ def test_a_prime_dimension_is_seen_in_the_plan(tmp_path):
     LlamaConfig(
         hidden_size=64, intermediate_size=257, num_hidden_layers=1, num_attention_heads=4
     ).save_pretrained(tmp_path)
-    assert "lopsided" in invoke("plan", tmp_path).output
+    assert "lopsided" in invoke("plan", tmp_path, "--method", "ndlinear").output
+    assert "lopsided" not in invoke("plan", tmp_path).output
 
 
 def test_methods_lists_everything_with_its_plugin():
     output = invoke("methods").output
     for word in (
+        "crossed",
         "ndlinear",
         "slora",
         "nlora",
         "inttune",
+        "einsum",
         "n_lora",
-        "snapshot",
         "ndlora-plugins",
         "peft",
         "torch",

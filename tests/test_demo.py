@@ -129,19 +129,20 @@ def run_tiny(tiny_model, output, **options):
 def test_demo_from_end_to_end(tiny_model, tmp_path):
     pytest.importorskip("matplotlib")
     output, said = tmp_path / "out", io.StringIO()
-    report = run_tiny(tiny_model, output, methods=["lora", "ndlinear"], console=Console(file=said))
+    report = run_tiny(tiny_model, output, methods=["lora", "crossed", "ndlinear"], console=Console(file=said))
     assert report.failures == []
-    pieces = re.findall(r"^(model|base model|lora|ndlinear|reload): ", said.getvalue(), re.MULTILINE)
-    assert list(dict.fromkeys(pieces)) == ["model", "base model", "lora", "ndlinear", "reload"]
-    assert [result.method for result in report.results] == ["lora", "ndlinear"]
+    pieces = re.findall(r"^(model|base model|lora|crossed|ndlinear|reload): ", said.getvalue(), re.MULTILINE)
+    assert list(dict.fromkeys(pieces)) == ["model", "base model", "lora", "crossed", "ndlinear", "reload"]
+    assert [result.method for result in report.results] == ["lora", "crossed", "ndlinear"]
     for result in report.results:
         assert len(result.losses) == 2
         assert result.reloaded_answer == result.answer
         assert result.bytes_on_disk > result.trainable_parameters * 4
         assert 0 <= result.exact_match_after <= 1
-    assert report.results[1].trainable_parameters < report.results[0].trainable_parameters
+    lora, crossed, ndlinear = (result.trainable_parameters for result in report.results)
+    assert crossed == lora / 8 and ndlinear < lora
     assert json.loads((output / "results.json").read_text())["failures"] == []
-    assert len((output / "results.md").read_text().splitlines()) == 4
+    assert len((output / "results.md").read_text().splitlines()) == 5
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "ndlora_plugins" not in (output / "reload.py").read_text()
 
@@ -169,7 +170,7 @@ def test_demo_fails_when_a_saved_adapter_answers_otherwise(tiny_model, tmp_path,
 
 
 def test_demo_refuses_an_unknown_method(tmp_path):
-    with pytest.raises(NdLoraValueError, match="unknown method dora: the demo knows lora, ndlinear, slora"):
+    with pytest.raises(NdLoraValueError, match="unknown method dora: the demo knows lora, crossed, ndlinear, slora"):
         run_tiny("unused", tmp_path / "out", methods=["lora", "dora"])
     assert not (tmp_path / "out").exists()
 

@@ -3,37 +3,62 @@
 `python tests/test_docs.py` writes the generated parts anew.
 """
 
+import importlib
 import json
 import pathlib
 import re
+import sys
+import types
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
+from peft import get_peft_model
+
+from ndlora_plugins import NdLoraConfig, register_plugin, unregister_plugin
+from ndlora_plugins.registry import methods
+from ndlora_plugins.testing import check_method
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HOSTS = ("torch", "peft", "transformers", "trl", "axolotl")
+# module of docs/development.md -> its block, its method, a factor that trains
+PAGE_METHODS = {"lora_xs": (0, "my_lora_xs", "core"), "diagonal": (2, "diagonal", "scale")}
+# module -> what users import from it
+PUBLIC = {
+    "ndlora_plugins": [
+        "NdLoraConfig",
+        "measure_gradients",
+        "hookimpl",
+        "register_plugin",
+        "unregister_plugin",
+    ],
+    "ndlora_plugins.methods": ["Method"],
+    "ndlora_plugins.starts": ["Start"],
+    "ndlora_plugins.structures": ["Chain", "Einsum", "Factor", "KroneckerSum", "Layout", "Structure"],
+    "ndlora_plugins.testing": ["check_method"],
+}
+
+
+def read(path):
+    return (ROOT / path).read_text()
 
 
 def blocks(path, language):
     """The fenced blocks of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", read(path), re.DOTALL)
 
 
 def methods_table():
-    from ndlora_plugins.registry import methods
-
     lines = ["| `method` | what it is | default `r` | source |", "|---|---|---|---|"]
     for name, found in methods().items():
         method = found.value
         if found.plugin == "ndlora-plugins":
-            lines.append(f"| `{name}` | {method.summary} | {method.default_rank} | {method.source} |")
+            lines.append(f"| `{name}` | {method.summary} | {method.rank} | {method.source} |")
     return "\n".join(lines) + "\n"
 
 
 def options_page():
-    from ndlora_plugins import NdLoraConfig
-
     inherited = {
         "task_type",
         "peft_type",
@@ -56,7 +81,27 @@ def options_page():
             default = {} if field.default is MISSING else field.default
             lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['help']} |")
     lines += ["", "The rest is as in every `PeftConfig`: `task_type`, `inference_mode`, `revision`, ...", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *methods_options()])
+
+
+def methods_options():
+    lines = [
+        "## Options of the methods",
+        "",
+        "`NdLoraConfig(options={...})`, in YAMLs `options:`. `num_modes`, `crossed_modes` and `modes` above give them "
+        "too; [einsum.md](einsum.md) says what einsum's mean. A method that is not here has none.",
+        "",
+        "| method | options and their defaults |",
+        "|---|---|",
+    ]
+    for name, found in methods().items():
+        options = [
+            f"`{field.name}`" if field.default is MISSING else f"`{field.name}={field.default!r}`"
+            for field in fields(found.value.Options)
+        ]
+        if options and found.plugin == "ndlora-plugins":
+            lines.append(f"| `{name}` | {', '.join(options)} |")
+    return [*lines, ""]
 
 
 def requirements(name):
@@ -151,46 +196,76 @@ def test_the_snippet_of_the_trl_page(tiny_hub):
 
 
 def test_the_snippet_of_the_export_page(make_llama, shake, tmp_path, monkeypatch):
-    from peft import get_peft_model
-
-    from ndlora_plugins import NdLoraConfig
-
     monkeypatch.chdir(tmp_path)
     shake(get_peft_model(make_llama(), NdLoraConfig())).save_pretrained("my-adapter")
     exec(compile(blocks("docs/export.md", "python")[0], "export.md", "exec"), {})
 
 
-def test_the_method_of_the_development_page_trains():
-    import torch
-    from peft import get_peft_model
+@pytest.fixture
+def page_module(request):
+    """A block of the development page as a module, which is no plugin any more when the test ends."""
+    module, code = types.ModuleType(request.param), blocks("docs/development.md", "python")
+    exec(compile(code[PAGE_METHODS[request.param][0]], "development.md", "exec"), vars(module))
+    yield module
+    unregister_plugin(module)
 
-    from ndlora_plugins import NdLoraConfig, register_plugin, unregister_plugin
 
-    namespace = {"__name__": "diagonal"}
-    exec(compile(blocks("docs/development.md", "python")[0], "development.md", "exec"), namespace)
-    plugin = type("Plugin", (), {})()
-    plugin.ndlora_methods, plugin.ndlora_starts = namespace["ndlora_methods"], namespace["ndlora_starts"]
-    register_plugin(plugin)
-    try:
-        model = get_peft_model(
-            torch.nn.Sequential(torch.nn.Linear(8, 8)), NdLoraConfig(method="diagonal", target_modules=["0"])
-        )
-        model(torch.ones(2, 8)).sum().backward()
-        assert model.base_model.model[0].ndlora_factors["default"]["scale"].grad.abs().sum() > 0
-    finally:
-        unregister_plugin(plugin)
+@pytest.mark.parametrize("page_module", PAGE_METHODS, indirect=True)
+def test_the_method_of_the_development_page_trains(page_module):
+    _, method, factor = PAGE_METHODS[page_module.__name__]
+    register_plugin(page_module)
+    check_method(method)
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = get_peft_model(layer, NdLoraConfig(method=method, r=2, target_modules=["0"]))
+    model(torch.ones(2, 8)).sum().backward()
+    assert model.base_model.model[0].ndlora_factors["default"][factor].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("page_module", ["lora_xs"], indirect=True)
+def test_the_development_page_shows_how_a_method_is_checked(page_module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lora_xs", page_module)
+    exec(compile(blocks("docs/development.md", "python")[1], "development.md", "exec"), {})
+
+
+def test_the_snippet_of_the_einsum_page(tiny_hub):
+    run_snippet(blocks("docs/einsum.md", "python")[0], tiny_hub)
+
+
+@pytest.mark.parametrize("equation", re.findall(r"^\| `(.* -> .*?)`", read("docs/einsum.md"), re.MULTILINE))
+def test_an_equation_of_the_einsum_page_holds_to_the_laws(equation):
+    check_method("einsum", options={"equation": equation})
+
+
+def test_the_yaml_of_the_einsum_page(tiny_hub, tmp_path):
+    pytest.importorskip("axolotl")
+    loaded = load_yaml(blocks("docs/einsum.md", "yaml")[0], tiny_hub, tmp_path)
+    assert loaded.ndlora.method == "einsum" and loaded.ndlora.options["sizes"] == {"s": 16}
+
+
+def test_what_a_user_imports():
+    for module, names in PUBLIC.items():
+        assert [name for name in names if not hasattr(importlib.import_module(module), name)] == []
+
+
+def load_yaml(text, tiny_hub, tmp_path):
+    """As `axolotl train` reads and checks it, on a CPU, with data and what else a training needs."""
+    import yaml
+    from axolotl.cli.config import load_cfg
+
+    (tmp_path / "data.jsonl").write_text('{"instruction": "Two and two", "input": "", "output": "four"}\n')
+    least = {
+        "datasets": [{"path": "data.jsonl", "type": "alpaca"}],
+        "micro_batch_size": 1,
+        "learning_rate": 1e-3,
+    }
+    config = {**least, **yaml.safe_load(text.replace(HUB_MODEL, tiny_hub)), "bf16": False, "sequence_len": 64}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    return load_cfg(str(tmp_path / "config.yml"))
 
 
 def test_the_axolotl_snippet(tiny_hub, tmp_path):
     pytest.importorskip("axolotl")
-    import yaml
-    from axolotl.cli.config import load_cfg
-
-    config = yaml.safe_load(blocks("README.md", "yaml")[0].replace(HUB_MODEL, tiny_hub))
-    (tmp_path / "data.jsonl").write_text('{"instruction": "Two and two", "input": "", "output": "four"}\n')
-    on_a_cpu = {"bf16": False, "sequence_len": 64}
-    (tmp_path / "config.yml").write_text(yaml.safe_dump({**config, **on_a_cpu}))
-    loaded = load_cfg(str(tmp_path / "config.yml"))
+    loaded = load_yaml(blocks("README.md", "yaml")[0], tiny_hub, tmp_path)
     assert loaded.adapter == "ndlora" and loaded.ndlora.method == "slora" and loaded.lora_r == 8
 
 

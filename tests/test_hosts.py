@@ -16,7 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {"trl": "docs/trl.md", "axolotl": "docs/axolotl.md"}
-METHODS = ("ndlinear", "slora", "nlora", "inttune", "einsum")
+METHODS = ("crossed", "ndlinear", "slora", "nlora", "inttune", "einsum")
 GENERATED = re.compile(r"(<!-- steps: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

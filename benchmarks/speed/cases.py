@@ -116,7 +116,7 @@ def _start(size: int, rank: int) -> Case:
     """Making an adapter on one float32 layer, by get_peft_model."""
     starts = {
         "n_lora": lambda: NdLoraConfig(init_lora_weights="n_lora", r=rank, target_modules=["layer"]),
-        "ndlinear": lambda: NdLoraConfig(target_modules=["layer"]),
+        "ndlinear": lambda: NdLoraConfig(method="ndlinear", target_modules=["layer"]),
         "LoRA": lambda: LoraConfig(r=rank, target_modules=["layer"]),
         "pissa_niter_4": lambda: LoraConfig(
             init_lora_weights="pissa_niter_4", r=rank, target_modules=["layer"]

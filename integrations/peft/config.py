@@ -63,7 +63,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         default=None,
         metadata={
             "help": "One that `ndlora methods` lists. Left out, it follows from `init_lora_weights` where that is the "
-            "start of one method, else it is the first of the list."
+            "start of one method, else it is the first of the list: two modes that cross."
         },
     )
     r: Rank | None = field(
@@ -111,17 +111,19 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
     num_modes: NumModes = field(
         default=2,
         metadata={
-            "help": "Into how many modes in and out features are split, as evenly as it comes. Experts, and the "
-            "height and width of a kernel, are modes of their own beside them."
+            "help": "Into how many modes in and out features are split. `NdLoraConfig(num_modes=3)` alone is the "
+            "default method with three modes that cross. Experts, and the height and width of a kernel, are modes of "
+            "their own beside them."
         },
     )
     crossed_modes: CrossedModes | None = field(
         default=None,
         metadata={
-            "help": "Uneven modes that cross instead: in = (n, in / n) and out = (out / n, n), n the largest common "
-            "divisor up to this number. A term has in + out parameters, as LoRA r=1 has, and is an exact LoRA of "
-            "rank n * n. With `num_modes=3`, (n, n, in / n / n) and (out / n / n, n, n): about 1 / n of that, rank "
-            "n * n * n. Layers that `modes` names keep those."
+            "help": "Modes that cross, in = (n, in / n) and out = (out / n, n), n the largest common divisor up to "
+            "this number. The default method has 4; `NdLoraConfig(crossed_modes=8)` alone is that method with 8. A "
+            "term has in + out parameters, as LoRA r=1 has, and is an exact LoRA of rank n * n. With `num_modes=3`, "
+            "(n, n, in / n / n) and (out / n / n, n, n): about 1 / n of that, rank n * n * n. Layers that `modes` "
+            "names keep those."
         },
     )
     modes: Modes | None = field(

@@ -99,7 +99,7 @@ def contraction(layout: Layout) -> Einsum:
 einsum = Method(
     name="einsum",
     summary="any multilinear contraction of named factors, given as an equation",
-    source="docs/options.md",
+    source="docs/einsum.md",
     structure=contraction,
     factors=lambda options: options.names,
     trains=lambda options: options.trains,

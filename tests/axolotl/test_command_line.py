@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 TOKENS = torch.arange(20)[None]
 # the block `ndlora:`
 METHODS = {
+    "ndlinear": {"method": "ndlinear"},
     "slora": {"method": "slora"},
     "nlora": {"method": "nlora"},
     "inttune": {"method": "inttune"},
@@ -53,17 +54,17 @@ def adapter_line_alone(axolotl, least, tmp_path_factory):
     return config, directory, axolotl("train", config, directory, launcher="accelerate")
 
 
-@pytest.mark.step("train", method="ndlinear")
-@pytest.mark.step("val_set_size", method="ndlinear")
+@pytest.mark.step("train", method="crossed")
+@pytest.mark.step("val_set_size", method="crossed")
 def test_the_adapter_line_alone_trains(adapter_line_alone):
     _, directory, printed = adapter_line_alone
     saved = saved_config(directory / "out")
-    assert (saved["peft_type"], saved["method"], saved["r"]) == ("NDLORA", "ndlinear", 1)
+    assert (saved["peft_type"], saved["method"], saved["r"]) == ("NDLORA", "crossed", 1)
     assert len(logged_losses(printed)) == 8
     assert "uses a fresh adapter" not in printed
 
 
-@pytest.mark.step("merge-lora, shard by shard", method="ndlinear")
+@pytest.mark.step("merge-lora, shard by shard", method="crossed")
 def test_merge_lora_by_default(axolotl, adapter_line_alone, tiny):
     config, directory, _ = adapter_line_alone
     assert "merged 14 layers" in axolotl("merge-lora", config, directory)
@@ -81,7 +82,7 @@ def test_every_method_trains_and_merges(block, axolotl, tiny, least, tmp_path):
     assert_trained_and_merged(tiny, tmp_path / "out")
 
 
-@pytest.mark.step("evaluate", method="ndlinear")
+@pytest.mark.step("evaluate", method="crossed")
 def test_evaluate_uses_the_adapter_it_is_given_and_warns_without(axolotl, adapter_line_alone):
     config, directory, _ = adapter_line_alone
     losses = []
@@ -92,12 +93,12 @@ def test_evaluate_uses_the_adapter_it_is_given_and_warns_without(axolotl, adapte
     assert losses[1] < losses[0]
 
 
-@pytest.mark.step("inference", method="ndlinear")
+@pytest.mark.step("inference", method="crossed")
 def test_inference_uses_the_adapter_it_is_given(axolotl, adapter_line_alone):
     config, directory, _ = adapter_line_alone
     options = (f"--lora-model-dir={directory / 'out'}",)
     printed = axolotl("inference", config, directory, *options, stdin="add two\n")
-    assert "uses a fresh adapter" not in printed and "method ndlinear" in printed
+    assert "uses a fresh adapter" not in printed and "method crossed" in printed
 
 
 @pytest.mark.step("Axolotl's own keys, plugin listed", method="nlora")

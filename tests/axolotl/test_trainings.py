@@ -94,7 +94,7 @@ def test_kto(axolotl, tiny, least, tmp_path):
     assert not torch.allclose(before, trained, atol=1e-4)
 
 
-@pytest.mark.step("reward_model: true", method="ndlinear")
+@pytest.mark.step("reward_model: true", method="crossed")
 def test_reward_modelling(axolotl, tiny, least, tmp_path):
     rows = [
         {"system": "", "input": f"add {word}", "chosen": "three more", "rejected": "minus the"}
@@ -145,7 +145,7 @@ def test_early_stopping_keeps_the_best_adapter(axolotl, least, tmp_path):
 
 
 @pytest.mark.step("what Axolotl saves under FSDP2 (its function, one process)")
-@pytest.mark.parametrize("method", ["ndlinear", "slora", "nlora", "inttune"])
+@pytest.mark.parametrize("method", ["crossed", "ndlinear", "slora", "nlora", "inttune"])
 def test_what_axolotl_gathers_under_fsdp2_is_the_whole_adapter(method, tiny, tmp_path):
     # it takes every parameter whose name contains "lora_", as ours do in "ndlora_"
     from axolotl.integrations.expert_parallel.shard import save_fsdp2_lora_adapter

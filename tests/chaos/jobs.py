@@ -9,7 +9,7 @@ from pathlib import Path
 
 # method -> NdLoraConfig's arguments, NdLoraCallback's
 METHODS = {
-    "ndlinear": ({"r": 2}, {}),
+    "ndlinear": ({"method": "ndlinear", "r": 2}, {}),
     "slora": ({"method": "slora", "r": 4}, {"core_only_at": 0.5}),
     "nlora": ({"method": "nlora", "r": 4}, {"core_only_at": 0.5}),
     "inttune": ({"method": "inttune", "r": 8}, {}),

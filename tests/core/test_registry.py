@@ -16,11 +16,13 @@ from ndlora_plugins.structures import Chain, Factor, Structure
 
 # init_lora_weights, method as given, method that follows
 RESOLVED = [
-    (True, None, "ndlinear"),
-    (False, None, "ndlinear"),
+    (True, None, "crossed"),
+    (False, None, "crossed"),
+    ("lora_step", None, "crossed"),
     ("n_lora", None, "nlora"),
     ("s_lora", None, "slora"),
     ("ndlinear", None, "ndlinear"),
+    ("kronecker", None, "ndlinear"),
     ("n_lora", "inttune", "inttune"),
     ("n_lora", "slora", "slora"),
     ("lora_step", "crossed", "crossed"),
@@ -115,7 +117,7 @@ def plugin():
 
 
 def test_a_third_party_method_stands_beside_ours(plugin):
-    assert list(methods())[0] == "ndlinear" and methods()["ndlinear"].plugin == "ndlora-plugins"
+    assert list(methods())[0] == "crossed" and methods()["crossed"].plugin == "ndlora-plugins"
     assert methods()["diagonal"].plugin == "in-test"
     assert starts()["zero_scale"].plugin == "in-test"
     plan = plan_layer(adapter_options(method="diagonal", init_lora_weights=False), 8, 6, "q")

@@ -24,7 +24,7 @@ from transformers import (
 from ndlora_plugins import NdLoraConfig, fused
 
 METHODS = {
-    "ndlinear": {},
+    "ndlinear": {"method": "ndlinear"},
     "ndlinear, crossed": {"crossed_modes": 4},
     "ndlinear, snapshot": {"init_lora_weights": "ndlinear", "anchor": "snapshot"},
     "slora": {"method": "slora", "r": 4},

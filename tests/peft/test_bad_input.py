@@ -29,7 +29,7 @@ from ndlora_plugins.starts import Start
 
 # options, what the error must say: refused by the configuration alone
 OPTIONS = [
-    ({"method": "nope"}, r"method='nope' is no known method. Known: 'ndlinear'.*entry-point group 'ndlora'"),
+    ({"method": "nope"}, r"method='nope' is no known method. Known: 'crossed'.*entry-point group 'ndlora'"),
     ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' is no known start"),
     (
         {"method": "inttune", "init_lora_weights": "s_lora"},
@@ -149,7 +149,7 @@ MODELS = [
     (
         {"target_modules": ["norm"]},
         NdLoraTypeError,
-        r"'ndlinear' cannot adapt layer 'model.norm' of type LlamaRMSNorm",
+        r"'crossed' cannot adapt layer 'model.norm' of type LlamaRMSNorm",
     ),
     (
         {"modes": {"in_modes": [5, 5]}},
@@ -506,4 +506,4 @@ def test_a_lopsided_layer_is_named_with_its_cost():
         LopsidedModesWarning,
         match=r"Layer '[01]' .and 1 more layers.*\[1, 257\].*\d parameters, \d+\.\d times",
     ):
-        get_peft_model(model, NdLoraConfig(target_modules=["0", "1"]))
+        get_peft_model(model, NdLoraConfig(method="ndlinear", target_modules=["0", "1"]))

@@ -17,8 +17,8 @@ from ndlora_plugins.integrations.peft.files.check import check_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SOUND = {
-    "ndlinear": {},
-    "ndlinear-3-modes-4-terms": {"num_modes": 3, "r": 4},
+    "ndlinear": {"method": "ndlinear"},
+    "ndlinear-3-modes-4-terms": {"method": "ndlinear", "num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
     "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
     "nlora-pivots": {"init_lora_weights": "n_lora_pivots", "r": 4},

@@ -51,9 +51,9 @@ LOW_RANK = {
 }
 READS_BASE = {"slora-from-weights", "nlora", "inttune", "inttune-no-anchor"}
 KRONECKER = {
-    "ndlinear": {"lora_alpha": 3},
-    "ndlinear-3-modes": {"num_modes": 3},
-    "ndlinear-4-terms": {"r": 4},
+    "ndlinear": {"method": "ndlinear", "lora_alpha": 3},
+    "ndlinear-3-modes": {"method": "ndlinear", "num_modes": 3},
+    "ndlinear-4-terms": {"method": "ndlinear", "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
 }
 # adapter -> the layers, and the rank that PEFT's conversion is asked for

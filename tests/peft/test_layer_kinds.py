@@ -17,7 +17,7 @@ from ndlora_plugins.integrations.peft.kinds import ParamWrapper
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
 METHODS = {
-    "ndlinear": {},
+    "ndlinear": {"method": "ndlinear"},
     "ndlinear-3-modes-4-terms": {"method": "ndlinear", "num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
     "ndlinear-crossed": {"crossed_modes": 2, "r": 2},

@@ -15,8 +15,8 @@ from ndlora_plugins.integrations.peft.files.base import NotInFilesError
 from ndlora_plugins.integrations.peft.files.export import export_adapter
 
 METHODS = {
-    "ndlinear": {"lora_alpha": 3},
-    "ndlinear-3-modes-4-terms": {"num_modes": 3, "r": 4},
+    "ndlinear": {"method": "ndlinear", "lora_alpha": 3},
+    "ndlinear-3-modes-4-terms": {"method": "ndlinear", "num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
     "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
     "nlora-pivots": {"init_lora_weights": "n_lora_pivots", "r": 4},

@@ -27,7 +27,7 @@ from ndlora_plugins.integrations.peft.files.export import export_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ADAPTERS = {
-    "ndlinear": {},
+    "ndlinear": {"method": "ndlinear"},
     "ndlinear-anchored": {"init_lora_weights": "ndlinear", "num_modes": 3},
     "crossed": {"crossed_modes": 2, "r": 2},
     "slora": {"method": "slora", "r": 2, "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 1]},

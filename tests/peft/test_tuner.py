@@ -349,7 +349,9 @@ def test_patterns_layers_and_modes(make_llama):
 def test_modes_by_hand_for_one_target(make_llama):
     model = get_peft_model(
         make_llama(),
-        NdLoraConfig(modes={"down_proj": {"in_modes": [4, 24]}, "q_proj": {"out_modes": [2, 4, 6]}}),
+        NdLoraConfig(
+            method="ndlinear", modes={"down_proj": {"in_modes": [4, 24]}, "q_proj": {"out_modes": [2, 4, 6]}}
+        ),
     )
     layer = model.base_model.model.model.layers[0]
     assert layer.mlp.down_proj.plan["default"].structure.in_modes == (4, 24)

@@ -21,6 +21,7 @@ TEMPLATE = (
 
 # method -> NdLoraConfig's arguments
 METHODS = {
+    "crossed": {"r": 2},
     "ndlinear": {"method": "ndlinear", "r": 2},
     "slora": {"method": "slora", "r": 4},
     "nlora": {"init_lora_weights": "n_lora", "r": 4},

@@ -17,6 +17,7 @@ from ndlora_plugins.integrations.trl.norms import base_norm, delta_norm, update_
 # method -> NdLoraConfig's arguments, trainable numbers: two layers of 32 -> 32, 16, 16, 32, 48, 48 and
 # 48 -> 32; the modes are 32 = 4 x 8, 16 = 4 x 4, 48 = 6 x 8
 METHODS = {
+    "crossed": ({"r": 1}, 2 * 464),
     "ndlinear": ({"method": "ndlinear", "r": 1}, 2 * (2 * 80 + 2 * 48 + 3 * 88)),
     "slora": ({"method": "slora", "r": 4}, 2 * (4 * 464 + 7 * 16)),
     "nlora": ({"init_lora_weights": "n_lora", "r": 4}, 2 * (4 * 464 + 7 * 16)),

@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 
 # TRL's arguments, `ndlora:` -> fields of the NdLoraConfig that come of it
 CONFIGS = {
-    "nothing": ({}, None, {"method": "ndlinear", "r": 1, "task_type": "CAUSAL_LM"}),
+    "nothing": ({}, None, {"method": "crossed", "r": 1, "task_type": "CAUSAL_LM"}),
     "a name": ({}, "inttune", {"method": "inttune", "r": 8}),
     "a mapping": ({}, {"method": "nlora", "r": 4}, {"method": "nlora", "r": 4, "lora_alpha": 16}),
     "JSON": ({}, '{"method": "slora", "r": 3}', {"method": "slora", "r": 3}),

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 
 # method -> NdLoraConfig's arguments, from a start that moves the model
 MOVED = {
+    "crossed": {"r": 2, "init_lora_weights": False},
     "ndlinear": {"method": "ndlinear", "r": 2, "init_lora_weights": False},
     "slora": {"method": "slora", "r": 4, "init_lora_weights": False},
     "nlora": {"init_lora_weights": "n_lora", "r": 4, "anchor": "none"},
