@@ -1,7 +1,6 @@
 """What every method must hold to: `check_method` for your own, before it meets a trainer.
 
->>> from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.testing import check_method
+>>> from ndlora_plugins.testing import check_method
 >>> check_method("slora")
 """
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter, plan_layer
+from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.methods.base import Moment
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts.base import Seen

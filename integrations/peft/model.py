@@ -19,7 +19,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_unmatched
+from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_unmatched
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
@@ -60,7 +60,7 @@ class NdLoraModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs) -> None:
         # what the layers refer to: those that are made next, and those that are there without a PEFT model
         found = next((module for module in model.modules() if isinstance(module, NdLoraLayer)), None)
-        self.bank, self.clock = (Bank(), Clock()) if found is None else (found.bank, found.clock)
+        self.bank, self.clock = (Bank(), Clock(warn_of_penalties)) if found is None else (found.bank, found.clock)
         self._planned: dict[tuple[int, str | None], Planned] = {}
         self._to_be_loaded: set[str] = set()  # adapters that a start gave nothing
         self._injected = not isinstance(peft_config, dict)  # PEFT then drops this model and keeps the layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,6 +98,9 @@ class Bank:
 class Clock:
     """The training step that a model is in, the same for all of its layers until the next forward.
 
+    Args:
+        warn_of_penalties: is called with the model where nobody adds its methods' penalties to the loss.
+
     Attributes:
         step: of the optimiser.
         driven: whether a trainer's callback sets the step; else every training forward is a step of its own.
@@ -107,7 +110,8 @@ class Clock:
             torch.compile would compile anew for every number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warn_of_penalties: Callable[[nn.Module], None]) -> None:
+        self._warn_of_penalties = warn_of_penalties
         self.step, self.driven, self.penalty_settled, self.asked = 0, False, False, False
         self.seeds: dict[str, int] = {}
 
@@ -123,7 +127,5 @@ class Clock:
             return
         self.step += 1
         if self.step > 1 and not self.penalty_settled:  # the first step has had its loss
-            from ndlora_plugins.integrations.peft.advice import warn_of_penalties
-
             self.penalty_settled = True
-            warn_of_penalties(model)
+            self._warn_of_penalties(model)
