@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.fused import Product, add_product, compute_dtype, linear_with_product
+from ndlora_plugins.fused import Product, add_product, cast_factors, compute_dtype, linear_with_product
 from ndlora_plugins.methods.base import Method, Moment
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.registry import method_and_start
 from ndlora_plugins.starts.base import Seen, Start
-from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure, cast_factors
+from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
 __all__ = ["LayerAdapter", "plan_layer"]
 

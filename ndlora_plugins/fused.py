@@ -7,7 +7,7 @@ intermediates kept for backward. A `Product` adds into what is there instead, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ __all__ = [
     "Product",
     "add_mm_",
     "add_product",
+    "cast_factors",
     "compute_dtype",
     "linear_with_product",
 ]
@@ -103,6 +104,11 @@ def add_mm_(result: Tensor | None, left: Tensor, right: Tensor, scaling: float) 
     if result is None:
         return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scaling)
     return result.addmm_(left, right, alpha=scaling)
+
+
+def cast_factors(factors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors in a floating dtype; those that hold integers as they are."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in factors.items()}
 
 
 def compute_dtype(x: Tensor, tensors: Sequence[Tensor], autocast: bool) -> torch.dtype:

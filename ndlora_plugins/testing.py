@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter, plan_layer
+from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.methods.base import Moment
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts.base import Seen
-from ndlora_plugins.structures.base import Factors, cast_factors
+from ndlora_plugins.structures.base import Factors
 
 __all__ = ["LAYOUTS", "check_method"]
 

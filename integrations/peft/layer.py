@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.integrations.peft.merging import Merging
 from ndlora_plugins.integrations.peft.shared import Bank, Clock
 from ndlora_plugins.integrations.peft.weights import base_weight
-from ndlora_plugins.structures.base import cast_factors
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ndlora_plugins.fused import Product
 
-__all__ = ["LOPSIDED_RATIO", "Factor", "Factors", "Layout", "Structure", "cast_factors"]
+__all__ = ["LOPSIDED_RATIO", "Factor", "Factors", "Layout", "Structure"]
 
 Factors = Mapping[str, Tensor]
 
@@ -242,8 +242,3 @@ class Structure:
     def start_factors(self, names: frozenset[str]) -> tuple[str, ...]:
         """The factors whose start the change needs: all, but for one that changes alone."""
         return tuple(factor.name for factor in self.factors if names != {factor.name})
-
-
-def cast_factors(factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The factors in a floating dtype; those that hold integers as they are."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in factors.items()}

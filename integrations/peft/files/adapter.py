@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.files.base import BaseFiles
 from ndlora_plugins.integrations.peft.files.directories import local_directory
@@ -34,7 +35,7 @@ from ndlora_plugins.integrations.peft.targets import plan_form
 from ndlora_plugins.integrations.peft.weights import WeightForm
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.starts.base import Seen
-from ndlora_plugins.structures.base import Factor, cast_factors
+from ndlora_plugins.structures.base import Factor
 
 __all__ = ["AdapterReader", "ReadLayer", "listed", "read_adapter"]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.structures.base import Factors, cast_factors
+from ndlora_plugins.fused import cast_factors
+from ndlora_plugins.structures.base import Factors
 
 __all__ = [
     "RankTarget",
