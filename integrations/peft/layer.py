@@ -118,8 +118,6 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
             trained, frozen = cast_factors(trained, torch.float32), cast_factors(frozen, torch.float32)
         trained, frozen = self.bank.keep(adapter_name, plan, trained, frozen)
         self.plan[adapter_name] = plan
-        method = plan.method
-        self.clock.asked |= any(part is not None for part in (method.visible, method.penalty, method.shrink))
         self.r[adapter_name] = plan.layout.rank
         self.lora_alpha[adapter_name] = planned.alpha
         self.scaling[adapter_name] = plan.scaling

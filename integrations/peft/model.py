@@ -80,7 +80,11 @@ class NdLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self.clock.seeds[adapter_name] = config.random_seed or 0
         config.session.gradients = {}  # of the size of the weights, and used
-        if self._injected and self.clock.begin_forward not in model._forward_pre_hooks.values():
+        if (
+            self._injected
+            and self.clock.watched
+            and self.clock.begin_forward not in model._forward_pre_hooks.values()
+        ):
             # no PEFT model tells of a forward
             model.register_forward_pre_hook(self.clock.begin_forward)
 
@@ -119,6 +123,7 @@ class NdLoraModel(BaseTuner):
                     f"transformers' add_adapter) has not. Use get_peft_model, or a method without shared tensors."
                 )
             self.ndlora_shared, self.ndlora_shared_frozen = self.bank.factors, self.bank.frozen
+        self.clock.watched |= any(each.plan.method.asks_for_steps for each in planned)
         self._planned = {(id(each.target.base), each.target.parameter_name): each for each in planned}
 
     def _check_target_parameters(self, peft_config: NdLoraConfig) -> None:

@@ -104,15 +104,15 @@ class Clock:
     Attributes:
         step: of the optimiser.
         driven: whether a trainer's callback sets the step; else every training forward is a step of its own.
+        watched: whether a method asks for the step, or for a penalty; else nothing is counted, and torch.compile does
+            not compile anew for every number.
         seeds: adapter -> its `random_seed`.
         penalty_settled: whether the loss gets the methods' penalties, or it was told that it does not.
-        asked: whether a method asks for the step or for a penalty. Without one the step is not counted here:
-            torch.compile would compile anew for every number.
     """
 
     def __init__(self, warn_of_penalties: Callable[[nn.Module], None]) -> None:
         self._warn_of_penalties = warn_of_penalties
-        self.step, self.driven, self.penalty_settled, self.asked = 0, False, False, False
+        self.step, self.driven, self.watched, self.penalty_settled = 0, False, False, False
         self.seeds: dict[str, int] = {}
 
     def moment(self, adapter: str) -> Moment:
@@ -123,7 +123,7 @@ class Clock:
 
     def begin_forward(self, model: nn.Module, args: tuple = ()) -> None:
         """A forward of the whole model begins; made to be a forward pre-hook of it too."""
-        if not self.asked or self.driven or not model.training:
+        if self.driven or not self.watched or not model.training:
             return
         self.step += 1
         if self.step > 1 and not self.penalty_settled:  # the first step has had its loss

@@ -76,6 +76,11 @@ class Method:
     penalty: Callable[[Structure, Factors], Tensor] | None = None
     shrink: Callable[[Structure, Factors, float], None] | None = None
 
+    @property
+    def asks_for_steps(self) -> bool:
+        """Whether a training is more to it than its factors."""
+        return any(asked is not None for asked in (self.visible, self.penalty, self.shrink))
+
     def factor_names(self, options: Any) -> tuple[str, ...]:
         """Those that every layout has with these options."""
         return self.factors(options) if callable(self.factors) else self.factors

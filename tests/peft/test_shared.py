@@ -3,7 +3,10 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -474,3 +477,28 @@ def test_the_gradient_is_the_sum_over_the_layers(shared_sides, shake):
             values.append(model(x).square().sum())
             up.sub_(sign * step)
     torch.testing.assert_close((up.grad * step).sum() * 2, values[0] - values[1], rtol=1e-5, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The directory in which one process and two left their adapters."""
+    directory = tmp_path_factory.mktemp("processes")
+    script = Path(__file__).with_name("train_in_two_processes.py")
+    started = [
+        subprocess.Popen([sys.executable, "-P", script, directory, rank, world])
+        for rank, world in (("0", "1"), ("0", "2"), ("1", "2"))
+    ]
+    assert [process.wait(300) for process in started] == [0, 0, 0]
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["shared_sides", "dylora"])
+def test_two_processes_give_the_result_of_one(file, processes):
+    one, first, second = (
+        load_file(processes / f"{file}-{which}.safetensors") for which in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    assert one.keys() == first.keys() and max(value.abs().max() for value in one.values()) > 0.01
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key])
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch._dynamo.testing import CompileCounter
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
@@ -162,3 +163,21 @@ def ranks_of_two(model, tokens):
     ]
     assert gradients
     return {int(gradient.any(1).sum()) for gradient in gradients}
+
+
+@pytest.mark.parametrize(
+    "adapt", [get_peft_model, lambda model, chosen: inject_adapter_in_model(chosen, model)]
+)
+def test_a_training_of_a_method_that_asks_for_no_step_is_compiled_once(adapt, make_llama, tokens):
+    chosen = NdLoraConfig(method="slora", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = adapt(make_llama(num_hidden_layers=1), chosen).train()
+    assert not model._forward_pre_hooks
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for _ in range(4):
+        compiled(tokens, labels=tokens).loss.backward()
+    first = counter.frame_count
+    for _ in range(3):
+        compiled(tokens, labels=tokens).loss.backward()
+    assert counter.frame_count == first
+    assert first <= 2

@@ -1,6 +1,5 @@
 """Each stranger's method through its whole life: train, save, load in a fresh process, check, merge, export."""
 
-import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -8,10 +7,10 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from ndlora_plugins import NdLoraConfig, register_plugin, unregister_plugin
+from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.integrations.peft import measure_gradients
 from ndlora_plugins.integrations.peft.files.check import check_adapter
 from ndlora_plugins.integrations.peft.files.export import export_adapter
@@ -44,20 +43,10 @@ torch.testing.assert_close(found, load_file(expected)["logits"], rtol=1e-5, atol
 """
 
 
-@pytest.fixture(params=STRANGERS)
-def stranger(request):
-    """(name, module) of a registered method of a file beside this one."""
-    spec = importlib.util.spec_from_file_location("stranger", FOLDER / f"{request.param}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    register_plugin(module, name="stranger")
-    yield request.param, module
-    unregister_plugin(module)
-
-
 @pytest.mark.slow
-def test_a_whole_life(stranger, make_llama, tokens, tmp_path):
-    name, module = stranger
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_whole_life(name, stranger, make_llama, tokens, tmp_path):
+    module = stranger(name)
     make_llama().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = NdLoraConfig(method=module.method.name, r=4, task_type="CAUSAL_LM", **STRANGERS[name])
@@ -98,21 +87,3 @@ def test_a_whole_life(stranger, make_llama, tokens, tmp_path):
     unloaded = model.merge_and_unload()(tokens).logits
     for found in (exported, merged, unloaded):
         torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_shared_tensors_are_one(make_llama, tokens, tmp_path):
-    spec = importlib.util.spec_from_file_location("stranger", FOLDER / "shared_sides.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    register_plugin(module, name="stranger")
-    try:
-        config = NdLoraConfig(method="strange_shared", r=4, target_modules=["q_proj", "o_proj"])
-        model = get_peft_model(make_llama(), config)
-        # four layers of 48 x 48: two sides for all of them, a core for each
-        assert model.get_nb_trainable_parameters()[0] == 2 * 4 * 48 + 4 * 4 * 4
-        model.save_pretrained(tmp_path)
-        saved = load_file(tmp_path / "adapter_model.safetensors")
-        assert sum(value.numel() for value in saved.values()) == 2 * 4 * 48 + 4 * 4 * 4
-    finally:
-        unregister_plugin(module)

@@ -1,4 +1,4 @@
-"""What a method asks for beside the loss, through a trainer and in a loop of one's own, and after a resume."""
+"""What a method asks for beside the loss, through a trainer and in a loop of one's own; and after a resume."""
 
 import warnings
 from dataclasses import replace
@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft import measure_gradients
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 from ndlora_plugins.integrations.trl import NdLoraCallback
 from ndlora_plugins.integrations.trl.checks import adapted_layers
 from ndlora_plugins.integrations.trl.penalties import add_penalty_gradients, shrink_factors
@@ -111,6 +110,7 @@ def training(model, tokens, tmp_path, *callbacks, **options):
         "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
+        "logging_steps": 1,
         "seed": 3,
     }
     rows = [
@@ -269,43 +269,36 @@ def test_half_precision_without_clipping_is_refused(make_llama, tokens, tmp_path
         NdLoraCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
 
 
-# file of tests/strangers -> the method's name
-STRANGERS = {
-    "dylora": "strange_dylora",
-    "shared_sides": "strange_shared",
-    "lora_sb": "strange_sb",
-    "lora_xs": "strange_xs",
-}
+# method, the file of tests/strangers that brings it, gradient checkpointing
+RESUMED = [
+    ("shared_lasso", None, False),
+    ("shared_lasso", None, True),
+    ("shrinking", None, False),
+    ("strange_dylora", "dylora", True),
+    ("strange_sb", "lora_sb", False),
+    ("strange_xs", "lora_xs", False),
+]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["strange_lasso", "shared_lasso", "shrinking", *STRANGERS])
+@pytest.mark.parametrize("method, file, checkpointing", RESUMED)
 def test_a_resumed_training_is_the_same_bit_for_bit(
-    method, checkpointing, make_llama, tokens, tmp_path, stranger
+    method, file, checkpointing, make_llama, tokens, tmp_path, stranger
 ):
-    name = method
-    if method in STRANGERS:
-        stranger(method)
-        name = STRANGERS[method]
-
-    def trainer(directory, **options):
-        base, chosen = make_llama(), config(name)
-        measure_gradients(base, chosen, lambda: base(tokens, labels=tokens).loss.backward())
-        return training(
+    if file is not None:
+        stranger(file)
+    trainers = []
+    for directory, resumed in (("whole", None), ("again", str(tmp_path / "whole/checkpoint-2"))):
+        base, chosen = make_llama(), config(method)
+        measure_gradients(base, chosen, lambda base=base: base(tokens, labels=tokens).loss.backward())
+        trainer = training(
             get_peft_model(base, chosen), tokens, tmp_path / directory, NdLoraCallback(), save_strategy="steps",
-            save_steps=2, save_only_model=False, gradient_checkpointing=checkpointing, **options,
+            save_steps=2, gradient_checkpointing=checkpointing,
         )  # fmt: skip
-
-    whole = trainer("whole")
-    whole.train()
-    again = trainer("again")
-    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-    assert again.state.global_step == 4
-    wanted, found = factors(whole.model), factors(again.model)
-    assert wanted.keys() == found.keys()
-    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+        trainer.train(resume_from_checkpoint=resumed)
+        trainers.append(trainer)
+    wanted, found = (factors(trainer.model) for trainer in trainers)
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
     losses = [
-        [entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (whole, again)
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in trainers
     ]
     assert losses[0] == losses[1]
-    assert any(isinstance(module, NdLoraLayer) for module in again.model.modules())
