@@ -216,9 +216,9 @@ SPLITS = {
         1,
     ),
     "crossed, both": ({"crossed_modes": 4, "r": 2}, {"crossed_modes": 4}, 3),
-    "crossed and even, on other layers": (
+    "crossed in two sizes, on other layers": (
         {"crossed_modes": 4, "target_modules": ["q_proj"]},
-        {"target_modules": ["v_proj"]},
+        {"crossed_modes": 2, "target_modules": ["v_proj"]},
         1,
     ),
     "crossed and by hand": (
@@ -237,7 +237,7 @@ def test_sums_of_kronecker_products_keep_each_layers_modes(case, make_llama, sha
     model.set_requires_grad(["one", "two"])
     shake(model)
     model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "sum")
-    assert (model.peft_config["sum"].method, model.peft_config["sum"].r) == ("ndlinear", rank)
+    assert (model.peft_config["sum"].method, model.peft_config["sum"].r) == ("crossed", rank)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(make_llama(), tmp_path / "sum")
     one, two, found = (deltas(model, name) for name in ("one", "two", "sum"))

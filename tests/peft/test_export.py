@@ -62,14 +62,14 @@ CONVERSIONS = {
     **{case: ({**options, "target_modules": ["q_proj", "c_fc"]}, 48) for case, options in KRONECKER.items()},
 }
 LOKR = {
-    "balanced": {"lora_alpha": 3},
+    "balanced": {"method": "ndlinear", "lora_alpha": 3},
     "uneven": {
         "modes": {"in_modes": [4, 12], "out_modes": [4, 12]},
         "target_modules": ["q_proj"],
         "lora_alpha": 2,
     },
-    "random": {"init_lora_weights": False},
-    "modules-to-save": {"modules_to_save": ["lm_head"]},
+    "random": {"method": "ndlinear", "init_lora_weights": False},
+    "modules-to-save": {"method": "ndlinear", "modules_to_save": ["lm_head"]},
 }
 # adapter, what the error must say
 NOT_LOKR = [
@@ -78,7 +78,7 @@ NOT_LOKR = [
     ({"init_lora_weights": "ndlinear"}, "anchor='snapshot' makes it the sum"),
     ({"method": "slora"}, "to='lora' is exact for it"),
     (
-        {"modes": {"q_proj": {"in_modes": [4, 12]}}},
+        {"method": "ndlinear", "modes": {"q_proj": {"in_modes": [4, 12]}}},
         r"'model.layers.0.self_attn.q_proj' has the modes \[4, 12\]",
     ),
     ({"modes": {"in_modes": [12, 4], "out_modes": [4, 12]}, "target_modules": ["q_proj"]}, "the modes"),
@@ -428,7 +428,7 @@ def test_an_embedding_that_is_not_said_to_be_one(
 
 @pytest.mark.parametrize("options, message", WRONG)
 def test_wrong_options(options, message, make_llama, trained, tmp_path):
-    trained(make_llama)
+    trained(make_llama, method="ndlinear")
     with pytest.raises(NdLoraValueError) as caught:
         export_adapter(tmp_path / "adapter", tmp_path / "out", **options)
     assert message in str(caught.value)

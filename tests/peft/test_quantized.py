@@ -19,7 +19,7 @@ from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
 # the noise that stands for a training is of one size, so the scaling is, and the slices are taken as they are
 METHODS = {
-    "ndlinear": {"method": "ndlinear", "lora_alpha": 1},
+    "ndlinear": {"lora_alpha": 1},
     "slora": {},
     "nlora": {"init_lora_weights": "n_lora"},
     "inttune": {"init_lora_weights": "n_lora"},

@@ -44,7 +44,7 @@ def test_ndlinear_is_torch_kron(kind):
 
 
 def test_ndlinear_is_pefts_lokr_with_the_same_factors():
-    model, layer, f = adapted(init_lora_weights=False)
+    model, layer, f = adapted(method="ndlinear", init_lora_weights=False)
     lokr = get_peft_model(
         OneLayer("linear"),
         LoKrConfig(target_modules=["q"], r=64, alpha=64, decompose_factor=-1, init_weights=False),
