@@ -43,7 +43,7 @@ class Bank:
         """Take in what is shared and new; return what is the layer's own."""
         keys = dict(plan.shared)
         for holder, tensors, trains in ((self.factors, trained, True), (self.frozen, frozen, False)):
-            for name in tensors.keys() & keys.keys():
+            for name in (name for name in tensors if name in keys):  # in one order in all processes
                 if adapter not in holder:
                     holder[adapter] = nn.ParameterDict()
                 if keys[name] not in holder[adapter]:
