@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from triton.runtime import interpreter
 
 from ndlora_plugins.adapter import plan_layer
-from ndlora_plugins.kernels import triton_modes
+from ndlora_plugins.kernels import modes, triton_modes
 from ndlora_plugins.kernels.triton_modes import triton_mode_product
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.starts import Seen
-from ndlora_plugins.structures import KroneckerSum, Layout, kronecker
+from ndlora_plugins.structures import KroneckerSum, Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -142,7 +142,7 @@ def test_what_the_kernels_do_not_do_is_left_to_the_other_form(in_modes, out_mode
     structure = KroneckerSum(Layout(prod(in_modes), prod(out_modes), 1), in_modes, out_modes)
     values = {factor.name: random(*factor.shape, dtype=dtype) for factor in structure.factors}
     other, factors = structure.product(values)
-    monkeypatch.setattr(kronecker, "kernels", [triton_mode_product])
+    monkeypatch.setattr(modes, "others", [triton_mode_product])
     product, _ = structure.product(values)
     x, grad = random(3, other.in_features, dtype=dtype), random(3, other.out_features, dtype=dtype)
     found, expected = (
@@ -155,7 +155,7 @@ def test_what_the_kernels_do_not_do_is_left_to_the_other_form(in_modes, out_mode
 @pytest.mark.parametrize("anchor", ["none", "snapshot"])
 @pytest.mark.parametrize("way", ["linear", "in place", "out of place"])
 def test_a_layer_takes_the_kernels(way, anchor, monkeypatch):
-    monkeypatch.setattr(kronecker, "kernels", [triton_mode_product])
+    monkeypatch.setattr(modes, "others", [triton_mode_product])
     plan = plan_layer(adapter_options("ndlinear", init_lora_weights="ndlinear", anchor=anchor), 24, 18, "q")
     weight = random(18, 24)
     trained, frozen = plan.initialize(Seen(weight=weight))

@@ -191,7 +191,7 @@ def test_a_moments_draw_is_the_same_everywhere_and_another_at_another_step():
 
 def test_what_layers_share_has_one_key_and_its_value_comes_from_them():
     def sides(factor, layer, layout):
-        return None if factor.name == "core" else f"{factor.name} of {layout.out_features}"
+        return None if factor.name == "core" else f"{factor.name}_of_{layout.out_features}"
 
     options = replace(
         adapter_options("slora", rank=4), method=replace(methods()["slora"].value, shared=sides)
@@ -199,7 +199,7 @@ def test_what_layers_share_has_one_key_and_its_value_comes_from_them():
     first, second, other = (
         plan_layer(options, 24, out, name) for out, name in ((18, "a"), (18, "b"), (6, "c"))
     )
-    assert first.shared == second.shared == (("down", "down of 18"), ("up", "up of 18")) != other.shared
+    assert first.shared == second.shared == (("down", "down_of_18"), ("up", "up_of_18")) != other.shared
     shared = {"down": torch.ones(4, 24), "up": torch.ones(18, 4)}
     trained, _ = first.initialize(Seen(shared=shared))
     assert trained["down"] is shared["down"] and trained["up"] is shared["up"]
