@@ -60,7 +60,9 @@ class NdLoraModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs) -> None:
         # what the layers refer to: those that are made next, and those that are there without a PEFT model
         found = next((module for module in model.modules() if isinstance(module, NdLoraLayer)), None)
-        self.bank, self.clock = (Bank(), Clock(warn_of_penalties)) if found is None else (found.bank, found.clock)
+        self.bank, self.clock = (
+            (Bank(), Clock(warn_of_penalties)) if found is None else (found.bank, found.clock)
+        )
         self._planned: dict[tuple[int, str | None], Planned] = {}
         self._to_be_loaded: set[str] = set()  # adapters that a start gave nothing
         self._injected = not isinstance(peft_config, dict)  # PEFT then drops this model and keeps the layers
@@ -71,12 +73,15 @@ class NdLoraModel(BaseTuner):
         try:
             with undone_on_failure(self, self.bank.factors, self.bank.frozen):
                 self.bank.delete(adapter_name)  # one of that name is replaced
-                flags = [(shared, shared.requires_grad) for shared in self.bank.factors.parameters()]
+                held = [value for name, value in self.named_parameters() if PREFIX in name]
+                flags = [value.requires_grad for value in held]
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._planned = {}
-        for shared, requires_grad in flags:  # a further adapter changes nothing for the others
-            shared.requires_grad_(requires_grad)
+        for value, requires_grad in zip(
+            held, flags, strict=True
+        ):  # of others, which a further one is not to change
+            value.requires_grad_(requires_grad)
         config = self.peft_config[adapter_name]
         self.clock.seeds[adapter_name] = config.random_seed or 0
         config.session.gradients = {}  # of the size of the weights, and used

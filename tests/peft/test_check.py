@@ -173,7 +173,9 @@ def test_a_fingerprint_of_a_layer_that_is_not_in_the_file(with_base, save, tmp_p
     fields["base_fingerprint"] = {"lm_head": {"shape": [128, 48], "storage": "float32", "values": None}}
     file.write_text(json.dumps(fields))
     report = check_adapter(directory, str(tmp_path / "base") if with_base else None)
-    assert "1 layers have no tensor in " in " ".join(report.problems) and "'lm_head'" in " ".join(report.problems)
+    assert "1 layers have no tensor in " in " ".join(report.problems) and "'lm_head'" in " ".join(
+        report.problems
+    )
 
 
 @pytest.mark.parametrize("text", NO_CONFIGURATIONS)

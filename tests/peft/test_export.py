@@ -416,9 +416,7 @@ def test_a_file_that_is_broken_beside_the_factors(case, to, make_llama, trained,
     ("make_llama", "embed_tokens", None, "is an embedding by its name, but its configuration does not say so"),
     ("make_gpt2", "wpe", "base", "has no linear layer 'transformer.wpe'"),
 ])  # fmt: skip
-def test_an_embedding_that_is_not_said_to_be_one(
-    make, layer, base, message, request, trained, tmp_path
-):
+def test_an_embedding_that_is_not_said_to_be_one(make, layer, base, message, request, trained, tmp_path):
     trained(request.getfixturevalue(make), method="slora", r=4, target_modules=["mlp.c_fc", "q_proj", layer])
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "weight_forms": None}))
