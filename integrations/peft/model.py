@@ -78,9 +78,8 @@ class NdLoraModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._planned = {}
-        for value, requires_grad in zip(
-            held, flags, strict=True
-        ):  # of others, which a further one is not to change
+        # of others, which a further one is not to change
+        for value, requires_grad in zip(held, flags, strict=True):
             value.requires_grad_(requires_grad)
         config = self.peft_config[adapter_name]
         self.clock.seeds[adapter_name] = config.random_seed or 0
