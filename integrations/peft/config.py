@@ -237,14 +237,16 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         resolved = self.resolved()
         self.method, self.r = resolved.method.name, resolved.rank
         self.lora_alpha, self.anchor = resolved.alpha, resolved.anchor
+        # saved as they are now, whatever a later default may be
+        for name in {"num_modes", "crossed_modes"} & {each.name for each in fields(resolved.options)}:
+            setattr(self, name, getattr(resolved.options, name))
         self._check_targets()
         self.session = Session()
 
     def _check_targets(self) -> None:
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -253,9 +255,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
                         f"the layer indices into the regex, or give target_modules as a list of names."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise NdLoraValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
-            )
+            raise NdLoraValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.bias == "lora_only":
             self.bias = "ndlora_only"
 

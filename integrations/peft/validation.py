@@ -75,7 +75,7 @@ def check_fields(config: Any) -> None:
         try:
             fitted = _fit(value, annotation)
         except _Unfit as reason:
-            raise NdLoraValueError(f"{name}={_shown(value)}: {reason}") from None
+            raise NdLoraValueError(f"{name}={shorten(value)}: {reason}") from None
         setattr(config, name, fitted)
 
 
@@ -256,11 +256,11 @@ def _fit_part(name: str, value: Any, annotation: Any) -> Any:
     try:
         return _fit(value, annotation)
     except _Unfit as reason:
-        raise _Unfit(f"{name}={_shown(value)}: {reason}") from None
+        raise _Unfit(f"{name}={shorten(value)}: {reason}") from None
 
 
-def _shown(value: Any) -> str:
-    """The value in a message, cut where it is long."""
+def shorten(value: Any) -> str:
+    """A value for a message, however long it is."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python writes

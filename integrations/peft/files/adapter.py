@@ -27,11 +27,12 @@ from ndlora_plugins.integrations.peft.files.format import (
     shared_key,
     split_key,
 )
-from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint, read_object, shorten
+from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint, read_object
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, check_adapter_file
 from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
 from ndlora_plugins.integrations.peft.names import NAME
 from ndlora_plugins.integrations.peft.targets import plan_form
+from ndlora_plugins.integrations.peft.validation import shorten
 from ndlora_plugins.integrations.peft.weights import WeightForm
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.starts.base import Seen

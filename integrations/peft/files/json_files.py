@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.validation import shorten
 from ndlora_plugins.methods.modes import MAX_FEATURES
 
-__all__ = ["check_fingerprint", "check_layers", "check_weight_forms", "read_object", "read_shards", "shorten"]
+__all__ = ["check_fingerprint", "check_layers", "check_weight_forms", "read_object", "read_shards"]
 
 _LARGEST = torch.finfo(torch.float32).max
 # kind of a weight -> how many axes it can have
@@ -152,9 +153,3 @@ def _is_shape(value: object, axes: tuple[int, ...]) -> bool:
 
 def _is_float32(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= _LARGEST  # NaN is not
-
-
-def shorten(value: object) -> str:
-    """A value for a message, however long it is."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
