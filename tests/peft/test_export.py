@@ -412,14 +412,30 @@ def test_a_file_that_is_broken_beside_the_factors(case, to, make_llama, trained,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def no_word_of_schema_1(fields):
+    return {**fields, "schema_version": 1, "layers": None, "weight_forms": None}
+
+
+def linear_of_schema_2(fields):
+    # a table's shape of a linear layer is (out, in), an embedding's (numbers, out)
+    layers = {
+        path: [name, "linear", shape[::-1] if kind == "embedding" else shape]
+        for path, (name, kind, shape) in fields["layers"].items()
+    }
+    return {**fields, "layers": layers}
+
+
 @pytest.mark.parametrize("make, layer, base, message", [
     ("make_llama", "embed_tokens", None, "is an embedding by its name, but its configuration does not say so"),
     ("make_gpt2", "wpe", "base", "has no linear layer 'transformer.wpe'"),
 ])  # fmt: skip
-def test_an_embedding_that_is_not_said_to_be_one(make, layer, base, message, request, trained, tmp_path):
+@pytest.mark.parametrize("says", [no_word_of_schema_1, linear_of_schema_2])
+def test_an_embedding_that_is_not_said_to_be_one(
+    says, make, layer, base, message, request, trained, tmp_path
+):
     trained(request.getfixturevalue(make), method="slora", r=4, target_modules=["mlp.c_fc", "q_proj", layer])
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "weight_forms": None}))
+    file.write_text(json.dumps(says(json.loads(file.read_text()))))
     with pytest.raises(NdLoraValueError, match=message):
         export_adapter(tmp_path / "adapter", tmp_path / "out", base=base and str(tmp_path / base))
 
