@@ -16,6 +16,7 @@ from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
 from ndlora_plugins.integrations.peft.files.base import INDEX_FILE, BaseFiles, NotInFilesError
 from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
 from ndlora_plugins.integrations.peft.files.tensors import open_tensors, save_tensors
+from ndlora_plugins.integrations.peft.merging import add_and_round
 
 __all__ = ["MergedLayer", "merge_files"]
 
@@ -166,10 +167,9 @@ def _update(reader: AdapterReader, base: BaseFiles, path: str, merged: list[Merg
             )
             delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
             delta = base.form(layer.name).stored(delta)
-            wide = stored.to(dtype)
-            result = (wide + delta).to(stored.dtype)
+            result = add_and_round(stored, delta)
             lost = float(
-                (result.to(dtype) - wide - delta).norm() / delta.norm().clamp(min=torch.finfo(dtype).tiny)
+                (result.to(dtype) - stored.to(dtype) - delta).norm() / delta.norm().clamp(min=torch.finfo(dtype).tiny)
             )
         merged.append(MergedLayer(layer.name, result.numel(), lost))
         return result
