@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,7 @@ class LayerAdapter:
 
     Attributes:
         shared: (factor, key) of each factor that is one tensor for all layers with this key.
+        save_frozen: whether the file holds `frozen` though it could be made again.
     """
 
     method: Method
@@ -41,6 +42,7 @@ class LayerAdapter:
     scaling: float
     anchor: str
     shared: tuple[tuple[str, str], ...] = ()
+    save_frozen: bool = False
 
     @cached_property
     def structure(self) -> Structure:
@@ -71,13 +73,8 @@ class LayerAdapter:
 
     @property
     def recomputed(self) -> bool:
-        """Whether `frozen` is read from the base weight when an adapter is loaded, so that it need not be saved."""
-        return (
-            bool(self.frozen)
-            and not self.shared
-            and self.start.recomputable
-            and self.start.reads == {"weight"}
-        )
+        """Whether `frozen` is made again from the base weight or a seed at load, so that it need not be saved."""
+        return bool(self.frozen) and not self.save_frozen and self.start.recomputes(bool(self.shared))
 
     def __reduce__(self):
         # methods and starts travel by name: they are code, and may come from a plugin
@@ -88,6 +85,7 @@ class LayerAdapter:
             self.scaling,
             self.anchor,
             self.shared,
+            self.save_frozen,
         )
 
     def __deepcopy__(self, memo):
@@ -135,7 +133,7 @@ class LayerAdapter:
         Raises:
             NdLoraValueError: what the start reads is not there, or it gives other factors than it should.
         """
-        seen = seen or Seen()
+        seen = replace(seen or Seen(), keys=dict(self.shared))
         for name in self.start.reads:
             if getattr(seen, name) is None:
                 raise NdLoraValueError(
@@ -295,18 +293,22 @@ def plan_layer(
     leading: tuple[int, ...] = (),
     trailing: tuple[int, ...] = (),
     one_hot: bool = False,
+    largest: tuple[int, int] | None = None,
 ) -> LayerAdapter:
     """Plan one layer; nothing is allocated.
 
     Args:
         layer: its name, for messages and for what layers share.
         leading, trailing, one_hot: what else there is to know of the weight; see `Layout`.
+        largest: (in features, out features), the most that any adapted layer of the model has; this layer's if None.
 
     Raises:
         NdLoraValueError: an option that cannot work on this layer.
     """
     method, start, rank = options.method, options.start, options.rank
     layout = Layout(in_features, out_features, rank, options.options, leading, trailing, one_hot)
+    if method.shared is not None:
+        layout = replace(layout, largest=largest or (in_features, out_features))
     scaling = options.alpha / (math.sqrt(rank) if options.use_rslora else rank)
     shape = f"{out_features} x {in_features} (out x in)"
     try:
@@ -328,4 +330,4 @@ def plan_layer(
                 f"method={method.name!r} shares {name!r} of layer {layer!r} under {key!r}: a key is made of letters, "
                 f"digits and underscores, and is no name that nn.ParameterDict has."
             )
-    return LayerAdapter(method, start, layout, scaling, options.anchor, shared)
+    return LayerAdapter(method, start, layout, scaling, options.anchor, shared, options.save_frozen)

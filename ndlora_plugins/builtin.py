@@ -2,22 +2,31 @@
 
 from ndlora_plugins.hookspecs import hookimpl
 from ndlora_plugins.kernels.switch import switch_on
+from ndlora_plugins.methods.contractions import random_tucker, tensor_ring, tensor_train, tucker
 from ndlora_plugins.methods.crossed import crossed
 from ndlora_plugins.methods.einsum import einsum
+from ndlora_plugins.methods.frozen_sides import loldu, lora_sb, lora_xs, svfit
 from ndlora_plugins.methods.inttune import inttune
 from ndlora_plugins.methods.ndlinear import ndlinear
 from ndlora_plugins.methods.nlora import nlora
+from ndlora_plugins.methods.one_side import columns, ffa_lora, mica, rows, sora, tiled
+from ndlora_plugins.methods.shared import metatt, nola, shared_core, shared_crossed, shared_diagonal
 from ndlora_plugins.methods.slora import slora
-from ndlora_plugins.starts import any, chain, modes
+from ndlora_plugins.starts import any, chain, contractions, modes, sides
 
 switch_on()
 
 
 @hookimpl
 def ndlora_methods():
-    return [crossed, ndlinear, slora, nlora, inttune, einsum]
+    return [
+        *(crossed, ndlinear, slora, nlora, inttune),
+        *(lora_xs, lora_sb, svfit, loldu, rows, columns, ffa_lora, mica, tiled, sora),
+        *(shared_core, shared_diagonal, shared_crossed, metatt, nola),
+        *(tensor_train, tensor_ring, tucker, random_tucker, einsum),
+    ]
 
 
 @hookimpl
 def ndlora_starts():
-    return [*modes.starts, *chain.starts, *any.starts]
+    return [*modes.starts, *chain.starts, *sides.starts, *contractions.starts, *any.starts]

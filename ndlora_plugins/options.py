@@ -32,16 +32,17 @@ class AdapterOptions:
     alpha: float
     use_rslora: bool
     anchor: str
+    save_frozen: bool = False
 
     @property
-    def recomputed(self) -> bool:
-        """Whether frozen tensors are read from the base weight when an adapter is loaded; see `LayerAdapter`."""
+    def reads_base(self) -> bool:
+        """Whether frozen tensors are made again from the base weight at load; see `LayerAdapter.recomputed`."""
         names, trained = self.method.factor_names(self.options), self.method.trained_names(self.options)
         frozen = (
             len(names) > 1 if self.anchor == "snapshot" else trained is not None and set(trained) < set(names)
         )
-        readable = self.start.recomputable and self.start.reads == {"weight"}
-        return frozen and readable and self.method.shared is None
+        recomputes = self.start.recomputes(self.method.shared is not None)
+        return frozen and recomputes and not self.save_frozen and "weight" in self.start.reads
 
 
 def adapter_options(
@@ -52,6 +53,7 @@ def adapter_options(
     use_rslora: bool = False,
     anchor: str | None = None,
     options: Mapping[str, Any] | None = None,
+    save_frozen: bool = False,
 ) -> AdapterOptions:
     """Fill in the defaults and check what does not depend on a layer.
 
@@ -61,6 +63,7 @@ def adapter_options(
         alpha: None for what the start is made for, else the rank, so that the scaling is 1.
         anchor: "snapshot", "none", or None for "snapshot" exactly where the start would move the model. A start that
             is meant to move it is the exception.
+        save_frozen: keep in the file what could be made again from the weight or a seed.
 
     Raises:
         NdLoraValueError: a value that cannot work.
@@ -78,4 +81,4 @@ def adapter_options(
         anchor = "none" if at_zero or start.moves else "snapshot"
     elif anchor not in ANCHORS:
         raise NdLoraValueError(f"anchor={anchor!r}: choose one of {list(ANCHORS)}, or leave it out.")
-    return AdapterOptions(found, start, chosen, rank, alpha, use_rslora, anchor)
+    return AdapterOptions(found, start, chosen, rank, alpha, use_rslora, anchor, save_frozen)

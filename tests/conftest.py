@@ -14,7 +14,15 @@ import pytest
 import torch
 
 # the fields of `NdLoraConfig` that a method cannot be without
-NEEDED = {"einsum": {"options": {"equation": "out r, r s, s in -> out in"}}}
+NEEDED = {
+    "einsum": {"options": {"equation": "out r, r s, s in -> out in"}},
+    "nola": {"options": {"bases": 6}},
+    # their defaults are larger than tiny layers, or the gradients of a batch are needed
+    "lora_xs": {"r": 6},
+    "lora_sb": {"r": 6, "init_lora_weights": "svd_step"},
+    "svfit": {"r": 6},
+    "loldu": {"r": 6},
+}
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -49,6 +49,11 @@ SCHEMA_VERSION = 2
 _SIDES = {"in_modes", "out_modes"}
 
 
+def _written(text: str) -> Any:
+    """A field that is written when an adapter is saved."""
+    return field(default=None, metadata={"help": f"{text} Not set by hand.", "written": True})
+
+
 @dataclass
 class NdLoraConfig(PeftConfig, LoraKeywords):
     """Configuration of an NDLORA adapter: `get_peft_model(model, NdLoraConfig())`.
@@ -195,28 +200,18 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         default=False,
         metadata={"help": "Keep tied embeddings tied in `modules_to_save` and `trainable_token_indices`."},
     )
-    base_fingerprint: dict | None = field(
-        default=None,
+    save_frozen: bool | None = field(
+        default=False,
         metadata={
-            "help": "Written when an adapter is saved: what its base model looked like. Not set by hand.",
-            "written": True,
+            "help": "Save frozen factors too that are made again from the base weight or a seed at load."
         },
     )
-    weight_forms: dict | None = field(
-        default=None,
-        metadata={
-            "help": "As `layers`, in files of schema 1: of the layers that are not linear. Not set by hand.",
-            "written": True,
-        },
+    base_fingerprint: dict | None = _written("At save: what its base model looked like.")
+    weight_forms: dict | None = _written(
+        "As `layers`, in files of schema 1: of the layers that are not linear."
     )
-    layers: dict | None = field(
-        default=None,
-        metadata={
-            "help": "Written when an adapter is saved: its layers, as the file names them, with name, kind and shape. "
-            "Not set by hand.",
-            "written": True,
-        },
-    )
+    layers: dict | None = _written("At save: each layer in the file, its name, kind and shape.")
+    checksums: dict | None = _written("At save: of factors that are made again at load.")
     schema_version: Schema = field(
         default=SCHEMA_VERSION, metadata={"help": "Of this file. Not set by hand.", "written": True}
     )
@@ -255,7 +250,9 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
                         f"the layer indices into the regex, or give target_modules as a list of names."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise NdLoraValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+            raise NdLoraValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
         if self.bias == "lora_only":
             self.bias = "ndlora_only"
 
@@ -276,6 +273,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
             self.use_rslora,
             self.anchor,
             self._method_options(modes),
+            bool(self.save_frozen),
         )
 
     def options_for(self, layer: str, resolved: AdapterOptions | None = None) -> AdapterOptions:
@@ -310,7 +308,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
     def to_dict(self) -> dict:
         """The fields, with what this session knows of the base model unless it was loaded."""
         fields = super().to_dict()
-        for name in ("base_fingerprint", "layers"):
+        for name in ("base_fingerprint", "layers", "checksums"):
             if fields[name] is None:
                 fields[name] = getattr(self.session, name)
         if fields["layers"] is not None:

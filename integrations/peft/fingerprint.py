@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
 from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint
 
-__all__ = ["FingerprintedLayer", "compare_fingerprint", "make_fingerprint"]
+__all__ = ["FingerprintedLayer", "checksum", "compare_checksum", "compare_fingerprint", "make_fingerprint"]
 
 MAX_LAYERS = 16
 MAX_VALUES = 8
@@ -127,6 +127,39 @@ def compare_fingerprint(
                 stacklevel=2,
             )
             reads_weight = False  # say it once
+
+
+def checksum(factors: Mapping[str, Tensor]) -> dict[str, float] | None:
+    """For each tensor a number between -1 and 1 in which its entries count with their signs; None on "meta"."""
+    if any(value.is_meta for value in factors.values()):
+        return None
+    return {name: _checksum(value.detach().flatten().double().cpu()) for name, value in factors.items()}
+
+
+def _checksum(values: Tensor) -> float:
+    values = values[:: 1 + len(values) // 2**16]  # of a large one evenly spread
+    weights = torch.arange(len(values), dtype=torch.float64).cos()
+    return float(values @ weights / (values.norm() * weights.norm()).clamp(min=1e-300))
+
+
+def compare_checksum(saved: object, found: Mapping[str, float], layer: str, exact: bool) -> None:
+    """Hold factors that were made again at load against those of training.
+
+    Args:
+        saved, found: as `checksum` made them.
+        exact: whether the base weights are stored as they were.
+
+    Raises:
+        NdLoraValueError: they are others, so that what was trained would mean something else.
+    """
+    for name, value in found.items():
+        expected = saved.get(name) if isinstance(saved, dict) else None
+        if not isinstance(expected, float) or abs(expected - value) > (1e-3 if exact else 0.3):
+            raise NdLoraValueError(
+                f"Factor {name!r} of layer {layer!r} is made again at load, and comes out as another one than in "
+                f"training (checksum {value:.6g}, then {expected}): the result would be wrong. Use the base model, "
+                f"the random_seed and the libraries of the training, or save with save_frozen=True there."
+            )
 
 
 def _relative_difference(found: Sequence[float], expected: Sequence[float]) -> float:

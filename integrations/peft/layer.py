@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.integrations.peft.merging import Merging
-from ndlora_plugins.integrations.peft.shared import Bank, Clock
+from ndlora_plugins.integrations.peft.shared import Bank, Clock, FrozenFactors
 from ndlora_plugins.integrations.peft.weights import base_weight
 
 if TYPE_CHECKING:
@@ -20,26 +20,7 @@ if TYPE_CHECKING:
     from ndlora_plugins.integrations.peft.targets import Planned
     from ndlora_plugins.methods import Moment
 
-__all__ = ["FrozenFactors", "NdLoraLayer"]
-
-
-class FrozenFactors(nn.Module):
-    """Factors of one adapter that do not train.
-
-    Those recomputed from the base weight are buffers that no state dict holds; the others are saved parameters.
-    """
-
-    def __init__(self, factors: Mapping[str, Tensor], recomputed: bool):
-        super().__init__()
-        for name, value in factors.items():
-            if recomputed:
-                self.register_buffer(name, value, persistent=False)
-            else:
-                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them, by name."""
-        return {**self._parameters, **self._buffers}
+__all__ = ["NdLoraLayer"]
 
 
 class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
@@ -84,7 +65,7 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self.form, self.quantization_backend = planned.form, planned.backend
+        self.name, self.form, self.quantization_backend = planned.target.name, planned.form, planned.backend
         self.in_features, self.out_features = self.form.in_features, self.form.out_features
         for name in self.shown_of_base:
             setattr(self, name, getattr(self.get_base_layer(), name))
@@ -106,14 +87,11 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         Args:
             gradient: (out_features, in_features), of the weight, for starts that read one.
         """
-        from ndlora_plugins.starts.base import Seen
-
         plan = planned.plan
         if "gradient" in plan.start.reads and gradient is None:
             trained, frozen = plan.zeros()  # all of them will be loaded
         else:
-            shared = self.bank.start_values(adapter_name, plan)
-            trained, frozen = plan.initialize(Seen(self._read_weight(plan), gradient, shared), generator)
+            trained, frozen = self._initialize(adapter_name, plan, gradient, generator)
         if not self._base_is_floating():  # PEFT moves adapters to the base's dtype only where that is a float
             trained, frozen = cast_factors(trained, torch.float32), cast_factors(frozen, torch.float32)
         trained, frozen = self.bank.keep(adapter_name, plan, trained, frozen)
@@ -182,27 +160,40 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         ):
             return trained, frozen
         if self.plan[adapter].recomputed and not reference.is_meta:
-            self._refresh(holder, adapter, reference)
-            return trained, holder.tensors()
+            return trained, self._refresh(adapter, frozen, reference)
         return trained, {name: value.to(device) for name, value in cast_factors(frozen, dtype).items()}
 
-    def _refresh(self, holder: FrozenFactors, adapter: str, reference: Tensor) -> None:
+    def _refresh(self, adapter: str, frozen: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
         """Bring recomputed factors to the trained ones' device and dtype, anew if they were made on "meta"."""
-        frozen = holder.tensors()
         if any(value.is_meta for value in frozen.values()):
             if self.merged:
                 raise NdLoraValueError(
                     f"The start of adapter {adapter!r} is read from the base weight, which is merged with "
                     f"{self.merged_adapters}: unmerge it first."
                 )
-            frozen = self._recompute(self.plan[adapter])
+            frozen = self._initialize(adapter, self.plan[adapter])[1]
+        frozen = {
+            name: value.detach().to(reference.device)
+            for name, value in cast_factors(frozen, reference.dtype).items()
+        }
+        keys = dict(self.plan[adapter].shared)
         for name, value in frozen.items():
-            setattr(holder, name, value.detach().to(reference.device, reference.dtype))
+            holder = self.bank.frozen if name in keys else self.ndlora_frozen
+            setattr(holder[adapter], keys.get(name, name), value)
+        return frozen
 
-    def _recompute(self, plan: LayerAdapter) -> dict[str, Tensor]:
+    def _initialize(
+        self,
+        adapter: str,
+        plan: LayerAdapter,
+        gradient: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         from ndlora_plugins.starts.base import Seen
 
-        return plan.initialize(Seen(self._read_weight(plan)))[1]
+        shared = self.bank.start_values(adapter, plan)
+        seen = Seen(self._read_weight(plan), gradient, shared, self.clock.seeds.get(adapter, 0), self.name)
+        return plan.initialize(seen, generator)
 
     def moment(self, adapter: str) -> Moment | None:
         """The training step, for a method that shows a part of its factors in each; else None."""

@@ -20,6 +20,12 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_unmatched
+from ndlora_plugins.integrations.peft.checks import (
+    check_bases,
+    check_gradients,
+    check_recomputed,
+    check_shared,
+)
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
@@ -29,12 +35,9 @@ from ndlora_plugins.integrations.peft.shared import SHARED, Bank, Clock
 from ndlora_plugins.integrations.peft.targets import (
     Planned,
     Target,
-    check_bases,
-    check_gradients,
-    check_shared,
     fill_in_targets,
     matched_targets,
-    plan_target,
+    plan_targets,
 )
 from ndlora_plugins.integrations.peft.undo import undone_on_failure
 
@@ -73,6 +76,7 @@ class NdLoraModel(BaseTuner):
         try:
             with undone_on_failure(self, self.bank.factors, self.bank.frozen):
                 self.bank.delete(adapter_name)  # one of that name is replaced
+                self.clock.seeds[adapter_name] = self.peft_config[adapter_name].random_seed or 0
                 held = [value for name, value in self.named_parameters() if PREFIX in name]
                 flags = [value.requires_grad for value in held]
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -82,7 +86,7 @@ class NdLoraModel(BaseTuner):
         for value, requires_grad in zip(held, flags, strict=True):
             value.requires_grad_(requires_grad)
         config = self.peft_config[adapter_name]
-        self.clock.seeds[adapter_name] = config.random_seed or 0
+        check_recomputed(self.model, config, adapter_name)
         config.session.gradients = {}  # of the size of the weights, and used
         if (
             self._injected
@@ -106,10 +110,7 @@ class NdLoraModel(BaseTuner):
         fill_in_targets(peft_config, model)
         resolved = peft_config.resolved()
         quantization = get_quantization_kwargs(model)
-        planned = [
-            plan_target(peft_config, target, resolved, **quantization)
-            for target in matched_targets(peft_config, model)
-        ]
+        planned = plan_targets(peft_config, matched_targets(peft_config, model), resolved, **quantization)
         if not planned:
             return  # PEFT raises, and says why nothing matched
         self._check_adapter_names(each.plan for each in planned)
@@ -175,8 +176,8 @@ class NdLoraModel(BaseTuner):
         planned = self._planned.get((id(base), parameter_name))
         if planned is None:  # named by the tensors of a file, not by the configuration
             target_of_file = Target(current_key, base, parameter_name, current_key)
-            planned = plan_target(
-                peft_config, target_of_file, peft_config.resolved(), **get_quantization_kwargs(self.model)
+            [planned] = plan_targets(
+                peft_config, [target_of_file], peft_config.resolved(), **get_quantization_kwargs(self.model)
             )
         gradient = peft_config.session.gradients.get(planned.target.name)
         if gradient is None and "gradient" in planned.plan.start.reads:

@@ -16,12 +16,16 @@ class Session:
     """Of one configuration, in this process.
 
     Attributes:
-        base_fingerprint, layers: of the model that it is on; become the fields of these names when it is saved.
+        base_fingerprint, layers, checksums: of the model that it is on; become the fields of these names when it is
+            saved.
+        same_storage: whether the base of a loaded adapter is stored in the dtype of the training.
         training: what a trainer noted, for the model card.
         gradients: layer's name -> gradient of its weight (out_features, in_features), for starts that read one.
     """
 
     base_fingerprint: dict | None = None
     layers: dict | None = None
+    checksums: dict | None = None
+    same_storage: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)

@@ -12,11 +12,35 @@ if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.methods import Moment
 
-__all__ = ["SHARED", "Bank", "Clock"]
+__all__ = ["SHARED", "Bank", "Clock", "FrozenFactors"]
 
 SHARED = "ndlora_shared"  # how the keys of shared tensors begin, behind the model's
 
 Tensors = Mapping[str, Tensor]
+
+
+class FrozenFactors(nn.Module):
+    """Factors of one adapter that do not train.
+
+    Those made again from the base weight or a seed are buffers that no state dict holds; the others are saved
+    parameters.
+    """
+
+    def __init__(self, factors: Tensors, recomputed: bool):
+        super().__init__()
+        for name, value in factors.items():
+            self.add(name, value, recomputed)
+
+    def add(self, name: str, value: Tensor, recomputed: bool) -> None:
+        """Hold one more."""
+        if recomputed:
+            self.register_buffer(name, value, persistent=False)
+        else:
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        return {**self._parameters, **self._buffers}
 
 
 class Bank:
@@ -32,22 +56,27 @@ class Bank:
 
     def start_values(self, adapter: str, plan: LayerAdapter) -> dict[str, Tensor]:
         """Factor -> its start, of those that another layer has brought already."""
-        trained, frozen = self._held(self.factors, adapter), self._held(self.frozen, adapter)
         # with the anchor the start is what is frozen, without it what trains is the start
-        held = {**trained, **frozen}
-        return {factor: held[key].detach() for factor, key in plan.shared if key in held}
+        held = self._held(self.factors, adapter) | self._held(self.frozen, adapter)
+        return {
+            factor: held[key].detach() for factor, key in plan.shared if key in held and not held[key].is_meta
+        }
 
     def keep(
         self, adapter: str, plan: LayerAdapter, trained: Tensors, frozen: Tensors
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take in what is shared and new; return what is the layer's own."""
         keys = dict(plan.shared)
-        for holder, tensors, trains in ((self.factors, trained, True), (self.frozen, frozen, False)):
-            for name in (name for name in tensors if name in keys):  # in one order in all processes
-                if adapter not in holder:
-                    holder[adapter] = nn.ParameterDict()
-                if keys[name] not in holder[adapter]:
-                    holder[adapter][keys[name]] = nn.Parameter(tensors[name], requires_grad=trains)
+        for name in (name for name in trained if name in keys):  # in one order in all processes
+            if adapter not in self.factors:
+                self.factors[adapter] = nn.ParameterDict()
+            if keys[name] not in self.factors[adapter]:
+                self.factors[adapter][keys[name]] = nn.Parameter(trained[name])
+        for name in (name for name in frozen if name in keys):
+            if adapter not in self.frozen:
+                self.frozen[adapter] = FrozenFactors({}, plan.recomputed)
+            if keys[name] not in self.frozen[adapter].tensors():
+                self.frozen[adapter].add(keys[name], frozen[name], plan.recomputed)
         own = [
             {name: value for name, value in group.items() if name not in keys} for group in (trained, frozen)
         ]
@@ -71,7 +100,9 @@ class Bank:
             shared = {name: held[key] for name, key in plan.shared if key in held}
             if own is not None:
                 shared = {
-                    name: value.to(own.device, own.dtype if value.is_floating_point() else value.dtype)
+                    name: value
+                    if value.is_meta
+                    else value.to(own.device, own.dtype if value.is_floating_point() else value.dtype)
                     for name, value in shared.items()
                 }
             joined.append({**tensors, **shared})
@@ -91,8 +122,8 @@ class Bank:
                     value.data = value.data.float()
 
     @staticmethod
-    def _held(holder: nn.ModuleDict, adapter: str) -> dict[str, nn.Parameter]:
-        return holder[adapter]._parameters if adapter in holder else {}
+    def _held(holder: nn.ModuleDict, adapter: str) -> dict[str, Tensor]:
+        return {**holder[adapter]._parameters, **holder[adapter]._buffers} if adapter in holder else {}
 
 
 class Clock:

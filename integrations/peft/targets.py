@@ -6,7 +6,7 @@ The core is imported when it is first used: registration, which runs at `import 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.weights import (
     WeightForm,
-    base_weight,
     quantization_backend,
     weight_form,
 )
@@ -30,14 +29,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Planned",
     "Target",
-    "check_bases",
-    "check_shared",
     "fill_in_targets",
     "find_targets",
+    "largest",
     "matched_targets",
     "plan_form",
     "plan_model",
     "plan_target",
+    "plan_targets",
+    "target_form",
 ]
 
 # what PEFT trains in full for a task, though the configuration does not name it yet
@@ -63,6 +63,11 @@ class Target(NamedTuple):
     parameter_name: str | None
     path: str
 
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """The parameter as it lies in the layer."""
+        return getattr(self.base, self.parameter_name or "weight", None)
+
 
 class Planned(NamedTuple):
     """A target, how its weight is read, its quantisation if any, its adapter, and the alpha of its scaling."""
@@ -82,10 +87,8 @@ def plan_model(model: nn.Module, config: NdLoraConfig) -> list[tuple[str, LayerA
     Raises:
         NdLoraValueError, NdLoraTypeError: as adding the adapter would.
     """
-    resolved = config.resolved()
-    return [
-        (target.name, plan_target(config, target, resolved).plan) for target in find_targets(model, config)
-    ]
+    planned = plan_targets(config, find_targets(model, config), config.resolved())
+    return [(each.target.name, each.plan) for each in planned]
 
 
 def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
@@ -144,19 +147,29 @@ def matched_targets(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
             yield Target(f"{name}.{parameter}", module, parameter, name + depth * ".base_layer")
 
 
-def plan_target(
-    config: NdLoraConfig, target: Target, resolved: AdapterOptions, get_apply_tensor_subclass: Any = None
-) -> Planned:
-    """Plan one target, and refuse what cannot be adapted.
+def plan_targets(
+    config: NdLoraConfig, targets: Iterable[Target], resolved: AdapterOptions, **quantization: Any
+) -> list[Planned]:
+    """Plan all targets of a model, as `plan_target` does one."""
+    forms = [(target, target_form(config, target)) for target in targets]
+    widest = largest(form for _, form in forms)
+    return [plan_target(config, target, form, resolved, widest, **quantization) for target, form in forms]
 
-    Args:
-        resolved: `config.resolved()`.
-        get_apply_tensor_subclass: as PEFT's `get_quantization_kwargs` gives it.
+
+def largest(forms: Iterable[WeightForm]) -> tuple[int, int]:
+    """The most (in features, out features) of these; (0, 0) of none."""
+    forms = list(forms)
+    ins = max((form.in_features for form in forms), default=0)
+    return ins, max((form.out_features for form in forms), default=0)
+
+
+def target_form(config: NdLoraConfig, target: Target) -> WeightForm:
+    """How a target's weight is read; refuses what cannot be adapted.
 
     Raises:
         NdLoraValueError, NdLoraTypeError: with the layer's name.
     """
-    if hasattr(_weight(target), "device_mesh"):
+    if hasattr(target.weight, "device_mesh"):
         raise NdLoraTypeError(
             f"method={config.method!r} cannot adapt layer {target.name!r}: its weight is split over several processes "
             f"(tensor parallelism or FSDP2). Add the adapter to the whole model and shard it after that, with FSDP2; "
@@ -180,8 +193,30 @@ def plan_target(
             f"lora_dropout={config.lora_dropout} cannot be used on the parameter {target.name!r}: its update is added "
             f"to the parameter, which has no input. Set lora_dropout=0."
         )
+    return form
+
+
+def plan_target(
+    config: NdLoraConfig,
+    target: Target,
+    form: WeightForm,
+    resolved: AdapterOptions,
+    widest: tuple[int, int],
+    get_apply_tensor_subclass: Any = None,
+) -> Planned:
+    """Plan one target.
+
+    Args:
+        form: its `target_form`.
+        resolved: `config.resolved()`.
+        widest: `largest` of all adapted layers.
+        get_apply_tensor_subclass: as PEFT's `get_quantization_kwargs` gives it.
+
+    Raises:
+        NdLoraValueError, NdLoraTypeError: with the layer's name.
+    """
     options = config.options_for(target.name, resolved)
-    plan = plan_form(options, target.name, form)
+    plan = plan_form(options, target.name, form, widest)
     backend = None
     if target.parameter_name is None:
         backend = quantization_backend(target.base, get_apply_tensor_subclass)
@@ -194,12 +229,15 @@ def plan_target(
     return Planned(target, form, backend, plan, options.alpha)
 
 
-def plan_form(options: AdapterOptions, name: str, form: WeightForm) -> LayerAdapter:
+def plan_form(
+    options: AdapterOptions, name: str, form: WeightForm, widest: tuple[int, int] | None = None
+) -> LayerAdapter:
     """The plan of one weight.
 
     Args:
         options: what `NdLoraConfig.options_for` says of the layer.
         name: of the layer.
+        widest: `largest` of all adapted layers.
     """
     from ndlora_plugins.adapter import plan_layer
     from ndlora_plugins.budget import check_size
@@ -212,108 +250,7 @@ def plan_form(options: AdapterOptions, name: str, form: WeightForm) -> LayerAdap
         leading=form.leading,
         trailing=form.trailing,
         one_hot=form.kind == "embedding",
+        largest=widest,
     )
     check_size(plan, name)
     return plan
-
-
-def check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
-    """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
-    from ndlora_plugins.integrations.peft.fingerprint import (
-        FingerprintedLayer,
-        compare_fingerprint,
-        make_fingerprint,
-    )
-
-    layers = [
-        FingerprintedLayer(
-            each.target.name,
-            (each.form.out_features, each.form.in_features),
-            _readable_weight(each),
-            _storage(each),
-        )
-        for each in planned
-    ]
-    if config.base_fingerprint is not None:
-        compare_fingerprint(
-            config.base_fingerprint,
-            layers,
-            reads_weight=any(each.plan.recomputed for each in planned),
-            base_name=config.base_model_name_or_path,
-        )
-    else:
-        config.session.base_fingerprint = make_fingerprint(layers)
-    config.session.layers = {
-        target.path: [
-            target.name,
-            form.kind,
-            list(form.matrix_shape if form.kind == "linear" else form.shape),
-        ]
-        for target, form, *_ in planned
-    }
-
-
-def _weight(target: Target) -> torch.Tensor | None:
-    """The parameter as it lies in the layer."""
-    return getattr(target.base, target.parameter_name or "weight", None)
-
-
-def _readable_weight(planned: Planned) -> torch.Tensor | Callable[[], torch.Tensor] | None:
-    """The weight (out, in), or a function that dequantises it; None if it is not there to be read in passing: on
-    "meta", sharded, or quantised and not needed for the start.
-    """
-    target, form, backend, plan = planned[:4]
-    weight = _weight(target)
-    if getattr(weight, "is_meta", False) or hasattr(weight, "ds_id"):  # GPTQ's weight is no tensor
-        return None
-    if backend is not None:
-        return (lambda: form.matrix(base_weight(target.base, backend))) if plan.recomputed else None
-    if weight is None or tuple(weight.shape) != form.shape or not weight.is_floating_point():
-        return None
-    return form.matrix(weight)
-
-
-def _storage(planned: Planned) -> str:
-    """What a fingerprint calls the way the weight is stored."""
-    if planned.backend is None:
-        return str(getattr(_weight(planned.target), "dtype", "unknown")).removeprefix("torch.")
-    return planned.backend.backend_name.removeprefix("bnb ")
-
-
-def check_shared(planned: Sequence[Planned]) -> None:
-    """What layers share must be one tensor for all of them.
-
-    Raises:
-        NdLoraValueError: two layers would share tensors of different shapes under one key.
-    """
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for each in planned:
-        shapes = {factor.name: factor.shape for factor in each.plan.structure.factors}
-        for factor, key in each.plan.shared:
-            first, shape = found.setdefault(key, (each.target.name, shapes[factor]))
-            if shape != shapes[factor]:
-                raise NdLoraValueError(
-                    f"method={each.plan.method.name!r} shares {factor!r} under {key!r}: it is {list(shape)} on layer "
-                    f"{first!r} and {list(shapes[factor])} on layer {each.target.name!r}. Adapt layers of one shape "
-                    f"only (target_modules, exclude_modules)."
-                )
-
-
-def check_gradients(planned: Sequence[Planned], config: NdLoraConfig) -> None:
-    """A start that reads gradients needs those that were measured, unless the adapter is loaded from a file.
-
-    Raises:
-        NdLoraValueError: they are not there, or of another shape than a layer.
-    """
-    if config.base_fingerprint is not None:
-        return
-    for each in planned:
-        if "gradient" not in each.plan.start.reads:
-            continue
-        gradient = config.session.gradients.get(each.target.name)
-        if gradient is None or tuple(gradient.shape) != each.form.matrix_shape:
-            raise NdLoraValueError(
-                f"init_lora_weights={each.plan.start.name!r} reads the gradient of layer {each.target.name!r}, and "
-                f"{'none was measured' if gradient is None else f'the one measured is {list(gradient.shape)}'}: call "
-                f"ndlora_plugins.measure_gradients(model, config, step) before get_peft_model."
-            )

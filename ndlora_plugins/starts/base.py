@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +29,23 @@ class Seen:
         weight: (out_features, in_features) of the base layer, dequantised.
         gradient: (out_features, in_features), of the loss by that weight, the mean of the batches that were measured.
         shared: factors that other layers share with this one and that have their value already, by name.
+        seed: of the adapter; what frozen factors are drawn from with `draw`, so that a file need not hold them.
+        layer: the layer's name.
+        keys: factor -> the key under which layers share it.
     """
 
     weight: Tensor | None = None
     gradient: Tensor | None = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    layer: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def draw(self, factor: str) -> Generator:
+        """A CPU generator for this factor of this layer, or of all layers that share it, whatever was drawn before."""
+        owner = self.keys.get(factor) or f"{self.layer} {factor}"
+        digest = hashlib.blake2b(f"{self.seed} {owner}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +60,9 @@ class Start:
             shape, float32 or the weight's dtype.
         gives: names of factors that a method must have: it fits every method that has them. Empty: any.
         zero: names of factors that it leaves at zero, or a function of the method's factors and of those that train.
-        reads: of `Seen`: "weight", "gradient".
-        recomputable: whether the same weight gives the same values on every machine. Frozen factors are then read
-            from the weight when an adapter is loaded; else they are saved.
+        reads: of `Seen`: "weight", "gradient", "seed" (by `Seen.draw`, in place of the generator).
+        recomputable: whether the same weight gives the same values on every machine. Frozen factors that come from
+            the weight or the seed alone are then made again when an adapter is loaded; else they are saved.
         moves: that it is meant to move the model, so that nothing is subtracted by default.
         max_rank: the largest rank that a structure allows, or None for any.
         alpha: the alpha that it is made for; None for the rank.
@@ -68,6 +81,11 @@ class Start:
     max_rank: Callable[[Structure], int] | None = None
     alpha: float | None = None
     implies: str | None = None
+
+    def recomputes(self, shared: bool) -> bool:
+        """Whether frozen factors can be made again at load, of a method that shares factors or not."""
+        known = {"seed"} if shared else {"seed", "weight"}
+        return self.recomputable and bool(self.reads) and self.reads <= known
 
     def zero_factors(self, names: tuple[str, ...], trains: frozenset[str]) -> frozenset[str]:
         """The factors that it leaves at zero, for a method with these names of which some train."""

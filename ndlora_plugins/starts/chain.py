@@ -10,21 +10,25 @@ from torch import Generator, Tensor
 from ndlora_plugins.starts.base import RECIPE_ALPHA, Seen, Start, Values, random_but_zero
 from ndlora_plugins.structures import Chain
 
-__all__ = ["pivot_columns", "starts"]
+__all__ = ["pivot_columns", "scaled_slices", "smaller_side", "starts"]
 
 
 def _n_lora(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
     rank, weight = structure.layout.rank, seen.weight
     return {
         "down": weight[:rank].clone(),
-        "core": weight[:rank, :rank].clone(),
+        "core": _fit_core(structure, weight[:rank, :rank]),
         "up": weight[:, :rank].clone(),
     }
 
 
+def _fit_core(structure: Chain, core: Tensor) -> Tensor:
+    return core.diagonal().clone() if structure.core == "diagonal" else core.clone()
+
+
 def _n_lora_step(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
     slices = _n_lora(structure, trains, Seen(seen.weight.float()), generator)
-    return _scaled_slices(structure, trains, slices)
+    return scaled_slices(structure, trains, slices)
 
 
 def _n_lora_pivots(
@@ -33,8 +37,8 @@ def _n_lora_pivots(
     weight, rank = seen.weight.float(), structure.layout.rank
     rows, columns = pivot_columns(weight.T, rank), pivot_columns(weight, rank)
     down = weight[rows]
-    slices = {"down": down, "core": down[:, columns], "up": weight[:, columns]}
-    return _scaled_slices(structure, trains, slices)
+    slices = {"down": down, "core": _fit_core(structure, down[:, columns]), "up": weight[:, columns]}
+    return scaled_slices(structure, trains, slices)
 
 
 def pivot_columns(matrix: Tensor, count: int) -> Tensor:
@@ -66,22 +70,21 @@ def pivot_columns(matrix: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _scaled_slices(structure: Chain, trains: frozenset[str], slices: Values) -> Values:
+def scaled_slices(structure: Chain, trains: frozenset[str], slices: Values) -> Values:
     """Slices scaled as if they were LoRA's: down as Kaiming-uniform, core so that it keeps lengths.
 
     The derivation is that of `first_step_gain`. Where the core alone trains, its rank * rank numbers step at once and
-    the output moves by alpha * rank / out_features times the columns' length.
+    the output moves by alpha * rank / out_features times the columns' length; the rank numbers of a diagonal core move
+    it by a rank-th of that. A core of zeros stays.
     """
-    rank = structure.layout.rank
-    lengths = {
-        "down": math.sqrt(rank / 3),
-        "core": math.sqrt(rank),
-        "up": structure.layout.out_features / math.sqrt(rank) if trains == {"core"} else math.sqrt(rank / 3),
-    }
+    rank, outs = structure.layout.rank, structure.layout.out_features
+    lengths = {"down": math.sqrt(rank / 3), "core": math.sqrt(rank), "up": math.sqrt(rank / 3)}
+    if trains == {"core"}:
+        lengths["up"] = outs / math.sqrt(rank) * (rank if structure.core == "diagonal" else 1)
     return {name: value * (lengths[name] / value.norm().clamp(min=1e-30)) for name, value in slices.items()}
 
 
-def _smaller_side(structure: Chain) -> int:
+def smaller_side(structure: Chain) -> int:
     return min(structure.layout.in_features, structure.layout.out_features)
 
 
@@ -102,17 +105,17 @@ starts = (
         gives=("down", "core", "up"),
         reads=frozenset({"weight"}),
         function=_n_lora,
-        max_rank=_smaller_side,
+        max_rank=smaller_side,
         implies="nlora",
     ),
     Start(
         name="n_lora_step",
         summary="n_lora's slices, scaled so that the learning rate and alpha of a LoRA recipe hold",
-        source="arXiv 2502.14482; _scaled_slices in ndlora_plugins/starts/chain.py; docs/quality.md",
+        source="arXiv 2502.14482; scaled_slices in ndlora_plugins/starts/chain.py; docs/quality.md",
         gives=("down", "core", "up"),
         reads=frozenset({"weight"}),
         function=_n_lora_step,
-        max_rank=_smaller_side,
+        max_rank=smaller_side,
         alpha=RECIPE_ALPHA,
         implies="nlora",
     ),
@@ -124,7 +127,7 @@ starts = (
         reads=frozenset({"weight"}),
         recomputable=False,
         function=_n_lora_pivots,
-        max_rank=_smaller_side,
+        max_rank=smaller_side,
         alpha=RECIPE_ALPHA,
         implies="nlora",
     ),

@@ -32,6 +32,7 @@ class Layout:
         leading: axes of the weight before its out axis, part of `out_features`: experts.
         trailing: axes of the weight after its in axis, part of `in_features`: a convolution's kernel.
         one_hot: an input is one feature out of all, as an embedding's: what reads it has a fan-in of 1.
+        largest: (in features, out features), the most that any adapted layer has; None where layers share nothing.
     """
 
     in_features: int
@@ -41,6 +42,7 @@ class Layout:
     leading: tuple[int, ...] = ()
     trailing: tuple[int, ...] = ()
     one_hot: bool = False
+    largest: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

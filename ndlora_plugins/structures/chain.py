@@ -24,8 +24,8 @@ class Chain(Structure):
 
     Attributes:
         core: "full" (up_rank, down_rank), "diagonal" (rank,), or "none": no such factor.
-        indexed: sides that choose features instead of mixing them: `down` or `up` is then (rank,) integers, which
-            features of the layer are read or written.
+        indexed: sides that choose features instead of mixing them. In place of `down` stand then `columns`, in place
+            of `up` `rows`: (rank,) integers, the features of the layer that are read or written.
         down_blocks, up_blocks: how many sides of the layout's rank lie beside each other; they differ only around a
             full core.
     """
@@ -52,9 +52,9 @@ class Chain(Structure):
         down = Factor("down", (self.down_rank, ins), fan_in=1 if self.layout.one_hot else ins)
         up = Factor("up", (outs, self.up_rank), fan_in=self.up_rank)
         if "down" in self.indexed:
-            down = Factor("down", (self.down_rank,), indices=ins)
+            down = Factor("columns", (self.down_rank,), indices=ins)
         if "up" in self.indexed:
-            up = Factor("up", (self.up_rank,), indices=outs)
+            up = Factor("rows", (self.up_rank,), indices=outs)
         if self.core == "none":
             return (down, up)
         shape = (self.up_rank, self.down_rank) if self.core == "full" else (self.down_rank,)
@@ -62,8 +62,8 @@ class Chain(Structure):
 
     @property
     def rank_axes(self) -> dict[str, tuple[int, ...]]:
-        axes = {"down": (0,), "core": (0, 1) if self.core == "full" else (0,), "up": (1,)}
-        axes |= {side: (0,) for side in self.indexed}
+        axes = {"down": (0,), "columns": (0,), "core": (0, 1) if self.core == "full" else (0,)}
+        axes |= {"up": (1,), "rows": (0,)}
         return {factor.name: axes[factor.name] for factor in self.factors}
 
     @property
@@ -77,12 +77,12 @@ class Chain(Structure):
 
     def apply(self, factors, x):
         if "down" in self.indexed:
-            h = x.index_select(-1, factors["down"])
+            h = x.index_select(-1, factors["columns"])
         else:
             h = F.linear(x, factors["down"])
         h = through_core(self._core(factors), h)
         if "up" in self.indexed:
-            return h.new_zeros(*h.shape[:-1], self.layout.out_features).index_add(-1, factors["up"], h)
+            return h.new_zeros(*h.shape[:-1], self.layout.out_features).index_add(-1, factors["rows"], h)
         return F.linear(h, factors["up"])
 
     def product(self, factors):
@@ -96,12 +96,15 @@ class Chain(Structure):
         return up @ down
 
     def low_rank(self, factors):
-        down, up = factors["down"], factors["up"]
         floating = next(factors[factor.name] for factor in self.factors if factor.indices is None)
         if "down" in self.indexed:
-            down = F.one_hot(down, self.layout.in_features).to(floating.dtype)
+            down = F.one_hot(factors["columns"], self.layout.in_features).to(floating.dtype)
+        else:
+            down = factors["down"]
         if "up" in self.indexed:
-            up = F.one_hot(up, self.layout.out_features).T.to(floating.dtype)
+            up = F.one_hot(factors["rows"], self.layout.out_features).T.to(floating.dtype)
+        else:
+            up = factors["up"]
         core = self._core(factors)
         if self.up_rank > self.down_rank:
             return down, through_core(core, up, transposed=True)
@@ -117,29 +120,30 @@ class Chain(Structure):
         return replace(self, down_blocks=count * self.down_blocks, up_blocks=count * self.up_blocks)
 
     def add(self, parts):
+        axes = {"up": 1}
         joined = {
-            "down": torch.cat([part["down"] for part in parts]),
-            "up": torch.cat([part["up"] for part in parts], dim=0 if "up" in self.indexed else 1),
+            factor.name: torch.cat([part[factor.name] for part in parts], dim=axes.get(factor.name, 0))
+            for factor in self.factors
+            if factor.name != "core" or self.core == "diagonal"
         }
-        if self.core != "none":
-            cores = [part["core"] for part in parts]
-            joined["core"] = torch.block_diag(*cores) if self.core == "full" else torch.cat(cores)
+        if self.core == "full":
+            joined["core"] = torch.block_diag(*(part["core"] for part in parts))
         return joined
 
     # With A = A0 + dA and so on, B N A - B0 N0 A0 = dB N A + B0 (dN A + N0 dA) = [dB, B0] [[N, 0], [dN, N0]] [A; dA]:
     # two blocks a side instead of the three of a sum, and only those that the changing factors ask for.
 
     def changed(self, names):
-        if len(names) == 1:
-            return self
+        if len(names) == 1 or self.indexed:
+            return super().changed(names)
         ups = ("up" in names) + bool(names & {"core", "down"})
         downs = bool(names & {"up", "core"}) + ("down" in names)
         core = "none" if self.core == "none" else "full"
         return replace(self, core=core, down_blocks=downs * self.down_blocks, up_blocks=ups * self.up_blocks)
 
     def change(self, start, change):
-        if len(change) == 1:
-            return {**start, **change}
+        if len(change) == 1 or self.indexed:
+            return super().change(start, change)
         now = {name: value + change[name] if name in change else value for name, value in start.items()}
         # the blocks that are there: now and change of `down` along the columns, change and start of `up` along the rows
         columns = [bool(change.keys() & {"up", "core"}), "down" in change]

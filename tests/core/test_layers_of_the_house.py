@@ -125,11 +125,8 @@ def words(path):
 )
 def test_no_methods_name_where_it_does_not_belong(path):
     options = {field.name for found in methods().values() for field in fields(found.value.Options)}
-    found = {
-        word
-        for word in words(path)
-        if word not in options and {word, *word.lower().split("_")} & {*methods()}
-    }
+    names = {*methods()} - {"rows", "columns"}  # plain English
+    found = {word for word in words(path) if word not in options and {word, *word.lower().split("_")} & names}
     assert not found
 
 

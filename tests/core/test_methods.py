@@ -7,6 +7,7 @@ import torch
 
 from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.methods import Moment
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.registry import method_and_start, methods, starts
@@ -14,7 +15,7 @@ from ndlora_plugins.starts import Seen, Start
 from ndlora_plugins.testing import check_method
 
 # options of the methods that cannot be planned without any
-NEEDED = {"einsum": {"equation": "out r, r s, s in -> out in"}}
+NEEDED = {"einsum": {"equation": "out r, r s, s in -> out in"}, "nola": {"bases": 5}}
 
 
 def fits(method, start):
@@ -45,15 +46,16 @@ def plan(method, in_features=24, out_features=18, options=None, **given):
 
 def moved(planned, dtype=torch.float64):
     """(trained, frozen) after some training."""
-    weight = torch.randn(planned.layout.out_features, planned.layout.in_features)
-    trained, frozen = planned.initialize(Seen(weight=weight))
+    weight, gradient = torch.randn(2, planned.layout.out_features, planned.layout.in_features)
+    trained, frozen = planned.initialize(Seen(weight, gradient))
     trained = {name: value + 0.3 * torch.randn(value.shape) for name, value in trained.items()}
-    return [{name: value.to(dtype) for name, value in factors.items()} for factors in (trained, frozen)]
+    return cast_factors(trained, dtype), cast_factors(frozen, dtype)
 
 
 @pytest.mark.parametrize("method, start", FITTING)
 def test_the_laws_hold(method, start):
-    check_method(method, init_lora_weights=start, options=NEEDED.get(method))
+    gradient = "gradient" in starts()[start].value.reads
+    check_method(method, init_lora_weights=start, options=NEEDED.get(method), gradient=gradient)
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES.items(), ids=str)
@@ -74,12 +76,12 @@ def test_the_snapshot_anchor_subtracts_the_start(method, start):
     anchored, plain = (
         plan(method, rank=4, init_lora_weights=start, anchor=anchor) for anchor in ("snapshot", "none")
     )
-    seen = Seen(weight=torch.randn(18, 24, dtype=torch.float64))
+    seen = Seen(*torch.randn(2, 18, 24, dtype=torch.float64))
     values, whole = (p.initialize(seen, torch.Generator().manual_seed(0)) for p in (anchored, plain))
     change = {name: torch.randn(value.shape, dtype=torch.float64) for name, value in values[0].items()}
-    first = {name: value.double() for name, value in {**whole[0], **whole[1]}.items()}
+    first = cast_factors({**whole[0], **whole[1]}, torch.float64)
     now = first | {name: first[name] + value for name, value in change.items()}
-    frozen = {name: value.double() for name, value in values[1].items()}
+    frozen = cast_factors(values[1], torch.float64)
     expected = plain.structure.delta(now) - plain.structure.delta(first)
     torch.testing.assert_close(anchored.delta(change, frozen), expected)
 

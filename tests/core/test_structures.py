@@ -41,9 +41,9 @@ FAST = {
     "full core": (*chain(FULL, "up core down", "rs"), 4, 24 * 4 + 4 * 4 + 4 * 18),
     "diagonal core": (*chain(DIAGONAL, "up core down", "r", core="diagonal"), 4, 24 * 4 + 4 + 4 * 18),
     "no core": (*chain(NONE, "up down", "r", core="none"), 4, 24 * 4 + 4 * 18),
-    "indexed down": (*chain(NONE, "up down", "r", core="none", indexed=("down",)), 4, 4 * 18),
-    "indexed up": (*chain(FULL, "up core down", "rs", indexed=("up",)), 4, 24 * 4 + 4 * 4),
-    "indexed sides": (*chain(DIAGONAL, "up core down", "r", core="diagonal", indexed=("down", "up")), 4, 4),
+    "indexed down": (*chain(NONE, "up columns", "r", core="none", indexed=("down",)), 4, 4 * 18),
+    "indexed up": (*chain(FULL, "rows core down", "rs", indexed=("up",)), 4, 24 * 4 + 4 * 4),
+    "indexed sides": (*chain(DIAGONAL, "rows core columns", "r", core="diagonal", indexed=("down", "up")), 4, 4),
     "two modes": (*kronecker_sum((4, 6), (3, 6), 1), None, 24 * 3 + 18 * 6),
     "two modes, terms": (*kronecker_sum((6, 4), (9, 2), 3), None, 3 * (24 * 2 + 12 * 9)),
     "three modes, terms": (*kronecker_sum((2, 3, 4), (3, 3, 2), 4), None, 4 * (24 * 2 + 12 * 3 + 12 * 3)),
@@ -135,8 +135,8 @@ def random_factors(structure):
 def dense(structure, factors):
     """The factors as the oracle takes them: indices as the matrix that chooses these features."""
     matrices = {
-        "down": lambda indices: F.one_hot(indices, structure.layout.in_features).double(),
-        "up": lambda indices: F.one_hot(indices, structure.layout.out_features).T.double(),
+        "columns": lambda indices: F.one_hot(indices, structure.layout.in_features).double(),
+        "rows": lambda indices: F.one_hot(indices, structure.layout.out_features).T.double(),
     }
     indexed = [factor.name for factor in structure.factors if factor.indices is not None]
     return factors | {side: matrices[side](factors[side]) for side in indexed}

@@ -118,6 +118,8 @@ REFUSED_VALUES = {
     "weight_forms": [[], "q_proj", 5],
     "options": [[4], "size", 5, True],
     "layers": [[1], "q_proj", True],
+    "checksums": [[1], "q_proj", True],
+    "save_frozen": ["false", 1],
     "schema_version": [0, -1, "1", 1.0, True, None],
     "task_type": [5, ["CAUSAL_LM"]],
     "peft_type": [5],

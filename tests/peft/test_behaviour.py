@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import merge_utils
+from representative import REPRESENTATIVE
 from torch import nn
 from transformers import (
     RobertaConfig,
@@ -20,7 +21,6 @@ from transformers import (
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.registry import methods
 
 # options of a second adapter on the same layers
 OTHERS = {
@@ -41,7 +41,7 @@ ANCHORED = {
 SAVES_BIASES = hasattr(BaseTuner, "_get_adapter_state_dict")
 
 
-@pytest.fixture(params=methods())
+@pytest.fixture(params=REPRESENTATIVE)
 def method(request):
     return request.param
 
@@ -50,7 +50,7 @@ def method(request):
 def config(method, fields_of):
     def make(**options):
         options = {"init_lora_weights": False, "r": 3, "target_modules": ["q_proj", "down_proj"], **options}
-        return NdLoraConfig(task_type="CAUSAL_LM", **fields_of(method), **options)
+        return NdLoraConfig(task_type="CAUSAL_LM", **{**fields_of(method), **options})
 
     return make
 
@@ -372,7 +372,7 @@ BIASES = {
 def test_biases_come_back(bias, method, fields_of, shake, tmp_path):
     torch.manual_seed(3)
     base, x = Biased(), torch.randn(2, 12)
-    config = NdLoraConfig(**fields_of(method), r=2, target_modules=["first"], bias=bias)
+    config = NdLoraConfig(**{**fields_of(method), "r": 2}, target_modules=["first"], bias=bias)
     model = shake(get_peft_model(copy.deepcopy(base), config))
     trained = {
         name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad
@@ -386,7 +386,9 @@ def test_biases_come_back(bias, method, fields_of, shake, tmp_path):
 @pytest.mark.skipif(SAVES_BIASES, reason="peft 0.21 saves them")
 def test_biases_that_would_be_lost_are_refused(method, fields_of):
     with pytest.raises(NdLoraValueError, match="bias='all': peft .* Upgrade to peft 0.21"):
-        get_peft_model(Biased(), NdLoraConfig(**fields_of(method), r=2, target_modules=["first"], bias="all"))
+        get_peft_model(
+            Biased(), NdLoraConfig(**{**fields_of(method), "r": 2}, target_modules=["first"], bias="all")
+        )
 
 
 def test_tokens_and_whole_modules_survive_a_merge(config, make_llama, tokens, shake):
@@ -493,7 +495,9 @@ def test_a_head_that_trains_in_full_gets_no_adapter(task, method, fields_of, tok
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
     base = model_class(RobertaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)).eval()
     linear = {name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
-    model = get_peft_model(copy.deepcopy(base), NdLoraConfig(**fields_of(method), r=2, task_type=task)).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), NdLoraConfig(**{**fields_of(method), "r": 2}, task_type=task)
+    ).eval()
     assert {name.removeprefix("base_model.model.") for name in deltas(model, "default")} == linear - head
     shake(model).save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path).eval()

@@ -97,7 +97,7 @@ CONFIGURATIONS = [
     ),
     ({"method": "strange_sb"}, "'first_gradient' reads the gradient of layer .*, and none was measured: call"),
     ({"method": "slora", "init_lora_weights": "first_gradient"}, "reads the gradient of layer .*, and none was"),
-    ({"method": "two_sides", "init_lora_weights": "core_zero"}, "'core_zero'.*'two_sides'"),
+    ({"method": "two_sides", "init_lora_weights": "zero_core"}, "'zero_core'.*'two_sides'"),
     ({"method": "gone"}, "method='gone'"),
 ]  # fmt: skip
 

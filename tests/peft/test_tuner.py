@@ -4,19 +4,22 @@ import copy
 import json
 import os
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from representative import REPRESENTATIVE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.registry import methods
+from ndlora_plugins.budget import make_budget
+from ndlora_plugins.integrations.peft.targets import plan_model
 
 METHODS = {
-    **{method: {"method": method} for method in methods()},
+    **{method: {"method": method} for method in REPRESENTATIVE},
     "ndlinear-3-modes-4-terms": {"method": "ndlinear", "num_modes": 3, "r": 4},
     "ndlinear-reference-start": {"init_lora_weights": "ndlinear"},
     "ndlinear-crossed": {"crossed_modes": 2, "r": 2},
@@ -94,10 +97,8 @@ def test_the_file_holds_only_what_cannot_be_recomputed(name, config, make_llama,
     model = shake(get_peft_model(make_llama(), config(name)))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    layers = [m for m in model.modules() if hasattr(m, "plan")]
-    assert sum(t.numel() for t in tensors.values()) == sum(
-        layer.plan["default"].num_saved for layer in layers
-    )
+    budget = make_budget(plan_model(make_llama(), model.peft_config["default"]))
+    assert sum(t.numel() for t in tensors.values()) == budget.saved
     assert not any("lora_A" in key or "lora_B" in key for key in tensors)
     data = sum(t.numel() * t.element_size() for t in tensors.values())
     assert os.path.getsize(tmp_path / "adapter_model.safetensors") < data + 200 * len(tensors) + 200
@@ -165,7 +166,7 @@ def test_only_the_active_adapters_factors_train(name, config, make_llama):
     model = get_peft_model(make_llama(), config(name))
     model.add_adapter("other", config("slora"))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable and all(".ndlora_factors.default." in n for n in trainable)
+    assert trainable and all(re.search(r"ndlora_(factors|shared)\.default\.", n) for n in trainable)
     assert len({p.dtype for p in model.parameters() if p.requires_grad}) == 1
 
 
@@ -178,9 +179,9 @@ def test_half_precision_bases(name, dtype, autocast_adapter_dtype, config, make_
     )
     expected = torch.float32 if autocast_adapter_dtype else dtype
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert {p.dtype for p in layer.ndlora_factors["default"].values()} == {expected}
-    frozen = layer.ndlora_frozen["default"].tensors() if "default" in layer.ndlora_frozen else {}
-    assert {t.dtype for t in frozen.values()} <= {expected}
+    trained, frozen = layer.tensors("default")
+    assert {t.dtype for t in trained.values()} == {expected}
+    assert {t.dtype for t in frozen.values()} <= {expected, torch.int64}
     shake(model, 0.01)
     out = model(tokens, labels=tokens)
     assert out.logits.dtype == dtype
@@ -214,7 +215,7 @@ def test_a_seed_makes_the_start_reproducible_and_leaves_the_global_generator_alo
         before = torch.get_rng_state()
         model = get_peft_model(
             make_llama(),
-            config(name, random_seed=7, init_lora_weights=METHODS[name].get("init_lora_weights", True)),
+            config(name, random_seed=7),
         )
         assert torch.equal(torch.get_rng_state(), before)
         states.append(model.state_dict())

@@ -13,10 +13,10 @@ def share_sides(factor, layer, layout):
     return None if factor.name == "core" else f"{factor.name}_{layout.out_features}x{layout.in_features}"
 
 
-start = Start(name="core_zero", summary="a core of zeros between random sides", source="arXiv 2402.01376",
+start = Start(name="zero_core", summary="a core of zeros between random sides", source="arXiv 2402.01376",
               gives=FACTORS, zero=("core",), function=random_but_zero("core"))  # fmt: skip
 method = Method(name="strange_shared", summary="shared sides, a core a layer", source="arXiv 2402.01376",
-                structure=Chain, factors=FACTORS, start="core_zero", shared=share_sides)  # fmt: skip
+                structure=Chain, factors=FACTORS, start="zero_core", shared=share_sides)  # fmt: skip
 
 
 @hookimpl

@@ -31,7 +31,7 @@ from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint,
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, check_adapter_file
 from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
 from ndlora_plugins.integrations.peft.names import NAME
-from ndlora_plugins.integrations.peft.targets import plan_form
+from ndlora_plugins.integrations.peft.targets import largest, plan_form
 from ndlora_plugins.integrations.peft.validation import shorten
 from ndlora_plugins.integrations.peft.weights import WeightForm
 from ndlora_plugins.options import AdapterOptions
@@ -104,7 +104,7 @@ class AdapterReader:
     @cached_property
     def reads_base(self) -> bool:
         """Whether factors are recomputed from the base weights."""
-        return self.config.resolved().recomputed
+        return self._resolved.reads_base
 
     def name(self, path: str) -> str:
         """Of a layer in the model: its name in the file, or that of the parameter that is adapted in its place."""
@@ -148,7 +148,7 @@ class AdapterReader:
                 f"The tensors of layer {name!r} in {self.path} ({', '.join(self.shapes[path])}) do not "
                 f"say how wide the layer is. Name the base model."
             )
-        plan = plan_form(self.config.options_for(name, self._resolved), name, form)
+        plan = plan_form(self.config.options_for(name, self._resolved), name, form, self._largest)
         shared = dict(plan.shared)
         expected = {_key(FACTORS, factor.name, shared): factor.shape for factor in plan.trained}
         if not plan.recomputed:
@@ -163,6 +163,10 @@ class AdapterReader:
                     f"{needs}. Save the adapter again."
                 )
         return plan
+
+    @cached_property
+    def _largest(self) -> tuple[int, int]:
+        return largest(form for _, form in self.forms.values() if form is not None)
 
     @cached_property
     def _resolved(self) -> AdapterOptions:
@@ -180,15 +184,17 @@ class AdapterReader:
         trained = take(FACTORS, plan.trained)
         if not plan.recomputed:
             return ReadLayer(name, plan, trained, take(FROZEN, plan.frozen))
-        if base is None:
+        weight = None
+        if base is not None:
+            weight = base.weight(name)
+            weight = weight.to(self._trained_storage() or weight.dtype)
+        elif "weight" in plan.start.reads:
             raise NdLoraValueError(
                 f"method={plan.method.name!r} with anchor={plan.anchor!r} recomputes its start from the "
                 f"base weights: name the base model (--base)."
             )
         dtype = next(iter(trained.values())).dtype
-        weight = base.weight(name)
-        weight = weight.to(self._trained_storage() or weight.dtype)
-        frozen = plan.initialize(Seen(weight))[1]
+        frozen = plan.initialize(Seen(weight, seed=self.config.random_seed or 0, layer=name))[1]
         return ReadLayer(name, plan, trained, cast_factors(frozen, dtype))
 
     def _trained_storage(self) -> torch.dtype | None:

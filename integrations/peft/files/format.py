@@ -72,7 +72,7 @@ def _forms_of_schema_1(config: NdLoraConfig, shapes: Shapes) -> dict[str, tuple[
     """Files of the first release list the layers that are not linear; linear ones are told by their tensors."""
     listed = config.weight_forms or {}
     check_weight_forms(listed)
-    reads_base = config.resolved().recomputed
+    reads_base = config.resolved().reads_base
     found: dict[str, tuple[str, WeightForm | None]] = {}
     for path, tensors in shapes.items():
         entry = listed.get(path)

@@ -169,7 +169,8 @@ def _update(reader: AdapterReader, base: BaseFiles, path: str, merged: list[Merg
             delta = base.form(layer.name).stored(delta)
             result = add_and_round(stored, delta)
             lost = float(
-                (result.to(dtype) - stored.to(dtype) - delta).norm() / delta.norm().clamp(min=torch.finfo(dtype).tiny)
+                (result.to(dtype) - stored.to(dtype) - delta).norm()
+                / delta.norm().clamp(min=torch.finfo(dtype).tiny)
             )
         merged.append(MergedLayer(layer.name, result.numel(), lost))
         return result

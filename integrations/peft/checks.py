@@ -1,0 +1,149 @@
+"""What an adapter asks of its model, checked before it goes in, and what of it is noted for the next save.
+
+The core is imported when it is first used: registration, which runs at `import peft`, is to cost under 5 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.targets import Planned
+from ndlora_plugins.integrations.peft.weights import base_weight
+
+if TYPE_CHECKING:
+    from ndlora_plugins.adapter import LayerAdapter
+
+__all__ = ["check_bases", "check_gradients", "check_recomputed", "check_shared"]
+
+
+def check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
+    """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
+    from ndlora_plugins.integrations.peft.fingerprint import (
+        FingerprintedLayer,
+        compare_fingerprint,
+        make_fingerprint,
+    )
+
+    layers = [
+        FingerprintedLayer(
+            each.target.name,
+            (each.form.out_features, each.form.in_features),
+            _readable_weight(each),
+            _storage(each),
+        )
+        for each in planned
+    ]
+    if config.base_fingerprint is not None:
+        compare_fingerprint(
+            config.base_fingerprint,
+            layers,
+            reads_weight=any(_reads_base(each.plan) for each in planned),
+            base_name=config.base_model_name_or_path,
+        )
+        storage = {layer.name: layer.storage for layer in layers}
+        saved = config.base_fingerprint.items()
+        config.session.same_storage = all(storage[name] == entry["storage"] for name, entry in saved)
+    else:
+        config.session.base_fingerprint = make_fingerprint(layers)
+    config.session.layers = {
+        target.path: [
+            target.name,
+            form.kind,
+            list(form.matrix_shape if form.kind == "linear" else form.shape),
+        ]
+        for target, form, *_ in planned
+    }
+
+
+def _reads_base(plan: LayerAdapter) -> bool:
+    """Whether frozen factors are made again from the base weight."""
+    return plan.recomputed and "weight" in plan.start.reads
+
+
+def _readable_weight(planned: Planned) -> torch.Tensor | Callable[[], torch.Tensor] | None:
+    """The weight (out, in), or a function that dequantises it; None if it is not there to be read in passing: on
+    "meta", sharded, or quantised and not needed for the start.
+    """
+    target, form, backend, plan = planned[:4]
+    weight = target.weight
+    if getattr(weight, "is_meta", False) or hasattr(weight, "ds_id"):  # GPTQ's weight is no tensor
+        return None
+    if backend is not None:
+        return (lambda: form.matrix(base_weight(target.base, backend))) if _reads_base(plan) else None
+    if weight is None or tuple(weight.shape) != form.shape or not weight.is_floating_point():
+        return None
+    return form.matrix(weight)
+
+
+def _storage(planned: Planned) -> str:
+    """What a fingerprint calls the way the weight is stored."""
+    if planned.backend is None:
+        return str(getattr(planned.target.weight, "dtype", "unknown")).removeprefix("torch.")
+    return planned.backend.backend_name.removeprefix("bnb ")
+
+
+def check_shared(planned: Sequence[Planned]) -> None:
+    """What layers share must be one tensor for all of them.
+
+    Raises:
+        NdLoraValueError: two layers would share tensors of different shapes under one key.
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for each in planned:
+        shapes = {factor.name: factor.shape for factor in each.plan.structure.factors}
+        for factor, key in each.plan.shared:
+            first, shape = found.setdefault(key, (each.target.name, shapes[factor]))
+            if shape != shapes[factor]:
+                raise NdLoraValueError(
+                    f"method={each.plan.method.name!r} shares {factor!r} under {key!r}: it is {list(shape)} on layer "
+                    f"{first!r} and {list(shapes[factor])} on layer {each.target.name!r}. Adapt layers of one shape "
+                    f"only (target_modules, exclude_modules)."
+                )
+
+
+def check_gradients(planned: Sequence[Planned], config: NdLoraConfig) -> None:
+    """A start that reads gradients needs those that were measured, unless the adapter is loaded from a file.
+
+    Raises:
+        NdLoraValueError: they are not there, or of another shape than a layer.
+    """
+    if config.base_fingerprint is not None:
+        return
+    for each in planned:
+        if "gradient" not in each.plan.start.reads:
+            continue
+        gradient = config.session.gradients.get(each.target.name)
+        if gradient is None or tuple(gradient.shape) != each.form.matrix_shape:
+            raise NdLoraValueError(
+                f"init_lora_weights={each.plan.start.name!r} reads the gradient of layer {each.target.name!r}, and "
+                f"{'none was measured' if gradient is None else f'the one measured is {list(gradient.shape)}'}: call "
+                f"ndlora_plugins.measure_gradients(model, config, step) before get_peft_model."
+            )
+
+
+def check_recomputed(model: nn.Module, config: NdLoraConfig, adapter: str) -> None:
+    """Hold factors that are made again at load against those of the training, or note them for the next save.
+
+    Raises:
+        NdLoraValueError: a factor comes out as another one than in training.
+    """
+    from ndlora_plugins.integrations.peft.fingerprint import checksum, compare_checksum
+
+    found = {}
+    for module in model.modules():
+        if isinstance(module, NdLoraLayer) and adapter in module.plan and module.plan[adapter].recomputed:
+            sums = checksum(module.tensors(adapter)[1])
+            if sums is not None:
+                found[module.name] = sums
+    if config.checksums is None:
+        config.session.checksums = found or None
+    else:
+        for name, sums in found.items():
+            compare_checksum(config.checksums.get(name), sums, name, exact=config.session.same_storage)

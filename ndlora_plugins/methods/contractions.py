@@ -1,0 +1,200 @@
+"""Contractions of more than two or three factors: Tucker cores, tensor trains and rings.
+
+Sources: FLoRA, arXiv 2405.14739 (SJTU-DeepVisionLab/FLoRA); TT-LoRA, arXiv 2408.01008; TLoRA, arXiv 2501.08727 (its
+residual); TeRA, arXiv 2509.03234, whose exact form could not be read: `random_tucker` follows its abstract.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.methods.base import Method
+from ndlora_plugins.methods.modes import balanced_modes
+from ndlora_plugins.structures import Chain, Composed, Einsum, Factor, Layout, Structure
+from ndlora_plugins.structures.einsum import Equation
+
+__all__ = ["random_tucker", "tensor_ring", "tensor_train", "tucker"]
+
+
+def _numbered(name: str, sizes: Sequence[int]) -> list[str]:
+    return [f"{name}{k}" for k in range(1, len(sizes) + 1)]
+
+
+def _check_count(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise NdLoraValueError(f"{name}={value!r}: choose an integer from {least} to {most}.")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Of convolutions.
+
+    Attributes:
+        kernel_rank: of each axis of a kernel that is longer.
+    """
+
+    kernel_rank: int = 2
+
+    def __post_init__(self):
+        _check_count("kernel_rank", self.kernel_rank, 1, 64)
+
+
+def _tucker(layout: Layout) -> Structure:
+    kernel = layout.trailing
+    if not kernel:
+        chain = Chain(layout)
+        named = {"axis_in": "down", "core": "core", "axis_out": "up"}
+        own = tuple(replace(factor, name=name) for name, factor in zip(named, chain.factors, strict=True))
+        ranks = {name: chain.rank_axes[named[name]] for name in named}
+        return Composed(layout, chain, own, lambda f: {named[n]: f[n] for n in named}, _tucker, ranks)
+    axes, ranks = _numbered("in_kernel", kernel), _numbered("r_kernel", kernel)
+    factors = (("out", "r_out"), ("r_out", "r_in", *ranks), ("r_in", "in"), *zip(axes, ranks, strict=True))
+    sizes = {"out": layout.out_features, "in": layout.in_features // math.prod(kernel)}
+    sizes |= dict(zip(axes, kernel, strict=True))
+    sizes |= {axis: min(size, layout.options.kernel_rank) for axis, size in zip(ranks, kernel, strict=True)}
+    names = ("axis_out", "core", "axis_in", *_numbered("kernel_", kernel))
+    equation = Equation(factors, ("out",), ("in", *axes))
+    return Einsum(layout, equation, tuple(sizes.items()), names, ("r_out", "r_in"))
+
+
+tucker = Method(
+    name="tucker",
+    summary="a small core in the weight's own dimensions, a factor for each: FLoRA, for convolutions too",
+    source="arXiv 2405.14739",
+    structure=_tucker,
+    factors=("axis_in", "core", "axis_out"),
+    start="core_zero",
+    Options=Kernel,
+)
+
+
+@dataclass(frozen=True)
+class Train:
+    """How the features are split, and joined.
+
+    Attributes:
+        num_modes: of each side, as even as they come.
+        order: "matrix", factor k has mode k of both sides; "sides", first the modes of out, then those of in: a LoRA
+            of the same rank whose two sides are trains.
+    """
+
+    num_modes: int = 3
+    order: str = "matrix"
+
+    def __post_init__(self):
+        _check_count("num_modes", self.num_modes, 2, 6)
+        if self.order not in ("matrix", "sides"):
+            raise NdLoraValueError(f"order={self.order!r}: choose one of ['matrix', 'sides'].")
+
+
+def _modes(layout: Layout, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return balanced_modes(layout.out_features, count), balanced_modes(layout.in_features, count)
+
+
+def _train(
+    layout: Layout, outs: Sequence[int], ins: Sequence[int], places: list, closed: bool = False
+) -> Einsum:
+    """Factors with these axes each, neighbours joined by bonds of the layout's rank; closed, the ends too."""
+    bonds = [f"bond{k}" for k in range(len(places) + 1)]
+    if closed:
+        bonds[-1] = bonds[0]
+    factors = [(left, *axes, right) for left, axes, right in zip(bonds, places, bonds[1:], strict=False)]
+    if not closed:
+        bonds, factors[0], factors[-1] = bonds[1:-1], factors[0][1:], factors[-1][:-1]
+    o, i = _numbered("out", outs), _numbered("in", ins)
+    sizes = (*zip(o, outs, strict=True), *zip(i, ins, strict=True))
+    equation = Equation(tuple(factors), tuple(o), tuple(i))
+    return Einsum(layout, equation, sizes, tuple(_numbered("train_", places)), tuple(dict.fromkeys(bonds)))
+
+
+def _tensor_train(layout: Layout) -> Einsum:
+    outs, ins = _modes(layout, layout.options.num_modes)
+    o, i = _numbered("out", outs), _numbered("in", ins)
+    places = (
+        list(zip(o, i, strict=True)) if layout.options.order == "matrix" else [(axis,) for axis in (*o, *i)]
+    )
+    return _train(layout, outs, ins, places)
+
+
+tensor_train = Method(
+    name="tensor_train",
+    summary="modes with bonds between neighbours: NdLinear's terms for two, fewer numbers for more",
+    source="arXiv 2408.01008",
+    structure=_tensor_train,
+    factors=("train_1", "train_2"),
+    start="train_step",
+    rank=4,
+    Options=Train,
+)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How the features are split.
+
+    Attributes:
+        num_modes: of each side, as even as they come.
+    """
+
+    num_modes: int = 2
+
+    def __post_init__(self):
+        _check_count("num_modes", self.num_modes, 2, 6)
+
+
+def _tensor_ring(layout: Layout) -> Einsum:
+    outs, ins = _modes(layout, layout.options.num_modes)
+    return _train(
+        layout, outs, ins, [(axis,) for axis in (*_numbered("out", outs), *_numbered("in", ins))], True
+    )
+
+
+tensor_ring = Method(
+    name="tensor_ring",
+    summary="a train whose ends are joined, the modes of out before those of in: TLoRA's residual",
+    source="arXiv 2501.08727",
+    structure=_tensor_ring,
+    factors=("train_1", "train_2"),
+    start="train_step",
+    rank=2,
+    Options=Ring,
+)
+
+
+def _random_tucker(layout: Layout) -> Einsum:
+    outs, ins = _modes(layout, layout.options.num_modes)
+    sizes = dict(zip(_numbered("out", outs), outs, strict=True)) | dict(
+        zip(_numbered("in", ins), ins, strict=True)
+    )
+    ranks = [f"r_{axis}" for axis in sizes]
+    factors = (*((axis,) for axis in sizes), *zip(sizes, ranks, strict=True), tuple(ranks))
+    names = (*(f"scale_{axis}" for axis in sizes), *(f"random_{axis}" for axis in sizes), "random_core")
+    equation = Equation(factors, tuple(_numbered("out", outs)), tuple(_numbered("in", ins)))
+    return Einsum(layout, equation, tuple(sizes.items()), names, tuple(ranks))
+
+
+def _random_key(factor: Factor, layer: str, layout: Layout) -> str | None:
+    if not factor.name.startswith("random_"):
+        return None
+    return f"{factor.name}_of_{layout.out_features}x{layout.in_features}"
+
+
+def _scales(options: Ring) -> tuple[str, ...]:
+    return tuple(f"scale_{side}{k}" for side in ("out", "in") for k in range(1, options.num_modes + 1))
+
+
+random_tucker = Method(
+    name="random_tucker",
+    summary="a random Tucker network that layers of one shape share; a vector for each mode trains",
+    source="after the abstract of arXiv 2509.03234",
+    structure=_random_tucker,
+    factors=("scale_out1", "scale_in1", "random_core"),
+    trains=_scales,
+    shared=_random_key,
+    start="random_network",
+    rank=4,
+    Options=Ring,
+)
