@@ -143,6 +143,8 @@ def add_weighted(
         trainable_token_indices=token_indices,
         base_fingerprint=None,
         weight_forms=None,
+        checksums=None,
+        save_frozen=False,
     )
     model.inject_adapter(model.model, adapter_name)
     model.set_requires_grad(adapter_name, False)

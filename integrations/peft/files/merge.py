@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
 from ndlora_plugins.integrations.peft.files.base import INDEX_FILE, BaseFiles, NotInFilesError
 from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
@@ -162,9 +163,7 @@ def _update(reader: AdapterReader, base: BaseFiles, path: str, merged: list[Merg
         base.check_plain(layer.name, stored.shape, stored.dtype)
         dtype = torch.promote_types(next(iter(layer.trained.values())).dtype, torch.float32)
         with torch.no_grad():
-            trained, frozen = (
-                {n: t.to(dtype) for n, t in group.items()} for group in (layer.trained, layer.frozen)
-            )
+            trained, frozen = cast_factors(layer.trained, dtype), cast_factors(layer.frozen, dtype)
             delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
             delta = base.form(layer.name).stored(delta)
             result = add_and_round(stored, delta)
