@@ -1,0 +1,166 @@
+"""What is compared: PEFT's field, each in its authors' recipe as far as PEFT has it, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+from torch import nn
+
+from ndlora_plugins import NdLoraConfig
+
+__all__ = ["GRID", "Setting", "peft_config", "settings_for"]
+
+# learning rates, a factor of about 3 apart
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+
+_CONFIGS = {
+    "LORA": peft.LoraConfig, "LOKR": peft.LoKrConfig, "VERA": peft.VeraConfig, "IA3": peft.IA3Config,
+    "FOURIERFT": peft.FourierFTConfig, "WAVEFT": peft.WaveFTConfig, "PSOFT": peft.PsoftConfig,
+    "TINYLORA": peft.TinyLoraConfig, "VBLORA": peft.VBLoRAConfig, "UNILORA": peft.UniLoraConfig,
+    "MISS": peft.MissConfig, "C3A": peft.C3AConfig, "ROAD": peft.RoadConfig, "NDLORA": NdLoraConfig,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One adapter configuration.
+
+    Attributes:
+        name: as the tables show it.
+        peft_type: of PEFT's table, or "NONE": the head alone.
+        options: of that type's PeftConfig.
+        lowest: the lowest learning rate of the sweep's first four; it goes on from there as the results ask.
+        ratios: the end of a parameter's name to how many times the rate it learns at, where its authors say so.
+    """
+
+    name: str
+    peft_type: str
+    options: dict[str, Any] = field(hash=False)
+    lowest: float
+    ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
+    reads_gradient: bool = False
+
+    @property
+    def first_rates(self) -> tuple[float, ...]:
+        start = GRID.index(self.lowest)
+        return GRID[start : start + 4]
+
+    @property
+    def ours(self) -> bool:
+        return self.peft_type == "NDLORA"
+
+    def described(self) -> dict[str, Any]:
+        """As a line of the results has it."""
+        return {"name": self.name, "peft_type": self.peft_type, "options": self.options}
+
+    def rate_ratio(self, parameter: str) -> float:
+        return next((ratio for part, ratio in self.ratios.items() if part in parameter), 1.0)
+
+
+def _peft(name: str, kind: str, lowest: float, ratios: Mapping[str, float] | None = None, **options: Any) -> Setting:
+    return Setting(name, kind, options, lowest, ratios or {})
+
+
+def _lora(name: str, rank: int, lowest: float, **options: Any) -> Setting:
+    return _peft(name, "LORA", lowest, r=rank, lora_alpha=options.pop("lora_alpha", 2 * rank), **options)
+
+
+def _ours(name: str, lowest: float, reads_gradient: bool = False, **options: Any) -> Setting:
+    return Setting(name, "NDLORA", options, lowest, reads_gradient=reads_gradient)
+
+
+# for layers of 384 and 1536 features
+SENTENCES = (
+    Setting("head alone", "NONE", {}, 1e-3),
+    _lora("LoRA r=8", 8, 1e-3),
+    _ours("crossed", 1e-3),
+    _lora("LoRA r=1", 1, 3e-3),
+    _ours("crossed 3 modes", 3e-3, num_modes=3),
+    _ours("shared_crossed", 1e-3, method="shared_crossed"),
+    _ours("metatt r=4", 3e-3, method="metatt", r=4),
+    _peft("IA3", "IA3", 3e-3),
+    _ours("inttune r=16", 3e-3, method="inttune", r=16),
+    _ours("lora_xs r=16", 3e-3, method="lora_xs", r=16),
+    _peft("PSOFT r=16", "PSOFT", 1e-3, r=16, psoft_alpha=16),
+    _peft("PSOFT r=32", "PSOFT", 1e-3, r=32, psoft_alpha=32),
+    _peft("LoKr full", "LOKR", 1e-3, r=1024, alpha=1024, decompose_factor=-1),
+    _ours("crossed 2 terms", 1e-3, r=2),
+    _peft("RoAd", "ROAD", 3e-3, variant="road_1"),
+    _peft("Uni-LoRA d=1296", "UNILORA", 3e-3, r=4, theta_d_length=1296),
+    _peft("Uni-LoRA d=5184", "UNILORA", 3e-3, r=4, theta_d_length=5184),
+    _peft("FourierFT n=144", "FOURIERFT", 1e-2, n_frequency=144, scaling=150.0),
+    _peft("WaveFT n=144", "WAVEFT", 1e-3, n_frequency=144, scaling=25.0),
+    _ours("crossed 3 modes, 2 terms", 3e-3, r=2, num_modes=3),
+    _ours("lora_xs r=8", 3e-3, method="lora_xs", r=8),
+    _ours("lora_xs r=32", 1e-3, method="lora_xs", r=32),
+    _ours("lora_sb r=16", 1e-3, True, method="lora_sb", r=16),
+    _ours("svfit r=64", 3e-3, method="svfit", r=64),
+    _ours("svfit r=384", 3e-3, method="svfit", r=384),
+    _ours("metatt r=2", 3e-3, method="metatt", r=2),
+    _ours("metatt r=8", 1e-3, method="metatt", r=8),
+    _ours("metatt r=1", 3e-3, method="metatt", r=1),
+    _peft("MiSS r=1", "MISS", 1e-3, r=1),
+    _peft("MiSS r=4", "MISS", 1e-3, r=4),
+    _peft("VeRA r=256", "VERA", 1e-2, r=256),
+    _peft("TinyLoRA r=2 u=64", "TINYLORA", 3e-3, r=2, u=64),
+    _peft("TinyLoRA r=8 u=256", "TINYLORA", 3e-3, r=8, u=256),
+    _peft("C3A b=384", "C3A", 1e-2, block_size=384),
+    _peft("C3A b=128", "C3A", 1e-2, block_size=128),
+    _ours("ndlinear even", 1e-3, method="ndlinear"),
+    _ours("ndlinear even, 3 modes", 3e-3, method="ndlinear", num_modes=3),
+    _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
+    _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
+    _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
+    _ours("inttune r=8", 3e-3, method="inttune", r=8),
+    _ours("inttune r=32", 1e-3, method="inttune", r=32),
+    _ours("columns r=1", 1e-3, method="columns", r=1),
+    _ours("rows r=1", 1e-3, method="rows", r=1),
+    _ours("columns r=4", 1e-3, method="columns", r=4),
+    _ours("tiled r=1", 1e-3, method="tiled", r=1),
+    _ours("tensor_train r=2", 3e-3, method="tensor_train", r=2),
+    _ours("tensor_train r=4", 1e-3, method="tensor_train", r=4),
+    _lora("DoRA r=1", 1, 3e-3, use_dora=True),
+    _lora("rsLoRA r=8", 8, 3e-4, lora_alpha=16, use_rslora=True),
+    _lora("PiSSA r=8", 8, 3e-4, lora_alpha=8, init_lora_weights="pissa"),
+    _lora("LoRA r=4", 4, 1e-3),
+    _peft("LoKr factor 4, r=4", "LOKR", 3e-3, r=4, alpha=4, decompose_factor=4),
+    _peft("VB-LoRA h=30", "VBLORA", 1e-3, {"logits": 10.0}, r=4, num_vectors=30, vector_length=128, topk=2),
+    _peft("IA3 k, v, down", "IA3", 3e-3, authors=True),
+    _peft("FourierFT n=576", "FOURIERFT", 1e-2, n_frequency=576, scaling=150.0),
+    _peft("WaveFT n=576", "WAVEFT", 1e-3, n_frequency=576, scaling=25.0),
+    _ours("ndlinear even, 2 terms", 1e-3, method="ndlinear", r=2),
+    _ours("crossed 8", 1e-3, crossed_modes=8),
+    _ours("crossed 2", 1e-3, crossed_modes=2),
+    _ours("slora r=1", 3e-3, method="slora", r=1),
+    _ours("slora r=8", 1e-3, method="slora", r=8),
+    _ours("nlora r=8", 1e-3, method="nlora", r=8),
+    _ours("nola k=64", 3e-3, method="nola", options={"bases": 64}),
+    _ours("ffa_lora r=4", 1e-3, method="ffa_lora", r=4),
+    _ours("loldu r=64", 3e-3, method="loldu", r=64),
+)  # fmt: skip
+
+
+def settings_for(track: str) -> tuple[Setting, ...]:
+    """The field of one track, in the order in which the queue takes it."""
+    return {"sentences": SENTENCES}[track]
+
+
+def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> peft.PeftConfig | None:
+    """The configuration on the given linear layers; None for the head alone."""
+    if setting.peft_type == "NONE":
+        return None
+    options, targets = dict(setting.options), list(layers)
+    if setting.peft_type == "IA3":
+        down = [name for name in targets if _is_down(model, name)]
+        if options.pop("authors", False):  # keys, values and what the second product of the MLP reads
+            targets = [name for name in targets if name.endswith(("key", "value"))] + down
+        options["feedforward_modules"] = down
+    return _CONFIGS[setting.peft_type](target_modules=targets, **options)
+
+
+def _is_down(model: nn.Module, name: str) -> bool:
+    layer = model.get_submodule(name)
+    return layer.in_features > layer.out_features
