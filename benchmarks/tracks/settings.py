@@ -60,7 +60,9 @@ class Setting:
         return next((ratio for part, ratio in self.ratios.items() if part in parameter), 1.0)
 
 
-def _peft(name: str, kind: str, lowest: float, ratios: Mapping[str, float] | None = None, **options: Any) -> Setting:
+def _peft(
+    name: str, kind: str, lowest: float, ratios: Mapping[str, float] | None = None, **options: Any
+) -> Setting:
     return Setting(name, kind, options, lowest, ratios or {})
 
 
@@ -72,80 +74,118 @@ def _ours(name: str, lowest: float, reads_gradient: bool = False, **options: Any
     return Setting(name, "NDLORA", options, lowest, reads_gradient=reads_gradient)
 
 
-# for layers of 384 and 1536 features
-SENTENCES = (
-    Setting("head alone", "NONE", {}, 1e-3),
-    _lora("LoRA r=8", 8, 1e-3),
-    _ours("crossed", 1e-3),
-    _lora("LoRA r=1", 1, 3e-3),
-    _ours("crossed 3 modes", 3e-3, num_modes=3),
-    _ours("shared_crossed", 1e-3, method="shared_crossed"),
-    _ours("metatt r=4", 3e-3, method="metatt", r=4),
-    _peft("IA3", "IA3", 3e-3),
-    _ours("inttune r=16", 3e-3, method="inttune", r=16),
-    _ours("lora_xs r=16", 3e-3, method="lora_xs", r=16),
-    _peft("PSOFT r=16", "PSOFT", 1e-3, r=16, psoft_alpha=16),
-    _peft("PSOFT r=32", "PSOFT", 1e-3, r=32, psoft_alpha=32),
-    _peft("LoKr full", "LOKR", 1e-3, r=1024, alpha=1024, decompose_factor=-1),
-    _ours("crossed 2 terms", 1e-3, r=2),
-    _peft("RoAd", "ROAD", 3e-3, variant="road_1"),
-    _peft("Uni-LoRA d=1296", "UNILORA", 3e-3, r=4, theta_d_length=1296),
-    _peft("Uni-LoRA d=5184", "UNILORA", 3e-3, r=4, theta_d_length=5184),
-    _peft("FourierFT n=144", "FOURIERFT", 1e-2, n_frequency=144, scaling=150.0),
-    _peft("WaveFT n=144", "WAVEFT", 1e-3, n_frequency=144, scaling=25.0),
-    _ours("crossed 3 modes, 2 terms", 3e-3, r=2, num_modes=3),
-    _ours("lora_xs r=8", 3e-3, method="lora_xs", r=8),
-    _ours("lora_xs r=32", 1e-3, method="lora_xs", r=32),
-    _ours("lora_sb r=16", 1e-3, True, method="lora_sb", r=16),
-    _ours("svfit r=64", 3e-3, method="svfit", r=64),
-    _ours("svfit r=384", 3e-3, method="svfit", r=384),
-    _ours("metatt r=2", 3e-3, method="metatt", r=2),
-    _ours("metatt r=8", 1e-3, method="metatt", r=8),
-    _ours("metatt r=1", 3e-3, method="metatt", r=1),
-    _peft("MiSS r=1", "MISS", 1e-3, r=1),
-    _peft("MiSS r=4", "MISS", 1e-3, r=4),
-    _peft("VeRA r=256", "VERA", 1e-2, r=256),
-    _peft("TinyLoRA r=2 u=64", "TINYLORA", 3e-3, r=2, u=64),
-    _peft("TinyLoRA r=8 u=256", "TINYLORA", 3e-3, r=8, u=256),
-    _peft("C3A b=384", "C3A", 1e-2, block_size=384),
-    _peft("C3A b=128", "C3A", 1e-2, block_size=128),
-    _ours("ndlinear even", 1e-3, method="ndlinear"),
-    _ours("ndlinear even, 3 modes", 3e-3, method="ndlinear", num_modes=3),
-    _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
-    _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
-    _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
-    _ours("inttune r=8", 3e-3, method="inttune", r=8),
-    _ours("inttune r=32", 1e-3, method="inttune", r=32),
-    _ours("columns r=1", 1e-3, method="columns", r=1),
-    _ours("rows r=1", 1e-3, method="rows", r=1),
-    _ours("columns r=4", 1e-3, method="columns", r=4),
-    _ours("tiled r=1", 1e-3, method="tiled", r=1),
-    _ours("tensor_train r=2", 3e-3, method="tensor_train", r=2),
-    _ours("tensor_train r=4", 1e-3, method="tensor_train", r=4),
-    _lora("DoRA r=1", 1, 3e-3, use_dora=True),
-    _lora("rsLoRA r=8", 8, 3e-4, lora_alpha=16, use_rslora=True),
-    _lora("PiSSA r=8", 8, 3e-4, lora_alpha=8, init_lora_weights="pissa"),
-    _lora("LoRA r=4", 4, 1e-3),
-    _peft("LoKr factor 4, r=4", "LOKR", 3e-3, r=4, alpha=4, decompose_factor=4),
-    _peft("VB-LoRA h=30", "VBLORA", 1e-3, {"logits": 10.0}, r=4, num_vectors=30, vector_length=128, topk=2),
-    _peft("IA3 k, v, down", "IA3", 3e-3, authors=True),
-    _peft("FourierFT n=576", "FOURIERFT", 1e-2, n_frequency=576, scaling=150.0),
-    _peft("WaveFT n=576", "WAVEFT", 1e-3, n_frequency=576, scaling=25.0),
-    _ours("ndlinear even, 2 terms", 1e-3, method="ndlinear", r=2),
-    _ours("crossed 8", 1e-3, crossed_modes=8),
-    _ours("crossed 2", 1e-3, crossed_modes=2),
-    _ours("slora r=1", 3e-3, method="slora", r=1),
-    _ours("slora r=8", 1e-3, method="slora", r=8),
-    _ours("nlora r=8", 1e-3, method="nlora", r=8),
-    _ours("nola k=64", 3e-3, method="nola", options={"bases": 64}),
-    _ours("ffa_lora r=4", 1e-3, method="ffa_lora", r=4),
-    _ours("loldu r=64", 3e-3, method="loldu", r=64),
-)  # fmt: skip
+def _field(
+    core: Sequence[int],
+    psoft: Sequence[int],
+    length: Sequence[int],
+    waves: Sequence[int],
+    values: Sequence[int],
+    tiny: Sequence[int],
+    blocks: Sequence[int],
+    vera: int,
+    bank: int,
+    nola: int,
+) -> tuple[Setting, ...]:
+    """The whole field, with sizes that fit the model; in the order in which the queue takes it.
+
+    Args:
+        core: ranks of methods with a trained matrix between frozen sides.
+        psoft, vera: ranks.
+        length: of Uni-LoRA's vector.
+        waves: coefficients a layer.
+        values: singular values a layer.
+        tiny: TinyLoRA's numbers a layer.
+        blocks: C3A's.
+        bank: length of VB-LoRA's vectors.
+        nola: bases a side.
+    """
+    return (
+        Setting("head alone", "NONE", {}, 1e-3),
+        _lora("LoRA r=8", 8, 1e-3),
+        _ours("crossed", 1e-3),
+        _lora("LoRA r=1", 1, 3e-3),
+        _ours("crossed 3 modes", 3e-3, num_modes=3),
+        _ours("shared_crossed", 1e-3, method="shared_crossed"),
+        _ours("metatt r=4", 3e-3, method="metatt", r=4),
+        _peft("IA3", "IA3", 3e-3),
+        _ours(f"inttune r={core[1]}", 3e-3, method="inttune", r=core[1]),
+        _ours(f"lora_xs r={core[1]}", 3e-4, method="lora_xs", r=core[1]),
+        _peft(f"PSOFT r={psoft[0]}", "PSOFT", 1e-3, r=psoft[0], psoft_alpha=psoft[0]),
+        _peft(f"PSOFT r={psoft[1]}", "PSOFT", 1e-3, r=psoft[1], psoft_alpha=psoft[1]),
+        _peft("LoKr full", "LOKR", 1e-3, r=1024, alpha=1024, decompose_factor=-1),
+        _ours("crossed 2 terms", 1e-3, r=2),
+        _peft("RoAd", "ROAD", 3e-3, variant="road_1"),
+        _peft(f"Uni-LoRA d={length[0]}", "UNILORA", 3e-3, r=4, theta_d_length=length[0]),
+        _peft(f"Uni-LoRA d={length[1]}", "UNILORA", 3e-3, r=4, theta_d_length=length[1]),
+        _peft(f"FourierFT n={waves[0]}", "FOURIERFT", 1e-2, n_frequency=waves[0], scaling=150.0),
+        _peft(f"WaveFT n={waves[0]}", "WAVEFT", 1e-3, n_frequency=waves[0], scaling=25.0),
+        _ours("crossed 3 modes, 2 terms", 3e-3, r=2, num_modes=3),
+        _ours(f"lora_xs r={core[0]}", 3e-4, method="lora_xs", r=core[0]),
+        _ours(f"lora_xs r={core[2]}", 3e-4, method="lora_xs", r=core[2]),
+        _ours(f"lora_sb r={core[1]}", 1e-3, True, method="lora_sb", r=core[1]),
+        _ours(f"svfit r={values[0]}", 3e-3, method="svfit", r=values[0]),
+        _ours(f"svfit r={values[1]}", 3e-3, method="svfit", r=values[1]),
+        _ours("metatt r=2", 3e-3, method="metatt", r=2),
+        _ours("metatt r=8", 1e-3, method="metatt", r=8),
+        _ours("metatt r=1", 3e-3, method="metatt", r=1),
+        _peft("MiSS r=1", "MISS", 1e-3, r=1),
+        _peft("MiSS r=4", "MISS", 1e-3, r=4),
+        _peft(f"VeRA r={vera}", "VERA", 1e-2, r=vera),
+        _peft(f"TinyLoRA r=2 u={tiny[0]}", "TINYLORA", 3e-3, r=2, u=tiny[0]),
+        _peft(f"TinyLoRA r=8 u={tiny[1]}", "TINYLORA", 3e-3, r=8, u=tiny[1]),
+        _peft(f"C3A b={blocks[0]}", "C3A", 1e-2, block_size=blocks[0]),
+        _peft(f"C3A b={blocks[1]}", "C3A", 1e-2, block_size=blocks[1]),
+        _ours("ndlinear even", 1e-3, method="ndlinear"),
+        _ours("ndlinear even, 3 modes", 3e-3, method="ndlinear", num_modes=3),
+        _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
+        _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
+        _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
+        _ours(f"inttune r={core[0]}", 3e-3, method="inttune", r=core[0]),
+        _ours(f"inttune r={core[2]}", 1e-3, method="inttune", r=core[2]),
+        _ours("columns r=1", 1e-3, method="columns", r=1),
+        _ours("rows r=1", 1e-3, method="rows", r=1),
+        _ours("columns r=4", 1e-3, method="columns", r=4),
+        _ours("tiled r=1", 1e-3, method="tiled", r=1),
+        _ours("tensor_train r=2", 3e-3, method="tensor_train", r=2),
+        _ours("tensor_train r=4", 1e-3, method="tensor_train", r=4),
+        _lora("DoRA r=1", 1, 3e-3, use_dora=True),
+        _lora("rsLoRA r=8", 8, 3e-4, lora_alpha=16, use_rslora=True),
+        _lora("PiSSA r=8", 8, 3e-4, lora_alpha=8, init_lora_weights="pissa"),
+        _lora("LoRA r=4", 4, 1e-3),
+        _peft("LoKr factor 4, r=4", "LOKR", 3e-3, r=4, alpha=4, decompose_factor=4),
+        _peft("VB-LoRA h=30", "VBLORA", 1e-3, {"logits": 10.0}, r=4, num_vectors=30, vector_length=bank, topk=2),
+        _peft("IA3 k, v, down", "IA3", 3e-3, authors=True),
+        _peft(f"FourierFT n={waves[1]}", "FOURIERFT", 1e-2, n_frequency=waves[1], scaling=150.0),
+        _peft(f"WaveFT n={waves[1]}", "WAVEFT", 1e-3, n_frequency=waves[1], scaling=25.0),
+        _ours("ndlinear even, 2 terms", 1e-3, method="ndlinear", r=2),
+        _ours("crossed 8", 1e-3, crossed_modes=8),
+        _ours("crossed 2", 1e-3, crossed_modes=2),
+        _ours("slora r=1", 3e-3, method="slora", r=1),
+        _ours("slora r=8", 1e-3, method="slora", r=8),
+        _ours("nlora r=8", 1e-3, method="nlora", r=8),
+        _ours(f"nola k={nola}", 3e-3, method="nola", options={"bases": nola}),
+        _ours("ffa_lora r=4", 1e-3, method="ffa_lora", r=4),
+        _ours(f"loldu r={values[0]}", 3e-3, method="loldu", r=values[0]),
+    )  # fmt: skip
+
+
+_FIELDS = {
+    # layers of 384 and 1536 features, 18 of them
+    "sentences": _field(
+        core=(8, 16, 32), psoft=(16, 32), length=(1296, 5184), waves=(144, 576), values=(64, 384), tiny=(64, 256),
+        blocks=(384, 128), vera=256, bank=128, nola=64,
+    ),
+    # layers of 128 and 512 features, 24 of them
+    "images": _field(
+        core=(4, 8, 16), psoft=(8, 16), length=(576, 2304), waves=(48, 192), values=(16, 128), tiny=(24, 96),
+        blocks=(128, 64), vera=64, bank=64, nola=16,
+    ),
+}  # fmt: skip
 
 
 def settings_for(track: str) -> tuple[Setting, ...]:
     """The field of one track, in the order in which the queue takes it."""
-    return {"sentences": SENTENCES}[track]
+    return _FIELDS[track]
 
 
 def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> peft.PeftConfig | None:
@@ -156,7 +196,7 @@ def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> pe
     if setting.peft_type == "IA3":
         down = [name for name in targets if _is_down(model, name)]
         if options.pop("authors", False):  # keys, values and what the second product of the MLP reads
-            targets = [name for name in targets if name.endswith(("key", "value"))] + down
+            targets = [name for name in targets if name.endswith(("key", "value", "k_proj", "v_proj"))] + down
         options["feedforward_modules"] = down
     return _CONFIGS[setting.peft_type](target_modules=targets, **options)
 

@@ -124,7 +124,10 @@ def _train(
     rates: dict[float, list[nn.Parameter]] = {}
     for name, parameter in adapter:
         rates.setdefault(wanted.learning_rate * wanted.setting.rate_ratio(name), []).append(parameter)
-    groups = [{"params": head, "lr": HEAD_RATE}, *({"params": some, "lr": rate} for rate, some in rates.items())]
+    groups = [
+        {"params": head, "lr": HEAD_RATE},
+        *({"params": some, "lr": rate} for rate, some in rates.items()),
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps, warm_up = len(batches), max(1, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
