@@ -6,22 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import peft
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
-
-from ndlora_plugins import NdLoraConfig
 
 __all__ = ["GRID", "Setting", "peft_config", "settings_for"]
 
 # learning rates, a factor of about 3 apart
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-
-_CONFIGS = {
-    "LORA": peft.LoraConfig, "LOKR": peft.LoKrConfig, "VERA": peft.VeraConfig, "IA3": peft.IA3Config,
-    "FOURIERFT": peft.FourierFTConfig, "WAVEFT": peft.WaveFTConfig, "PSOFT": peft.PsoftConfig,
-    "TINYLORA": peft.TinyLoraConfig, "VBLORA": peft.VBLoRAConfig, "UNILORA": peft.UniLoraConfig,
-    "MISS": peft.MissConfig, "C3A": peft.C3AConfig, "ROAD": peft.RoadConfig, "NDLORA": NdLoraConfig,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,7 +180,7 @@ def settings_for(track: str) -> tuple[Setting, ...]:
     return _FIELDS[track]
 
 
-def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> peft.PeftConfig | None:
+def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> PeftConfig | None:
     """The configuration on the given linear layers; None for the head alone."""
     if setting.peft_type == "NONE":
         return None
@@ -198,7 +190,8 @@ def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> pe
         if options.pop("authors", False):  # keys, values and what the second product of the MLP reads
             targets = [name for name in targets if name.endswith(("key", "value", "k_proj", "v_proj"))] + down
         options["feedforward_modules"] = down
-    return _CONFIGS[setting.peft_type](target_modules=targets, **options)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[setting.peft_type]]
+    return config(target_modules=targets, **options)
 
 
 def _is_down(model: nn.Module, name: str) -> bool:
