@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tracks import picture, sweep
+from benchmarks.common import write_json
+from benchmarks.tracks import known, picture, sweep
 from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within, difference, rows
 
 __all__ = ["bars", "budget_table", "page", "sweep_table", "table"]
 
 RESULTS = Path(__file__).parent / "results"
+LANGUAGE = Path(__file__).parents[1] / "quality" / "results" / "gsm8k"
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 _GENERATED = re.compile(r"(<!-- (\w+) (\w+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 _MEASURES = {"held_out_score": "score", "transfer_loss": "transfer", "forgetting": "forgetting"}
@@ -156,5 +158,7 @@ def page(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text()))
+    files = {path.stem: sweep.read_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+    write_json(known.known(files, LANGUAGE), known.FILE)
     for path in sorted(RESULTS.glob("*.jsonl")):
         picture.draw(rows(sweep.read_results(path)), path.with_suffix(".png"), path.stem)
