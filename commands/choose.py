@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -11,11 +10,15 @@ from typing import Any
 from ndlora_plugins.commands.plan import model_from_config
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS
-from ndlora_plugins.integrations.peft.choose import BYTES_A_NUMBER, Choice, choose_adapter, lora_parameters
+from ndlora_plugins.integrations.peft.choose import (
+    BYTES_A_NUMBER,
+    Choice,
+    choose_adapter,
+    lora_parameters,
+    parse_number,
+)
 
-__all__ = ["as_axolotl", "as_dict", "as_text", "choose_for_config", "parse_number"]
-
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+__all__ = ["as_axolotl", "as_dict", "as_text", "choose_for_config"]
 
 
 def choose_for_config(
@@ -51,22 +54,6 @@ def choose_for_config(
     targets = {name: value for name, value in options.items() if name != "lora_rate"}
     limit = lora_parameters(network, like_lora_r, **targets) * parse_fraction(fraction or "1")
     return choose_adapter(network, parameters=int(limit), **options)
-
-
-def parse_number(text: str) -> int:
-    """`1M`, `250k`, `1.5M`, `1_000_000`.
-
-    Raises:
-        NdLoraValueError: anything else, or nothing left.
-    """
-    match = re.fullmatch(r"([\d_,.]+)\s*([kMGB]?)", text.strip())
-    try:
-        number = int(Fraction(match[1].replace(",", "").replace("_", "")) * _UNITS[match[2]]) if match else 0
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise NdLoraValueError(f"{text!r}: write a number such as 1000000, 250k or 1.5M.")
-    return number
 
 
 def parse_fraction(text: str) -> Fraction:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -18,13 +20,20 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.targets import plan_model
 
-__all__ = ["BYTES_A_NUMBER", "Choice", "choose_adapter", "lora_parameters"]
+__all__ = ["BYTES_A_NUMBER", "Choice", "choose_adapter", "fields_within", "lora_parameters", "parse_number"]
+
+logger = logging.getLogger(__name__)
 
 BYTES_A_NUMBER = 4  # PEFT trains and saves adapters in float32
 _LORA_RANK = 8  # what the tracks compare with
 _FULL = 0.98  # a budget is used up from here on
 _BELOW = 1.5  # so far below the smallest size that a track had a family is still trusted
 _MOST = 4096  # no rank is tried beyond
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+# fields that say which layers; a budget says the others of `_CHOSEN`
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+_CHOSEN = ("method", "r", "lora_alpha", "init_lora_weights", "anchor", "options", "num_modes", "crossed_modes", "modes",
+           "rank_pattern", "alpha_pattern", "use_rslora")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,50 @@ def choose_adapter(
         return used >= _FULL * limit, choice.measured, sum(choice.kept[track] for track in common), used
 
     return max(found, key=worth)
+
+
+def parse_number(text: str) -> int:
+    """`1M`, `250k`, `1.5M`, `1_000_000`.
+
+    Raises:
+        NdLoraValueError: anything else, or nothing left.
+    """
+    match = re.fullmatch(r"([\d_,.]+)\s*([kMGB]?)", text.strip())
+    try:
+        number = int(Fraction(match[1].replace(",", "").replace("_", "")) * _UNITS[match[2]]) if match else 0
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise NdLoraValueError(f"{text!r}: write a number such as 1000000, 250k or 1.5M.")
+    return number
+
+
+def fields_within(
+    parameters: int | str, fields: Mapping[str, Any], model: nn.Module | None = None
+) -> dict[str, Any]:
+    """A host's `parameters:`: the other fields of `NdLoraConfig`, with what the budget chooses.
+
+    Args:
+        parameters: a number, or a text such as "1M".
+        fields: what else was written.
+        model: None only checks.
+
+    Raises:
+        NdLoraValueError: no number, a field that the budget is to choose, or nothing fits.
+    """
+    limit = parse_number(str(parameters))
+    both = [name for name in _CHOSEN if fields.get(name) not in (None, {}, False)]
+    if both:
+        given = ", ".join(f"{name}={fields[name]!r}" for name in both)
+        raise NdLoraValueError(
+            f"parameters={parameters} chooses what {given} says: leave one of the two out."
+        )
+    if model is None:
+        return dict(fields)
+    targets = {name: fields[name] for name in _TARGETS if fields.get(name) is not None}
+    choice = choose_adapter(model, parameters=limit, **targets)
+    logger.info("parameters=%s: %s %s", parameters, choice.python.partition("  #")[0], choice.budget.summary)
+    return {**fields, **choice.options}
 
 
 def _plan(model: nn.Module, config: NdLoraConfig) -> list:
