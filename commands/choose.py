@@ -96,7 +96,7 @@ def as_text(choice: Choice) -> str:
     kept = ", ".join(f"{share:.0%} ({track})" for track, share in sorted(choice.kept.items()))
     known = f"On the tracks of docs/evidence.md it kept, of what LoRA r=8 gains: {kept}."
     if not choice.measured:
-        known += " That was at larger sizes: none as small as this was measured."
+        known += " That was at the nearest size: about this one was not measured."
     return "\n".join(
         [
             f"{budget.summary} Its file: {size}.",

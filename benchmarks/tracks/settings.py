@@ -117,6 +117,11 @@ def _field(
         _ours(f"lora_sb r={core[1]}", 1e-3, True, method="lora_sb", r=core[1]),
         _ours(f"svfit r={values[0]}", 3e-3, method="svfit", r=values[0]),
         _ours(f"svfit r={values[1]}", 3e-3, method="svfit", r=values[1]),
+        _ours(f"svfit r={values[2]}", 1e-3, method="svfit", r=values[2]),
+        _ours("crossed 4 modes", 3e-3, num_modes=4),
+        _ours("crossed 4 modes, 2 terms", 3e-3, r=2, num_modes=4),
+        _ours(f"lora_sb r={core[0]}", 3e-3, True, method="lora_sb", r=core[0]),
+        _ours(f"lora_sb r={core[2]}", 1e-3, True, method="lora_sb", r=core[2]),
         _ours("metatt r=2", 3e-3, method="metatt", r=2),
         _ours("metatt r=8", 1e-3, method="metatt", r=8),
         _ours("metatt r=1", 3e-3, method="metatt", r=1),
@@ -164,12 +169,12 @@ def _field(
 _FIELDS = {
     # layers of 384 and 1536 features, 18 of them
     "sentences": _field(
-        core=(8, 16, 32), psoft=(16, 32), length=(1296, 5184), waves=(144, 576), values=(64, 384), tiny=(64, 256),
+        core=(8, 16, 32), psoft=(16, 32), length=(1296, 5184), waves=(144, 576), values=(64, 384, 144), tiny=(64, 256),
         blocks=(384, 128), vera=256, bank=128, nola=64,
     ),
     # layers of 128 and 512 features, 24 of them
     "images": _field(
-        core=(4, 8, 16), psoft=(8, 16), length=(576, 2304), waves=(48, 192), values=(16, 128), tiny=(24, 96),
+        core=(4, 8, 16), psoft=(8, 16), length=(576, 2304), waves=(48, 192), values=(16, 128, 48), tiny=(24, 96),
         blocks=(128, 64), vera=64, bank=64, nola=16,
     ),
 }  # fmt: skip

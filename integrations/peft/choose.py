@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 BYTES_A_NUMBER = 4  # PEFT trains and saves adapters in float32
 _LORA_RANK = 8  # what the tracks compare with
 _FULL = 0.98  # a budget is used up from here on
-_BELOW = 1.5  # so far below the smallest size that a track had a family is still trusted
+_NEAR = 1.5  # so far beyond the sizes that a track had a method is still trusted
 _MOST = 4096  # no rank is tried beyond
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 # fields that say which layers; a budget says the others of `_CHOSEN`
@@ -45,7 +45,7 @@ class Choice:
         learning_rate: to begin with.
         budget: what it costs, layer by layer.
         kept: track to the share of LoRA r=8's gain that this method keeps at this size.
-        measured: whether the tracks had sizes as small; else `kept` is of their smallest.
+        measured: whether the tracks had about this size; else `kept` is of their nearest.
     """
 
     options: Mapping[str, Any]
@@ -93,8 +93,8 @@ def choose_adapter(
 ) -> Choice:
     """The best known adapter of at most so many trained parameters, or of so large a file.
 
-    Of what the tracks measured, each method is made as large as the budget lets it; the one that keeps most of LoRA
-    r=8's gain at that size is taken, if it uses 98% of the budget. To get there some layers have one rank more.
+    Of what the tracks measured, the method that keeps most of LoRA r=8's gain at that size is taken, if it can use 98%
+    of the budget. To get there some layers have one rank more.
 
     Args:
         model: may lie on the "meta" device.
@@ -109,27 +109,43 @@ def choose_adapter(
         raise NdLoraValueError("Give exactly one budget: parameters, or the bytes of the file.")
     limit = parameters if file_bytes is None else file_bytes // BYTES_A_NUMBER
     size = _trained if file_bytes is None else _saved
-    found = []
-    for family in _families():
-        options = {**family["options"], **targets}
-        made = _largest(model, options, limit, size)
-        if made is not None:
-            budget = make_budget(_plan(model, NdLoraConfig(**made)), _LORA_RANK)
-            kept, ratio, measured = _known(family["points"], budget.parameters / budget.lora_parameters)
-            found.append(Choice(made, _round(lora_rate * ratio), budget, kept, measured))
-    if not found:
+    lora = lora_parameters(model, _LORA_RANK, **targets)
+    best: Choice | None = None
+    for family in _by_worth(limit / lora):
+        made = _largest(model, {**family["options"], **targets}, limit, size)
+        if made is None:
+            continue
+        budget = make_budget(_plan(model, NdLoraConfig(**made)), _LORA_RANK)
+        kept, ratio, measured = _known(family["points"], budget.parameters / lora)
+        choice = Choice(made, _round(lora_rate * ratio), budget, kept, measured)
+        if size(budget) >= _FULL * limit:
+            return choice
+        best = best or choice
+    if best is None:
         least = min(_smallest(model, {**f["options"], **targets}, size) for f in _families())
         raise NdLoraValueError(
             f"No method fits into {limit:,} numbers on this model: the smallest has {least:,}. Raise the budget, or "
             f"name fewer target_modules."
         )
-    common = set.intersection(*(set(choice.kept) for choice in found))  # a track that all of them were on
+    return best
 
-    def worth(choice: Choice) -> tuple[bool, bool, float, int]:
-        used = size(choice.budget)
-        return used >= _FULL * limit, choice.measured, sum(choice.kept[track] for track in common), used
 
-    return max(found, key=worth)
+def _by_worth(fraction: float) -> list[dict[str, Any]]:
+    """What the tracks had, best first for a budget of so large a part of LoRA r=8's parameters.
+
+    A track that a method was not on counts as if it had been the worst there.
+    """
+    known = [(family, *_known(family["points"], fraction)) for family in _families()]
+    worst: dict[str, float] = {}
+    for _, kept, _, _ in known:
+        for track, share in kept.items():
+            worst[track] = min(share, worst.get(track, share))
+
+    def worth(one: tuple) -> tuple[bool, float]:
+        _, kept, _, measured = one
+        return measured, sum(kept.get(track, least) for track, least in worst.items())
+
+    return [one[0] for one in sorted(known, key=worth, reverse=True)]
 
 
 def parse_number(text: str) -> int:
@@ -282,7 +298,7 @@ def _known(points: Sequence[Mapping[str, Any]], fraction: float) -> tuple[dict[s
     for track in dict.fromkeys(point["track"] for point in points):
         own = sorted((p for p in points if p["track"] == track), key=lambda p: p["fraction"])
         ratios.append(min(own, key=lambda p: abs(math.log(p["fraction"] / fraction)))["rate"])
-        measured &= fraction * _BELOW >= own[0]["fraction"]
+        measured &= own[0]["fraction"] / _NEAR <= fraction <= own[-1]["fraction"] * _NEAR
         low = max((p for p in own if p["fraction"] <= fraction), key=lambda p: p["fraction"], default=own[0])
         high = min((p for p in own if p["fraction"] > fraction), key=lambda p: p["fraction"], default=own[-1])
         width = math.log(high["fraction"] / low["fraction"])
