@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common import write_json
 from benchmarks.tracks import known, picture, sweep
 from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within, difference, rows
+from benchmarks.tracks.settings import settings_for
 
 __all__ = ["bars", "budget_table", "page", "sweep_table", "table"]
 
@@ -48,6 +49,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             *(f"{row.mean(name):.3f}" for name in measures),
         ]
         lines.append("| " + " | ".join(cells) + " |\n")
+    done = {row.setting for row in found}
+    missing = [each.name for each in settings_for(results[0]["track"]) if each.name not in done]
+    if missing:
+        lines.append(f"\nNot run to the end yet, of the field: {'; '.join(missing)}.\n")
     return "".join(lines)
 
 
