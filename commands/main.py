@@ -15,7 +15,7 @@ from rich.table import Table
 from ndlora_plugins.commands.check import check
 from ndlora_plugins.commands.demo import demo
 from ndlora_plugins.commands.export import export
-from ndlora_plugins.errors import NdLoraError
+from ndlora_plugins.errors import NdLoraError, NdLoraValueError
 
 app = typer.Typer(
     help="Adapters with fewer parameters than LoRA, for PEFT, TRL and Axolotl.",
@@ -64,11 +64,42 @@ def plan(
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; may be repeated.")] = None,
     lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,
+    parameters: Annotated[
+        str | None, typer.Option(help="Choose the best known adapter of at most so many: 1M, 250k.")
+    ] = None,
+    file_bytes: Annotated[
+        str | None, typer.Option("--bytes", help="Choose one whose file has at most so many bytes: 2MB.")
+    ] = None,
+    like_lora_r: Annotated[
+        int | None, typer.Option(help="Choose one with as many parameters as plain LoRA of this rank.")
+    ] = None,
+    fraction: Annotated[str | None, typer.Option(help="Of --like-lora-r's parameters: 1/16.")] = None,
+    lora_rate: Annotated[
+        float, typer.Option(help="With a budget: the learning rate that you would give LoRA r=8.")
+    ] = 2e-4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what an adapter would cost, layer by layer, against LoRA. No weights are loaded."""
+    """Show what an adapter would cost, layer by layer, against LoRA; or choose one for a budget. No weights are loaded.
+
+    Example: ndlora plan Qwen/Qwen3-1.7B --parameters 1M
+    """
+    from ndlora_plugins.commands.choose import as_dict, as_text, choose_for_config
     from ndlora_plugins.commands.plan import parse_options, plan_from_model_config
 
+    if not (parameters is None and file_bytes is None and like_lora_r is None and fraction is None):
+        if any((method, r, init, anchor, num_modes != 2, crossed_modes, option)):
+            raise NdLoraValueError("A budget chooses the method and its options: leave one of the two out.")
+        choice = choose_for_config(
+            model,
+            parameters=parameters,
+            file_bytes=file_bytes,
+            like_lora_r=like_lora_r,
+            fraction=fraction,
+            lora_rate=lora_rate,
+            **({"target_modules": target} if target else {}),
+        )
+        typer.echo(json.dumps(as_dict(choice), indent=2) if as_json else as_text(choice))
+        return
     budget = plan_from_model_config(
         model,
         lora_rank=lora_rank,

@@ -13,7 +13,7 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.targets import plan_model
 
-__all__ = ["parse_options", "plan_from_model_config", "versions"]
+__all__ = ["model_from_config", "parse_options", "plan_from_model_config", "versions"]
 
 
 def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) -> Budget:
@@ -28,11 +28,22 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
         NdLoraValueError: no model can be made of `model`, an option cannot work, or nothing matches.
         PermissionError: its config.json may not be read.
     """
+    config = NdLoraConfig(**options)
+    layers = plan_model(model_from_config(model), config)
+    if not layers:
+        raise NdLoraValueError(
+            f"target_modules={config.target_modules!r} match no layer of {model!r}. Leave them out to adapt every "
+            f"linear layer."
+        )
+    return make_budget(layers, lora_rank)
+
+
+def model_from_config(model: str) -> Any:
+    """The model of a config.json on the "meta" device; arguments and errors as of `plan_from_model_config`."""
     from transformers import AutoConfig
 
     from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 
-    config = NdLoraConfig(**options)
     path = os.path.dirname(model) or "." if model.endswith(".json") else model
     try:
         model_config = AutoConfig.from_pretrained(path)
@@ -43,13 +54,7 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
             f"{model!r} is neither a directory with a transformers config.json nor a model on the hub that can be "
             f"reached: {str(error).splitlines()[0]}"
         ) from error
-    layers = plan_model(model_on_meta(model_config), config)
-    if not layers:
-        raise NdLoraValueError(
-            f"target_modules={config.target_modules!r} match no layer of {model!r}. Leave them out to adapt every "
-            f"linear layer."
-        )
-    return make_budget(layers, lora_rank)
+    return model_on_meta(model_config)
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:

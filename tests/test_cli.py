@@ -112,6 +112,16 @@ def test_wrong_options(options, message, model):
     assert isinstance(result.exception, NdLoraValueError) and message in str(result.exception)
 
 
+def test_plan_chooses_for_a_budget(model):
+    result = invoke("plan", model, "--like-lora-r", "8", "--fraction", "1/16", "--json")
+    found = json.loads(result.stdout)
+    assert 0.98 * found["lora_parameters"] <= 16 * found["parameters"] <= found["lora_parameters"]
+    text = invoke("plan", model, "--parameters", "1M").output
+    assert [
+        word for word in ("NdLoraConfig(", "learning_rate: ", "adapter: ndlora") if word not in text
+    ] == []
+
+
 def test_a_model_that_is_not_there(tmp_path):
     result = invoke("plan", tmp_path / "nothing")
     assert isinstance(result.exception, NdLoraValueError) and "neither a directory" in str(result.exception)

@@ -1,4 +1,4 @@
-"""What adapters learn on sentences and on images: runs of seconds, so that the whole field is compared.
+"""Which method for which budget? The whole field on small real tasks, each at its best learning rate, five seeds.
 
-`python -m benchmarks.tracks --help`
+`python -m benchmarks.tracks --help`; what came out stands in docs/evidence.md.
 """

@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import torch
 import typer
-from rich.console import Console
 
-from benchmarks.quality import sweep
-from benchmarks.tracks.images import images
-from benchmarks.tracks.sentences import sentences
-from benchmarks.tracks.settings import SETTINGS
+from benchmarks.tracks import sweep
+from benchmarks.tracks.images import Images
+from benchmarks.tracks.sentences import Sentences
+from benchmarks.tracks.settings import settings_for
 from benchmarks.tracks.track import run
-from ndlora_plugins.errors import NdLoraError
 
-TRACKS = {"sentences": sentences, "images": images}
-RESULTS = Path(__file__).parent / "results"
-SEEDS = (0, 1, 2, 3, 4)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Every run that is done on one track, in the order in which they were."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+TRACKS = {"sentences": Sentences, "images": Images}
 
 
 def main(
     track: Annotated[str, typer.Argument(help=f"One of {', '.join(TRACKS)}.")],
-    data: Annotated[Path, typer.Option(help="A folder with the track's data; its module says which files.")],
-    results: Annotated[Path, typer.Option(help="A folder: a file a track, a line of JSON a run.")] = RESULTS,
-    setting: Annotated[list[str] | None, typer.Option(help="Only this one; repeat it for several.")] = None,
+    data: Annotated[Path, typer.Option(help="Where `make tracks-data` put the packages.")],
+    results: Annotated[Path, typer.Option(help="A folder: TRACK.jsonl, one line a run.")],
+    setting: Annotated[list[str] | None, typer.Option(help="A setting's name; may be repeated.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no run after so many minutes.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print what is missing.")] = False,
 ) -> None:
-    """Sweep the learning rate of every setting, then train four more seeds at its best.
-
-    A run that is done is a line in RESULTS, so a killed call goes on with the next one.
-    """
-    console, path = Console(), results / f"{track}.jsonl"
-    found, chosen = TRACKS[track](data), [s for s in SETTINGS if not setting or s.name in setting]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for some in chosen:
-        while missing := sweep.missing(some, sweep.of_setting(read(path), some.name), SEEDS):
-            try:
-                result = run(found, some, missing[0].learning_rate, missing[0].seed)
-            except (NdLoraError, ValueError, TypeError) as error:
-                console.print(f"{some.name}: {error}", highlight=False)
-                break
-            with path.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            console.print(
-                f"{some.name}, lr {missing[0].learning_rate:g}, seed {missing[0].seed}: {result['held_out']}, "
-                f"{result['parameters']:,} parameters",
-                highlight=False,
+    """Run what is missing: a sweep of rates for each setting, then five seeds at the best. A killed call goes on."""
+    torch.set_num_threads(threads)
+    if track not in TRACKS:
+        raise typer.BadParameter(f"{track!r}: choose one of {', '.join(TRACKS)}")
+    path = results / f"{track}.jsonl"
+    chosen = [each for each in settings_for(track) if setting is None or each.name in setting]
+    if plan:
+        done = sweep.read_results(path)
+        for each in chosen:
+            some = sweep.missing(each, sweep.of_setting(done, each.name))
+            typer.echo(
+                f"{each.name}: {', '.join(f'{r.learning_rate:g} seed {r.seed}' for r in some) or 'done'}"
             )
+        return
+    loaded, end = TRACKS[track](data), time.monotonic() + 60 * (minutes or 1e9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _mend(path)
+    for each in chosen:
+        failed = False
+        while not failed and (
+            runs := sweep.missing(each, sweep.of_setting(sweep.read_results(path), each.name))
+        ):
+            for wanted in runs:
+                if time.monotonic() > end:
+                    return
+                try:
+                    result = run(loaded, wanted)
+                except Exception as error:  # one that cannot run does not end the night's queue
+                    typer.echo(f"{each.name}: {type(error).__name__}: {error}", err=True)
+                    failed = True
+                    break
+                with path.open("a") as lines:
+                    lines.write(json.dumps(result) + "\n")
+                typer.echo(
+                    f"{each.name} lr {wanted.learning_rate:g} seed {wanted.seed}: {result['held_out_loss']}, "
+                    f"{result['parameters']:,} parameters, {result['seconds']} s"
+                )
+
+
+def _mend(path: Path) -> None:
+    """Take off a last line that a kill cut short."""
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1])
 
 
 if __name__ == "__main__":

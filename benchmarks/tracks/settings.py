@@ -1,75 +1,204 @@
-"""The field: PEFT's methods in their authors' recipes, and ours; one line a setting, in the order of the queue."""
+"""What is compared: PEFT's field, each in its authors' recipe as far as PEFT has it, and ours."""
 
 from __future__ import annotations
 
-from benchmarks.quality.settings import Setting
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["SETTINGS"]
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
 
+__all__ = ["GRID", "Setting", "peft_config", "settings_for"]
 
-def _peft(name: str, peft_type: str, lowest: float, **options: object) -> Setting:
-    return Setting(name, peft_type, options, lowest)
-
-
-def _lora(name: str, rank: int, lowest: float = 3e-4, **options: object) -> Setting:
-    return _peft(name, "LORA", lowest, r=rank, lora_alpha=2 * rank, **options)
-
-
-def _ours(name: str, method: str, rank: int, lowest: float = 1e-3, **options: object) -> Setting:
-    return _peft(name, "NDLORA", lowest, method=method, r=rank, **options)
+# learning rates, a factor of about 3 apart
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 
-SETTINGS = (
-    _lora("LoRA r=8", 8),
-    _ours("crossed n=4", "crossed", 1),
-    _lora("LoRA r=1", 1, 1e-3),
-    _ours("metatt r=8", "metatt", 8),
-    _ours("shared_core r=16", "shared_core", 16),
-    _ours("lora_xs r=32", "lora_xs", 32),
-    _peft("VeRA r=256", "VERA", 3e-3, r=256),
-    _peft("LoKr factor 4", "LOKR", 1e-3, r=32, alpha=32, decompose_factor=4),
-    _ours("crossed n=8", "crossed", 1, options={"crossed_modes": 8}),
-    _ours("ndlinear", "ndlinear", 1),
-    _peft("PSOFT r=32", "PSOFT", 1e-3, r=32),
-    _peft("TinyLoRA r=2 u=64", "TINYLORA", 1e-3, r=2, u=64, weight_tying=0.0),
-    _ours("metatt r=4", "metatt", 4),
-    _ours("metatt r=16", "metatt", 16),
-    _peft("MiSS r=2", "MISS", 3e-4, r=2),
-    _peft(
-        "IA3",
-        "IA3",
-        1e-3,
-        target_modules=["key", "value", "output.dense"],
-        feedforward_modules=["output.dense"],
+@dataclass(frozen=True)
+class Setting:
+    """One adapter configuration.
+
+    Attributes:
+        name: as the tables show it.
+        peft_type: of PEFT's table, or "NONE": the head alone.
+        options: of that type's PeftConfig.
+        lowest: the lowest learning rate of the sweep's first four; it goes on from there as the results ask.
+        ratios: the end of a parameter's name to how many times the rate it learns at, where its authors say so.
+    """
+
+    name: str
+    peft_type: str
+    options: dict[str, Any] = field(hash=False)
+    lowest: float
+    ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
+    reads_gradient: bool = False
+
+    @property
+    def first_rates(self) -> tuple[float, ...]:
+        start = GRID.index(self.lowest)
+        return GRID[start : start + 4]
+
+    @property
+    def ours(self) -> bool:
+        return self.peft_type == "NDLORA"
+
+    def described(self) -> dict[str, Any]:
+        """As a line of the results has it."""
+        return {"name": self.name, "peft_type": self.peft_type, "options": self.options}
+
+    def rate_ratio(self, parameter: str) -> float:
+        return next((ratio for part, ratio in self.ratios.items() if part in parameter), 1.0)
+
+
+def _peft(
+    name: str, kind: str, lowest: float, ratios: Mapping[str, float] | None = None, **options: Any
+) -> Setting:
+    return Setting(name, kind, options, lowest, ratios or {})
+
+
+def _lora(name: str, rank: int, lowest: float, **options: Any) -> Setting:
+    return _peft(name, "LORA", lowest, r=rank, lora_alpha=options.pop("lora_alpha", 2 * rank), **options)
+
+
+def _ours(name: str, lowest: float, reads_gradient: bool = False, **options: Any) -> Setting:
+    return Setting(name, "NDLORA", options, lowest, reads_gradient=reads_gradient)
+
+
+def _field(
+    core: Sequence[int],
+    psoft: Sequence[int],
+    length: Sequence[int],
+    waves: Sequence[int],
+    values: Sequence[int],
+    tiny: Sequence[int],
+    blocks: Sequence[int],
+    vera: int,
+    bank: int,
+    nola: int,
+) -> tuple[Setting, ...]:
+    """The whole field, with sizes that fit the model; in the order in which the queue takes it.
+
+    Args:
+        core: ranks of methods with a trained matrix between frozen sides.
+        psoft, vera: ranks.
+        length: of Uni-LoRA's vector.
+        waves: coefficients a layer.
+        values: singular values a layer.
+        tiny: TinyLoRA's numbers a layer.
+        blocks: C3A's.
+        bank: length of VB-LoRA's vectors.
+        nola: bases a side.
+    """
+    return (
+        Setting("head alone", "NONE", {}, 1e-3),
+        _lora("LoRA r=8", 8, 1e-3),
+        _ours("crossed", 1e-3),
+        _lora("LoRA r=1", 1, 3e-3),
+        _ours("crossed 3 modes", 3e-3, num_modes=3),
+        _ours("shared_crossed", 1e-3, method="shared_crossed"),
+        _ours("metatt r=4", 3e-3, method="metatt", r=4),
+        _peft("IA3", "IA3", 3e-3),
+        _ours(f"inttune r={core[1]}", 3e-3, method="inttune", r=core[1]),
+        _ours(f"lora_xs r={core[1]}", 3e-4, method="lora_xs", r=core[1]),
+        _peft(f"PSOFT r={psoft[0]}", "PSOFT", 1e-3, r=psoft[0], psoft_alpha=psoft[0]),
+        _peft(f"PSOFT r={psoft[1]}", "PSOFT", 1e-3, r=psoft[1], psoft_alpha=psoft[1]),
+        _peft("LoKr full", "LOKR", 1e-3, r=1024, alpha=1024, decompose_factor=-1),
+        _ours("crossed 2 terms", 1e-3, r=2),
+        _peft("RoAd", "ROAD", 3e-3, variant="road_1"),
+        _peft(f"Uni-LoRA d={length[0]}", "UNILORA", 3e-3, r=4, theta_d_length=length[0]),
+        _peft(f"Uni-LoRA d={length[1]}", "UNILORA", 3e-3, r=4, theta_d_length=length[1]),
+        _peft(f"FourierFT n={waves[0]}", "FOURIERFT", 1e-2, n_frequency=waves[0], scaling=150.0),
+        _peft(f"WaveFT n={waves[0]}", "WAVEFT", 1e-3, n_frequency=waves[0], scaling=25.0),
+        _ours("crossed 3 modes, 2 terms", 3e-3, r=2, num_modes=3),
+        _ours(f"lora_xs r={core[0]}", 3e-4, method="lora_xs", r=core[0]),
+        _ours(f"lora_xs r={core[2]}", 3e-4, method="lora_xs", r=core[2]),
+        _ours(f"lora_sb r={core[1]}", 1e-3, True, method="lora_sb", r=core[1]),
+        _ours(f"svfit r={values[0]}", 3e-3, method="svfit", r=values[0]),
+        _ours(f"svfit r={values[1]}", 3e-3, method="svfit", r=values[1]),
+        _ours(f"svfit r={values[2]}", 1e-3, method="svfit", r=values[2]),
+        _ours("crossed 4 modes", 3e-3, num_modes=4),
+        _ours("crossed 4 modes, 2 terms", 3e-3, r=2, num_modes=4),
+        _ours(f"lora_sb r={core[0]}", 3e-3, True, method="lora_sb", r=core[0]),
+        _ours(f"lora_sb r={core[2]}", 1e-3, True, method="lora_sb", r=core[2]),
+        _ours("metatt r=2", 3e-3, method="metatt", r=2),
+        _ours("metatt r=8", 1e-3, method="metatt", r=8),
+        _ours("metatt r=1", 3e-3, method="metatt", r=1),
+        _peft("MiSS r=1", "MISS", 1e-3, r=1),
+        _peft("MiSS r=4", "MISS", 1e-3, r=4),
+        _peft(f"VeRA r={vera}", "VERA", 1e-2, r=vera),
+        _peft(f"TinyLoRA r=2 u={tiny[0]}", "TINYLORA", 3e-3, r=2, u=tiny[0]),
+        _peft(f"TinyLoRA r=8 u={tiny[1]}", "TINYLORA", 3e-3, r=8, u=tiny[1]),
+        _peft(f"C3A b={blocks[0]}", "C3A", 1e-2, block_size=blocks[0]),
+        _peft(f"C3A b={blocks[1]}", "C3A", 1e-2, block_size=blocks[1]),
+        _ours("ndlinear even", 1e-3, method="ndlinear"),
+        _ours("ndlinear even, 3 modes", 3e-3, method="ndlinear", num_modes=3),
+        _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
+        _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
+        _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
+        _ours(f"inttune r={core[0]}", 3e-3, method="inttune", r=core[0]),
+        _ours(f"inttune r={core[2]}", 1e-3, method="inttune", r=core[2]),
+        _ours("columns r=1", 1e-3, method="columns", r=1),
+        _ours("rows r=1", 1e-3, method="rows", r=1),
+        _ours("columns r=4", 1e-3, method="columns", r=4),
+        _ours("tiled r=1", 1e-3, method="tiled", r=1),
+        _ours("tensor_train r=2", 3e-3, method="tensor_train", r=2),
+        _ours("tensor_train r=4", 1e-3, method="tensor_train", r=4),
+        _lora("DoRA r=1", 1, 3e-3, use_dora=True),
+        _lora("rsLoRA r=8", 8, 3e-4, lora_alpha=16, use_rslora=True),
+        _lora("PiSSA r=8", 8, 3e-4, lora_alpha=8, init_lora_weights="pissa"),
+        _lora("LoRA r=4", 4, 1e-3),
+        _peft("LoKr factor 4, r=4", "LOKR", 3e-3, r=4, alpha=4, decompose_factor=4),
+        _peft("VB-LoRA h=30", "VBLORA", 1e-3, {"logits": 10.0}, r=4, num_vectors=30, vector_length=bank, topk=2),
+        _peft("IA3 k, v, down", "IA3", 3e-3, authors=True),
+        _peft(f"FourierFT n={waves[1]}", "FOURIERFT", 1e-2, n_frequency=waves[1], scaling=150.0),
+        _peft(f"WaveFT n={waves[1]}", "WAVEFT", 1e-3, n_frequency=waves[1], scaling=25.0),
+        _ours("ndlinear even, 2 terms", 1e-3, method="ndlinear", r=2),
+        _ours("crossed 8", 1e-3, crossed_modes=8),
+        _ours("crossed 2", 1e-3, crossed_modes=2),
+        _ours("slora r=1", 3e-3, method="slora", r=1),
+        _ours("slora r=8", 1e-3, method="slora", r=8),
+        _ours("nlora r=8", 1e-3, method="nlora", r=8),
+        _ours(f"nola k={nola}", 3e-3, method="nola", options={"bases": nola}),
+        _ours("ffa_lora r=4", 1e-3, method="ffa_lora", r=4),
+        _ours(f"loldu r={values[0]}", 3e-3, method="loldu", r=values[0]),
+    )  # fmt: skip
+
+
+_FIELDS = {
+    # layers of 384 and 1536 features, 18 of them
+    "sentences": _field(
+        core=(8, 16, 32), psoft=(16, 32), length=(1296, 5184), waves=(144, 576), values=(64, 384, 144), tiny=(64, 256),
+        blocks=(384, 128), vera=256, bank=128, nola=64,
     ),
-    _peft("C3A block 48", "C3A", 1e-2, block_size=48),
-    _ours("crossed n=4, 2 terms", "crossed", 2),
-    _ours("shared_core r=8", "shared_core", 8),
-    _ours("shared_core r=32", "shared_core", 32),
-    _ours("lora_xs r=8", "lora_xs", 8),
-    _ours("lora_xs r=16", "lora_xs", 16),
-    _ours("svfit r=64", "svfit", 64),
-    _peft("FourierFT n=300", "FOURIERFT", 3e-3, n_frequency=300, scaling=150.0),
-    _peft("VB-LoRA", "VBLORA", 1e-3, r=4, num_vectors=64, vector_length=96, topk=2),
-    _peft("Uni-LoRA", "UNILORA", 3e-3),
-    _peft("RoAd", "ROAD", 1e-3),
-    _lora("rsLoRA r=8", 8, 1e-4, use_rslora=True),
-    _lora("DoRA r=8", 8, use_dora=True),
-    _lora("PiSSA r=8", 8, 3e-5, init_lora_weights="pissa"),
-    _lora("LoRA r=4", 4),
-    _peft("LoKr full", "LOKR", 1e-3, r=1024, alpha=1024, decompose_factor=-1),
-    _ours("shared_crossed", "shared_crossed", 1),
-    _ours("shared_diagonal r=32", "shared_diagonal", 32),
-    _ours("crossed, 3 modes", "crossed", 1, options={"num_modes": 3}),
-    _ours("inttune r=8", "inttune", 8),
-    _ours("inttune r=32", "inttune", 32),
-    _ours("inttune r=16 from pivots", "inttune", 16, init_lora_weights="n_lora_pivots"),
-    _ours("lora_sb r=16", "lora_sb", 16),
-    _ours("slora r=8", "slora", 8),
-    _ours("nlora r=8 from pivots", "nlora", 8, init_lora_weights="n_lora_pivots"),
-    _ours("columns r=1", "columns", 1),
-    _ours("tiled r=2", "tiled", 2),
-    _ours("ffa_lora r=2", "ffa_lora", 2),
-    _ours("tensor_train r=4", "tensor_train", 4),
-    _ours("nola", "nola", 8),
-)
+    # layers of 128 and 512 features, 24 of them
+    "images": _field(
+        core=(4, 8, 16), psoft=(8, 16), length=(576, 2304), waves=(48, 192), values=(16, 128, 48), tiny=(24, 96),
+        blocks=(128, 64), vera=64, bank=64, nola=16,
+    ),
+}  # fmt: skip
+
+
+def settings_for(track: str) -> tuple[Setting, ...]:
+    """The field of one track, in the order in which the queue takes it."""
+    return _FIELDS[track]
+
+
+def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> PeftConfig | None:
+    """The configuration on the given linear layers; None for the head alone."""
+    if setting.peft_type == "NONE":
+        return None
+    options, targets = dict(setting.options), list(layers)
+    if setting.peft_type == "IA3":
+        down = [name for name in targets if _is_down(model, name)]
+        if options.pop("authors", False):  # keys, values and what the second product of the MLP reads
+            targets = [name for name in targets if name.endswith(("key", "value", "k_proj", "v_proj"))] + down
+        options["feedforward_modules"] = down
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[setting.peft_type]]
+    return config(target_modules=targets, **options)
+
+
+def _is_down(model: nn.Module, name: str) -> bool:
+    layer = model.get_submodule(name)
+    return layer.in_features > layer.out_features

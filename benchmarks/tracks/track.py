@@ -1,142 +1,151 @@
-"""A track: an encoder that is adapted, a small head, and data; and one run on it."""
+"""One run on a track: attach an adapter, train it with the head, evaluate."""
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.quality.settings import Setting, peft_config
+from benchmarks.tracks.settings import Setting, peft_config
 from ndlora_plugins import NdLoraConfig, measure_gradients
 
-__all__ = ["Track", "run"]
+__all__ = ["HEAD_RATE", "Run", "Track", "linear_layers", "run"]
 
+HEAD_RATE = 1e-2  # of the head, the same for every setting: only the adapter's rate is swept
 _PACKAGES = ("ndlora-plugins", "torch", "peft", "transformers")
-_HEAD_RATE, _WARM_UP, _MEASURED = 1e-3, 0.1, 8
 
 
-@dataclass(frozen=True)
-class Track:
-    """What every run of a track shares.
+class Track(Protocol):
+    """A frozen model with a new head, and what it learns.
 
     Attributes:
-        name: of its file among the results.
-        description: what was trained and on what, as every line of results has it.
-        encoder: the model that is adapted; it stays as it is.
-        head: its start; trained with every adapter, at one and the same rate.
-        features: (encoder, batch) -> what the head reads, (rows, features).
-        loss: (the head's output, batch) -> a scalar, the mean over the rows.
-        score: (the head's outputs, targets) -> what people ask for, such as the share that is right.
-        batches: seed -> the training batches, one a step.
-        held_out: name -> batches that are never trained on; the first is the task, the others show what carries over.
-        forgotten: a head that stays, and batches for it: what the encoder knew before. None: nothing is asked.
+        name: of its file of results.
+        about: what was trained, as every line of the results has it.
+        model: `blocks` are adapted, `head` is trained beside every adapter and is not counted.
     """
 
     name: str
-    description: Mapping[str, Any]
-    encoder: nn.Module
-    head: nn.Module
-    features: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-    loss: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-    score: Callable[[Tensor, Tensor], float]
-    batches: Callable[[int], Sequence[Mapping[str, Tensor]]]
-    held_out: Mapping[str, Sequence[Mapping[str, Tensor]]]
-    forgotten: tuple[nn.Module, Mapping[str, Sequence[Mapping[str, Tensor]]]] | None = None
+    about: dict[str, Any]
+    model: nn.Module
 
-    def evaluate(self, model: nn.Module, head: nn.Module) -> dict[str, tuple[float, float]]:
-        """Name -> (loss, score) of every set that is never trained on."""
-        found = {name: self._evaluate(model, head, batches) for name, batches in self.held_out.items()}
-        if self.forgotten is not None:
-            found |= {
-                name: self._evaluate(model, self.forgotten[0], b) for name, b in self.forgotten[1].items()
-            }
-        return found
+    def batches(self, seed: int) -> Sequence[Any]:
+        """What one run trains on, in order."""
 
-    @torch.inference_mode()
-    def _evaluate(
-        self, model: nn.Module, head: nn.Module, batches: Sequence[Mapping[str, Tensor]]
-    ) -> tuple[float, float]:
-        outputs, losses, targets = [], [], []
-        for batch in batches:
-            outputs.append(head(self.features(model, batch)))
-            losses.append(float(self.loss(outputs[-1], batch)) * len(outputs[-1]))
-            targets.append(batch["target"])
-        outputs, targets = torch.cat(outputs), torch.cat(targets)
-        return sum(losses) / len(outputs), self.score(outputs, targets)
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean over the batch."""
+
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        """`validation_loss` chooses the rate, `held_out_loss` is reported; with whatever else the track measures."""
 
 
-def run(track: Track, setting: Setting, learning_rate: float, seed: int) -> dict[str, Any]:
-    """Attach the adapter, train it and the head, evaluate, and take it off again.
+@dataclass(frozen=True)
+class Run:
+    """What identifies a run of a track."""
 
-    AdamW without decay, the norm of the gradient cut at 1, a tenth of the steps to warm up, then down to zero.
+    setting: Setting
+    learning_rate: float
+    seed: int
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """The names of all linear layers among the blocks."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("blocks.")
+    ]
+
+
+def run(track: Track, wanted: Run) -> dict[str, Any]:
+    """Train and evaluate one setting at one rate with one seed.
 
     Returns:
-        What a line of results holds. `held_out_loss` is None if the training diverged.
+        One line of the results. The losses are None where the training diverged.
     """
-    weights = {name: value.clone() for name, value in track.encoder.state_dict().items()}
-    batches = track.batches(seed)
-    torch.manual_seed(seed)
-    head = nn.Linear(track.head.in_features, track.head.out_features)
-    head.load_state_dict(track.head.state_dict())
-    config = peft_config(setting, task_type="FEATURE_EXTRACTION")
+    started = time.perf_counter()
+    torch.manual_seed(wanted.seed)
+    base = copy.deepcopy(track.model)
+    batches = track.batches(wanted.seed)
+    nn.init.normal_(base.head.weight, std=0.02)
+    model, adapter = _attach(track, base, wanted.setting, batches)
+    finite = _train(track, model, adapter, list(base.head.parameters()), batches, wanted)
+    model.eval()
+    with torch.inference_mode():
+        found = track.evaluate(model) if finite else {"validation_loss": None, "held_out_loss": None}
+    return {
+        "track": track.name,
+        "about": track.about,
+        "setting": wanted.setting.described(),
+        "learning_rate": wanted.learning_rate,
+        "seed": wanted.seed,
+        "parameters": sum(parameter.numel() for _, parameter in adapter),
+        **{name: _rounded(value) for name, value in found.items()},
+        "seconds": round(time.perf_counter() - started, 2),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+    }
 
-    def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return track.loss(head(track.features(model, batch)), batch)
 
-    if isinstance(config, NdLoraConfig) and "gradient" in config.resolved().start.reads:
-        measure_gradients(
-            track.encoder,
-            config,
-            lambda: [loss_of(track.encoder, batch).backward() for batch in batches[:_MEASURED]],
-        )
-        head.zero_grad(set_to_none=True)
-    model = get_peft_model(track.encoder, config).eval()
-    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": adapter, "lr": learning_rate}, {"params": head.parameters(), "lr": _HEAD_RATE}],
-        weight_decay=0,
-    )
-    warm = max(1, round(_WARM_UP * len(batches)))
+def _attach(
+    track: Track, base: nn.Module, setting: Setting, batches: Sequence[Any]
+) -> tuple[nn.Module, list[tuple[str, nn.Parameter]]]:
+    """The model with its adapter, and the adapter's parameters that train, by name."""
+    base.requires_grad_(False)
+    config = peft_config(setting, base, linear_layers(base))
+    model = base
+    if config is not None:
+        if isinstance(config, NdLoraConfig) and setting.reads_gradient:
+            measure_gradients(base, config, lambda: [track.loss(base, b).backward() for b in batches[:4]])
+        model = get_peft_model(base, config)
+        for parameter in base.head.parameters():
+            parameter.requires_grad_(False)
+    adapter = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    base.head.requires_grad_(True)
+    return model, adapter
+
+
+def _train(
+    track: Track,
+    model: nn.Module,
+    adapter: Iterable[tuple[str, nn.Parameter]],
+    head: list[nn.Parameter],
+    batches: Sequence[Any],
+    wanted: Run,
+) -> bool:
+    """AdamW, warm-up over a tenth of the steps, then linear decay; False if it diverged."""
+    rates: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in adapter:
+        rates.setdefault(wanted.learning_rate * wanted.setting.rate_ratio(name), []).append(parameter)
+    groups = [
+        {"params": head, "lr": HEAD_RATE},
+        *({"params": some, "lr": rate} for rate, some in rates.items()),
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    steps, warm_up = len(batches), max(1, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (len(batches) - step) / (len(batches) - warm))
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
-    seconds, diverged = [], False
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    model.eval()  # no dropout: a short training, and the same batches for all
     for batch in batches:
-        started = time.perf_counter()
-        loss = loss_of(model, batch)
-        if not math.isfinite(float(loss)):
-            diverged = True
-            break
+        loss = track.loss(model, batch)
+        if not math.isfinite(loss.item()):
+            return False
         loss.backward()
-        nn.utils.clip_grad_norm_([*adapter, *head.parameters()], 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    found = {} if diverged else track.evaluate(model, head)
-    result = {
-        "track": dict(track.description),
-        "setting": {key: getattr(setting, key) for key in ("name", "peft_type", "options")},
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "parameters": sum(parameter.numel() for parameter in adapter),
-        "held_out_loss": None if diverged else _rounded(next(iter(found.values()))[0]),
-        "held_out": {name: [_rounded(value) for value in pair] for name, pair in found.items()},
-        "seconds_a_step": _rounded(statistics.median(seconds)) if seconds else None,
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-    }
-    model.unload().load_state_dict(weights)  # PiSSA writes the base weight, and `unload` leaves it so
-    return result
+    return True
 
 
-def _rounded(value: float) -> float | None:
-    return round(value, 5) if math.isfinite(value) else None
+def _rounded(value: float | None) -> float | None:
+    return round(float(value), 5) if value is not None and math.isfinite(value) else None

@@ -40,6 +40,12 @@ class NdLoraBlock(BaseModel):
     modes: dict[str, Any] | None = _field("modes")
     random_seed: StrictInt | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")
+    parameters: int | str | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "A budget such as 1M: chooses the method and its options, by docs/evidence.md."
+        },
+    )
     callback: bool | dict[str, Any] | None = Field(
         default=None,
         json_schema_extra={

@@ -46,6 +46,9 @@ _HONOURED = {
     "peft_autocast_adapter_dtype",
 }
 
+# of the block, and no fields
+_NO_FIELDS = ("callback", "parameters")
+
 _KERNEL = "it puts LoRA's formula in place of the layers' own forward; set it to false or take it out"
 _SYNC = "the weight sync to vLLM that goes with it merges LoRA's two matrices by itself; take it out"
 _LOADED_BY_LORA = "Axolotl's loader for it knows LoRA only; take it out"
@@ -126,11 +129,17 @@ def written_fields(cfg: Any) -> dict[str, Any]:
         value = getattr(cfg, key, None)
         if field != "target_modules" and value is not None and value != []:
             fields[field] = _plain(value)
-    block = getattr(cfg, "ndlora", None)
-    if block is not None:
-        items = block.items() if isinstance(block, Mapping) else iter(block)
-        fields.update({k: _plain(value) for k, value in items if value is not None and k != "callback"})
+    fields.update({name: value for name, value in _block(cfg).items() if name not in _NO_FIELDS})
     return fields
+
+
+def _block(cfg: Any) -> dict[str, Any]:
+    """What the block `ndlora:` says."""
+    block = getattr(cfg, "ndlora", None)
+    if block is None:
+        return {}
+    items = block.items() if isinstance(block, Mapping) else iter(block)
+    return {name: _plain(value) for name, value in items if value is not None}
 
 
 def build_callback(cfg: Any) -> Any | None:
@@ -169,11 +178,14 @@ def build_config(cfg: Any, model: Any | None = None):
         NdLoraValueError: a value that cannot work; names the YAML's key.
     """
     from ndlora_plugins.integrations.peft import NdLoraConfig
+    from ndlora_plugins.integrations.peft.choose import fields_within
 
+    fields = {"target_modules": _targets(cfg, model), "task_type": _task(model), **written_fields(cfg)}
+    parameters = _block(cfg).get("parameters")
     try:
-        return NdLoraConfig(
-            target_modules=_targets(cfg, model), task_type=_task(model), **written_fields(cfg)
-        )
+        if parameters is not None:
+            fields = fields_within(parameters, fields, model)
+        return NdLoraConfig(**fields)
     except (NdLoraValueError, NdLoraTypeError) as error:
         raise type(error)(f"{error}{_in_the_yaml(str(error))}") from error
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from torch import nn
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+from ndlora_plugins.integrations.peft.choose import fields_within
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.validation import fields_to_set
 from ndlora_plugins.integrations.trl.callback import NdLoraCallback, make_callback
@@ -47,15 +49,16 @@ class NdLoraArguments:
 
     Attributes:
         ndlora: a method's name, or a mapping of NdLoraConfig's options (docs/options.md), with `callback` a
-            mapping of NdLoraCallback's. TRL's `lora_*` keys keep their meaning; what stands here goes first.
+            mapping of NdLoraCallback's, or `parameters`, a budget in place of the method. TRL's `lora_*` keys keep
+            their meaning; what stands here goes first.
     """
 
     ndlora: str | None = field(
         default=None,
         metadata={
             "help": "A method's name, or (in YAML, or as JSON) a mapping of NdLoraConfig's options, with "
-            "`callback:` a mapping of NdLoraCallback's. TRL's lora_* keys keep their meaning; what is "
-            "given here goes first."
+            "`callback:` a mapping of NdLoraCallback's and `parameters:` a budget such as 1M, which chooses method and "
+            "options. TRL's lora_* keys keep their meaning; what is given here goes first."
         },
     )
 
@@ -101,12 +104,30 @@ def make_config(
         raise NdLoraValueError("use_peft: false, but `ndlora sft` always trains an adapter: take it out.")
     options = _as_mapping(ndlora)
     callback = make_callback(options.pop("callback", None) or {}, "ndlora.callback")
+    parameters = options.pop("parameters", None)
     known = {field.name for field in fields_to_set(NdLoraConfig)} | set(_TAKEN_OVER.values())
     unknown = sorted(set(options) - known)
     if unknown:
         raise NdLoraValueError(f"ndlora: unknown options {unknown}. Known: {', '.join(sorted(known))}.")
     taken = {ours: getattr(model, theirs) for theirs, ours in _TAKEN_OVER.items() if theirs in given}
-    return NdLoraConfig(**{"task_type": model.lora_task_type, **taken, **options}), callback
+    fields = {"task_type": model.lora_task_type, **taken, **options}
+    if parameters is not None:
+        fields_within(parameters, fields)  # wrong ones are found before the model is looked at
+        fields = fields_within(parameters, fields, _without_weights(model))
+    return NdLoraConfig(**fields), callback
+
+
+def _without_weights(model: trl.ModelConfig) -> nn.Module:
+    """The model that will be trained, on the "meta" device."""
+    from transformers import AutoConfig
+
+    from ndlora_plugins.integrations.peft.skeleton import model_on_meta
+
+    trusted = getattr(model, "trust_remote_code", False)  # not in every version
+    config = AutoConfig.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=trusted
+    )
+    return model_on_meta(config, trust_remote_code=trusted)
 
 
 def _as_mapping(ndlora: str | Mapping[str, Any] | None) -> dict[str, Any]:

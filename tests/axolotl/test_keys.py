@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from ndlora_plugins.integrations import axolotl
 from ndlora_plugins.integrations.axolotl.keys import (
@@ -88,6 +89,8 @@ WRONG = [
     ({"ndlora": {"num_modes": 1}}, "ndlora.num_modes"),
     ({"ndlora": {"crossed_modes": 0}}, "ndlora.crossed_modes"),
     ({"ndlora": {"options": {"size": 4}}}, "ndlora.options"),
+    ({"ndlora": {"parameters": "1M"}, "lora_r": 8}, "r is lora_r"),
+    ({"ndlora": {"parameters": "1M", "method": "slora"}}, "method is ndlora.method"),
     ({"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights"),
     ({"peft_init_lora_weights": "s_lora", "ndlora": {"method": "inttune"}}, "peft_init_lora_weights"),
 ]
@@ -101,6 +104,20 @@ def validated(**keys):
             return None
 
     return Keys(**keys)
+
+
+def test_a_budget_chooses_the_method():
+    from transformers import LlamaConfig
+
+    from ndlora_plugins.integrations.peft.skeleton import model_on_meta
+    from ndlora_plugins.integrations.peft.targets import plan_model
+
+    model = model_on_meta(
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=16)
+    )
+    config = build_config(validated(ndlora={"parameters": "2k"}), model)
+    assert 1960 <= sum(plan.num_parameters for _, plan in plan_model(model, config)) <= 2000
+    assert build_config(validated(ndlora={"parameters": "2k"})).method == NdLoraConfig().method
 
 
 @pytest.mark.parametrize("key, value, field, expected", MAPPED, ids=[f"{m[0]}={m[1]}" for m in MAPPED])

@@ -174,7 +174,7 @@ def test_an_option_of_a_method_reaches_the_adapter(tiny):
 
 def test_the_block_has_every_option_that_axolotl_has_no_key_for():
     own = {field.name for field in fields_to_set(NdLoraConfig)} - set(YAML_KEYS)
-    assert {*NdLoraBlock.model_fields} == {*own, "callback"}
+    assert {*NdLoraBlock.model_fields} == {*own, "callback", "parameters"}
 
 
 def test_targets_are_joined_with_all_linear_layers(tiny):

@@ -49,6 +49,8 @@ REFUSED = {
     "no adapter": ({"use_peft": False}, None, "always trains an adapter"),
     "broken JSON": ({}, "{method: slora", "no JSON object"),
     "a list": ({}, ["slora"], "a method's name or a mapping"),
+    "a budget and a rank": ({"lora_r": 8}, {"parameters": "1M"}, "parameters=1M chooses what r=8 says"),
+    "a budget that is none": ({}, {"parameters": "much"}, "write a number such as"),
 }
 
 
@@ -60,6 +62,28 @@ def test_configuration(given, ndlora, expected):
 
     config, _ = make_config(ndlora, trl.ModelConfig(**given), set(given))
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_budget_chooses_the_method(tmp_path):
+    import trl
+    from transformers import LlamaConfig
+
+    from ndlora_plugins.commands.plan import plan_from_model_config
+    from ndlora_plugins.integrations.trl.sft import make_config
+
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=16).save_pretrained(
+        tmp_path
+    )
+    model = trl.ModelConfig(model_name_or_path=str(tmp_path))
+    config, _ = make_config({"parameters": "2k"}, model, {"model_name_or_path"})
+    options = {
+        "method": config.method,
+        "r": config.r,
+        "rank_pattern": config.rank_pattern,
+        "options": config.options,
+    }
+    modes = {"num_modes": config.num_modes, "crossed_modes": config.crossed_modes}
+    assert 1960 <= plan_from_model_config(str(tmp_path), **options, **modes).parameters <= 2000
 
 
 @pytest.mark.parametrize(("given", "ndlora", "words"), REFUSED.values(), ids=REFUSED)

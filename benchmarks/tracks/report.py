@@ -1,0 +1,169 @@
+"""Tables and pictures of the runs that are done: `python -m benchmarks.tracks.report` writes docs/evidence.md anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import write_json
+from benchmarks.tracks import known, picture, sweep
+from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within, difference, rows
+from benchmarks.tracks.settings import settings_for
+
+__all__ = ["bars", "budget_table", "page", "sweep_table", "table"]
+
+RESULTS = Path(__file__).parent / "results"
+LANGUAGE = Path(__file__).parents[1] / "quality" / "results" / "gsm8k"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+_GENERATED = re.compile(r"(<!-- (\w+) (\w+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+_MEASURES = {"held_out_score": "score", "transfer_loss": "transfer", "forgetting": "forgetting"}
+
+
+def _split(found: Sequence[Row]) -> tuple[Row | None, list[Row], list[Row]]:
+    """(the baseline, ours, PEFT's)."""
+    baseline = next((row for row in found if row.setting == BASELINE), None)
+    adapters = [row for row in found if row.setting != NOTHING]
+    return baseline, [row for row in adapters if row.ours], [row for row in adapters if not row.ours]
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one line a setting, by number of parameters."""
+    found = rows(results)
+    baseline = _split(found)[0]
+    if baseline is None:
+        return "Not run yet.\n"
+    measures = [name for name in _MEASURES if name in found[0].measures]
+    header = ["setting", "parameters", "of LoRA r=8's", "best rate", "held-out loss", "less LoRA r=8's"]
+    header += [_MEASURES[name] for name in measures]
+    lines = [f"| {' | '.join(header)} |\n", "|---|" + "---:|" * (len(header) - 1) + "\n"]
+    for row in found:
+        cells = [
+            f"**{row.setting}**" if row.ours else row.setting,
+            f"{row.parameters:,}",
+            f"1/{baseline.parameters / row.parameters:.3g}" if row.parameters else "",
+            (f"{row.learning_rate:g}" + (" (edge)" if row.at_edge else "")) if row.parameters else "",
+            plus_minus(row.loss, row.error),
+            plus_minus(*difference(row, baseline), signed=True),
+            *(f"{row.mean(name):.3f}" for name in measures),
+        ]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    done = {row.setting for row in found}
+    missing = [each.name for each in settings_for(results[0]["track"]) if each.name not in done]
+    if missing:
+        lines.append(f"\nNot run to the end yet, of the field: {'; '.join(missing)}.\n")
+    return "".join(lines)
+
+
+def budget_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: for each budget the best of ours beside the best of PEFT's."""
+    baseline, ours, peft = _split(rows(results))
+    if baseline is None:
+        return "Not run yet.\n"
+    lines = [
+        "| budget | ours | loss | PEFT's | loss | ours less PEFT's | |\n",
+        "|---|---|---:|---|---:|---:|---|\n",
+    ]
+    for part in BUDGETS:
+        pair = [best_within(some, baseline.parameters / part) for some in (ours, peft)]
+        cells = [f"1/{part} ({baseline.parameters // part:,})"]
+        for row in pair:
+            cells += (
+                ["none", ""]
+                if row is None
+                else [f"{row.setting} ({row.parameters:,})", plus_minus(row.loss, row.error)]
+            )
+        if None in pair:
+            cells += ["", ""]
+        else:
+            mean, error = difference(*pair)
+            cells += [plus_minus(mean, error, signed=True), _verdict(mean, error)]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)
+
+
+def bars(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: what was asked of the track beforehand, and whether it came out."""
+    baseline, ours, peft = _split(rows(results))
+    if baseline is None:
+        return "Not run yet.\n"
+    pairs = [[best_within(some, baseline.parameters / part) for some in (ours, peft)] for part in BUDGETS]
+    verdicts = [_verdict(*difference(*pair)) for pair in pairs if None not in pair]
+    worse, better, of = verdicts.count("worse"), verdicts.count("better"), len(verdicts)
+    lines = [
+        _bar(f"at no budget worse than PEFT's best ({worse} of {of})", not worse),
+        _bar(f"better at half of the budgets or more ({better} of {of})", 2 * better >= of),
+    ]
+    for part in (8, 16):
+        row = best_within(ours, baseline.parameters / part)
+        if row is not None:
+            mean, error = difference(row, baseline)
+            lines.append(
+                _bar(
+                    f"1/{part}: {row.setting} at LoRA r=8's loss ({plus_minus(mean, error, True)})",
+                    mean <= error,
+                )
+            )
+    row = best_within(ours, baseline.parameters / 8)
+    if row is not None:
+        mean, error = difference(row, baseline, "forgetting")
+        text = f"1/8: {row.setting} forgets no more than LoRA r=8 ({plus_minus(mean, error, True)})"
+        lines.append(_bar(text, mean <= error))
+    return "".join(lines)
+
+
+def sweep_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the validation loss of every setting at every learning rate, at the sweep's seed."""
+    swept = [result for result in results if result["learning_rate"]]
+    rates = sorted({result["learning_rate"] for result in swept})
+    lines = [
+        "| setting | " + " | ".join(f"{rate:g}" for rate in rates) + " |\n",
+        "|---|" + "---:|" * len(rates) + "\n",
+    ]
+    for name in dict.fromkeys(result["setting"]["name"] for result in swept):
+        own = sweep.of_setting(swept, name)
+        best = sweep.best_rate(own)
+        losses = {r["learning_rate"]: r["validation_loss"] for r in own if r["seed"] == sweep.SEEDS[0]}
+        cells = []
+        for rate in rates:
+            loss = losses.get(rate)
+            text = ("diverged" if rate in losses else "") if loss is None else f"{loss:.3f}"
+            cells.append(f"**{text}**" if rate == best else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |\n")
+    return "".join(lines)
+
+
+def _verdict(mean: float, error: float) -> str:
+    """Of a difference of losses: beyond one standard error or not."""
+    return "better" if mean < -error else "worse" if mean > error else "equal"
+
+
+def _bar(text: str, reached: bool) -> str:
+    return f"- {'reached' if reached else '**missed**'}: {text}\n"
+
+
+def plus_minus(mean: float, error: float | None, signed: bool = False) -> str:
+    """`1.234 ± 0.056`."""
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+_PARTS = {"table": table, "budgets": budget_table, "bars": bars, "sweep": sweep_table}
+
+
+def page(text: str) -> str:
+    """docs/evidence.md with its generated parts made anew; a part is marked `<!-- PART TRACK: ... -->`."""
+
+    def made(match: re.Match) -> str:
+        return match[1] + _PARTS[match[2]](sweep.read_results(RESULTS / f"{match[3]}.jsonl")) + match[4]
+
+    return _GENERATED.sub(made, text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
+    files = {path.stem: sweep.read_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+    write_json(known.known(files, LANGUAGE), known.FILE)
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        picture.draw(rows(sweep.read_results(path)), path.with_suffix(".png"), path.stem)

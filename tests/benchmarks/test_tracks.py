@@ -1,0 +1,132 @@
+"""The tracks' benchmark: what it runs next, that the whole field can be attached, and that its page is of its runs."""
+
+import json
+import pathlib
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+# (learning rate, seed) -> validation loss of the runs that are done; what is missing then
+NEXT = {
+    "a sweep begins": ({}, [(rate, 0) for rate in RATES]),
+    "best in the middle": (
+        {(1e-3, 0): 3, (3e-3, 0): 1, (1e-2, 0): 2, (3e-2, 0): None}, [(3e-3, seed) for seed in (1, 2, 3, 4)],
+    ),
+    "best at the lower edge": ({(1e-3, 0): 1, (3e-3, 0): 2, (1e-2, 0): 3, (3e-2, 0): 4}, [(3e-4, 0)]),
+    "best at the upper edge": ({(1e-3, 0): 4, (3e-3, 0): 3, (1e-2, 0): 2, (3e-2, 0): 1}, [(1e-1, 0)]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tracks():
+    """The package, which is not installed: it lies in the root."""
+    sys.path.append(str(ROOT))
+    yield pytest.importorskip("benchmarks.tracks")
+    sys.path.remove(str(ROOT))
+
+
+def made(losses, name="a", parameters=8, peft_type="NDLORA"):
+    """Lines of results as `track.run` gives them."""
+    return [
+        {
+            "setting": {"name": name, "peft_type": peft_type, "options": {}},
+            "learning_rate": rate,
+            "seed": seed,
+            "parameters": parameters,
+            "validation_loss": loss,
+            "held_out_loss": loss,
+            "forgetting": 0.0,
+        }
+        for (rate, seed), loss in losses.items()
+    ]
+
+
+class Small(nn.Module):
+    """A block with the shapes and names of the images' layers."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.ModuleDict(
+            {name: nn.Linear(*size) for name, size in {
+                "q_proj": (128, 128), "k_proj": (128, 128), "v_proj": (128, 128), "o_proj": (128, 128),
+                "fc1": (128, 512), "fc2": (512, 128),
+            }.items()}
+        )  # fmt: skip
+        self.blocks, self.head = nn.ModuleList([block]), nn.Linear(128, 2)
+
+    def forward(self, x):
+        for layer in self.blocks[0].values():
+            x = layer(x)
+        return self.head(x)
+
+
+class SmallTrack:
+    name, about = "small", {}
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = Small().requires_grad_(False)
+
+    def batches(self, seed):
+        return [torch.randn(4, 128, generator=torch.Generator().manual_seed(seed))] * 2
+
+    def loss(self, model, batch):
+        return model(batch).pow(2).mean()
+
+    def evaluate(self, model):
+        loss = self.loss(model, self.batches(9)[0]).item()
+        return {"validation_loss": loss, "held_out_loss": loss}
+
+
+@pytest.mark.parametrize("losses, missing", NEXT.values(), ids=NEXT)
+def test_what_runs_next(losses, missing, tracks):
+    from benchmarks.tracks import sweep
+    from benchmarks.tracks.settings import Setting
+
+    setting = Setting("a", "NDLORA", {}, RATES[0])
+    assert [(run.learning_rate, run.seed) for run in sweep.missing(setting, made(losses))] == missing
+
+
+def test_every_setting_runs(tracks):
+    from benchmarks.tracks.settings import settings_for
+    from benchmarks.tracks.track import Run, run
+
+    small, wavelets = SmallTrack(), find_spec("pywt") is not None
+    settings = [each for each in settings_for("images") if wavelets or each.peft_type != "WAVEFT"]
+    found = {setting.name: run(small, Run(setting, 1e-3, 0)) for setting in settings}
+    assert [name for name, result in found.items() if result["held_out_loss"] is None] == []
+    assert [name for name, result in found.items() if not result["parameters"]] == ["head alone"]
+    assert all(json.dumps(result) for result in found.values())
+
+
+def test_a_line_that_a_kill_cut_short_is_run_again(tracks, tmp_path):
+    from benchmarks.tracks import sweep
+
+    path = tmp_path / "sentences.jsonl"
+    path.write_text(json.dumps(made({(1e-3, 0): 1.0})[0]) + '\n{"setting": {"na')
+    assert len(sweep.read_results(path)) == 1
+
+
+def test_the_best_of_a_budget_is_the_best_in_validation(tracks):
+    from benchmarks.tracks.rows import best_within, rows
+
+    seeds = [(3e-3, seed) for seed in range(5)]
+    results = made(dict.fromkeys(seeds, 2.0), "small", 8) + made(dict.fromkeys(seeds, 1.0), "large", 16)
+    found = rows(results)
+    assert [best_within(found, size).setting for size in (8, 16)] == ["small", "large"]
+    assert best_within(found, 7) is None
+
+
+def test_the_page_and_the_table_that_ships_are_of_the_results(tracks):
+    from benchmarks.tracks import known, report, sweep
+
+    text = report.PAGE.read_text()
+    assert report.page(text) == text
+    files = {path.stem: sweep.read_results(path) for path in sorted(report.RESULTS.glob("*.jsonl"))}
+    assert json.loads(known.FILE.read_text()) == known.known(files, report.LANGUAGE)
