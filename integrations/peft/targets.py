@@ -99,7 +99,11 @@ def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
 
 
 def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
-    """None and "all-linear" become the set of names."""
+    """None and "all-linear" become the set of names.
+
+    Raises:
+        NdLoraValueError: the model has no linear layer.
+    """
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = "all-linear"
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
@@ -109,6 +113,11 @@ def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
         config.target_modules = {
             name for name in config.target_modules if not any(f".{entry}." in f".{name}." for entry in whole)
         }
+        if not config.target_modules:
+            raise NdLoraValueError(
+                f"{type(model).__name__} has no linear layer, which target_modules='all-linear' (the default) takes: "
+                f"name the layers to adapt in target_modules; convolutions and embeddings can be too."
+            )
     if all_linear and config.layers_to_transform is not None:
         # the names are full ones, and for those PEFT does not look at the index of the layer
         config.target_modules = {name for name in config.target_modules if _is_in_layers(config, name)}
