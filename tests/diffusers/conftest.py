@@ -28,7 +28,7 @@ def make_unet_pipeline():
         text_encoder=make_text_encoder(),
         tokenizer=None,
         unet=unet,
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -45,7 +45,7 @@ def make_dit_pipeline():
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=8,
-        patch_size=1,
+        patch_size=2,
         in_channels=4,
         out_channels=4,
         num_layers=2,

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.diffusers import export_lora, load_adapter, save_adapter
+from ndlora_plugins.integrations.diffusers import LORA_FILE, export_lora, load_adapter, save_adapter
 
 step = pytest.mark.step
 # what is adapted -> the configuration's fields
@@ -82,7 +82,7 @@ def test_a_stock_pipeline_reads_the_exported_lora(make_pipeline, fields_of, meth
     save_adapter(pipeline.denoiser, tmp_path / "adapter")
     export_lora({pipeline.component: tmp_path / "adapter"}, tmp_path / "lora", base=base)
     stock = make_pipeline()
-    stock.pipe.load_lora_weights(str(tmp_path / "lora"))
+    stock.pipe.load_lora_weights(str(tmp_path / "lora"), weight_name=LORA_FILE)
     assert all(type(config) is LoraConfig for config in stock.denoiser.peft_config.values())
     close(stock.latents(), pipeline.latents(), 1e-4)
     assert not torch.allclose(stock.latents(), before)
@@ -147,7 +147,7 @@ def test_the_text_encoder_beside_the_unet(make_pipeline, shake, tmp_path):
     close(loaded.text_encoder(words).last_hidden_state, after)
     export_lora({name: tmp_path / name for name in ("unet", "text_encoder")}, tmp_path / "lora")
     stock = make_pipeline()
-    stock.pipe.load_lora_weights(str(tmp_path / "lora"))
+    stock.pipe.load_lora_weights(str(tmp_path / "lora"), weight_name=LORA_FILE)
     close(stock.pipe.text_encoder(words).last_hidden_state, after)
     close(stock.latents(), pipeline.latents(), 1e-4)
     assert not torch.allclose(after, before)
