@@ -4,7 +4,7 @@
 
     save_adapter(pipe.unet, "my-adapter")
     load_adapter(pipe.unet, "my-adapter")
-    export_lora({"unet": "my-adapter"}, "plain-lora")      # pipe.load_lora_weights("plain-lora"), without ndlora_plugins
+    export_lora({"unet": "my-adapter"}, "plain-lora")  # pipe.load_lora_weights("plain-lora") needs no ndlora_plugins
 """
 
 from ndlora_plugins.integrations.diffusers.files import load_adapter, save_adapter

@@ -85,7 +85,9 @@ def load_adapter(
         vars(component).pop("peft_config", None)
         vars(component).update(had)
         raise
-    component._hf_peft_config_loaded = True  # what diffusers and transformers look at before they touch adapters
+    component._hf_peft_config_loaded = (
+        True  # what diffusers and transformers look at before they touch adapters
+    )
 
 
 def _check_layers(reader: AdapterReader, component: nn.Module) -> None:

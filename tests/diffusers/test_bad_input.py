@@ -26,7 +26,9 @@ OF_DIFFUSERS = {
         "holds an NDLORA adapter, and load_lora_adapter reads LoRA only",
     ),
     "load_lora_weights": (
-        lambda pipe, adapter, output: pipe.load_lora_weights(adapter, weight_name="adapter_model.safetensors"),
+        lambda pipe, adapter, output: pipe.load_lora_weights(
+            adapter, weight_name="adapter_model.safetensors"
+        ),
         "is a tensor of an NDLORA adapter. load_lora_adapter and load_lora_weights read LoRA only",
     ),
 }
@@ -73,7 +75,9 @@ def test_an_adapter_of_another_component(saved, text_encoder, tmp_path):
     text_encoder.add_adapter(NdLoraConfig())
     save_adapter(text_encoder, tmp_path / "words")
     untouched = pipeline.pipe.unet.state_dict().keys()
-    with pytest.raises(NdLoraValueError, match="of which UNet2DConditionModel has none: .* pipe.text_encoder"):
+    with pytest.raises(
+        NdLoraValueError, match="of which UNet2DConditionModel has none: .* pipe.text_encoder"
+    ):
         load_adapter(pipeline.pipe.unet, tmp_path / "words", "words")
     assert pipeline.pipe.unet.state_dict().keys() == untouched
     assert list(pipeline.pipe.unet.peft_config) == ["default"]

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.diffusers import LORA_FILE, export_lora, load_adapter, save_adapter
+from ndlora_plugins.integrations.peft.files.export import export_adapter
 
 step = pytest.mark.step
 # what is adapted -> the configuration's fields
@@ -38,7 +39,9 @@ def test_a_trained_adapter_comes_back(make_pipeline, fields_of, method, tmp_path
     loaded = make_pipeline()
     load_adapter(loaded.denoiser, tmp_path / "adapter")
     close(loaded.latents(), after)
-    assert not any(value.requires_grad for name, value in loaded.denoiser.named_parameters() if "ndlora" in name)
+    assert not any(
+        value.requires_grad for name, value in loaded.denoiser.named_parameters() if "ndlora" in name
+    )
 
 
 @each_method
@@ -88,6 +91,20 @@ def test_a_stock_pipeline_reads_the_exported_lora(make_pipeline, fields_of, meth
     assert not torch.allclose(stock.latents(), before)
 
 
+@step("export merged", method="crossed")
+def test_a_merged_component_is_read_as_any(make_pipeline, shake, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.pipe.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base" / pipeline.component)
+    pipeline.denoiser.add_adapter(NdLoraConfig())
+    shake(pipeline.denoiser, 0.01)
+    save_adapter(pipeline.denoiser, tmp_path / "adapter")
+    export_adapter(tmp_path / "adapter", tmp_path / "merged", "merged", base=base)
+    stock = make_pipeline()
+    setattr(stock.pipe, stock.component, type(stock.denoiser).from_pretrained(tmp_path / "merged"))
+    close(stock.latents(), pipeline.latents(), 1e-4)
+
+
 @step("several, scale", method="crossed")
 def test_several_adapters_and_their_scale(make_pipeline, shake, tmp_path):
     pipeline = make_pipeline()
@@ -118,17 +135,26 @@ def test_several_adapters_and_their_scale(make_pipeline, shake, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["unet"], indirect=True)
-@step("train, save, load: convolutions", method="crossed")
-def test_convolutions(make_pipeline, tmp_path):
+@pytest.mark.parametrize("method", ["crossed", "slora"])
+@step("train, save, load, export: convolutions")
+def test_convolutions(make_pipeline, method, tmp_path):
     pipeline = make_pipeline()
+    pipeline.pipe.save_pretrained(tmp_path / "base")
     targets = ["conv1", "conv2", "conv_in", "to_q", "ff.net.2"]
-    pipeline.denoiser.add_adapter(NdLoraConfig(target_modules=targets))
+    pipeline.denoiser.add_adapter(NdLoraConfig(method=method, target_modules=targets))
     losses = pipeline.train()
     assert losses[-1] < losses[0]
     save_adapter(pipeline.denoiser, tmp_path / "adapter")
     loaded = make_pipeline()
     load_adapter(loaded.denoiser, tmp_path / "adapter")
     close(loaded.latents(), pipeline.latents())
+    with pytest.raises(NdLoraValueError, match="does not say whether it has groups"):
+        export_lora({"unet": tmp_path / "adapter"}, tmp_path / "lora", rank=64)
+    base = {"unet": str(tmp_path / "base" / "unet")}
+    export_lora({"unet": tmp_path / "adapter"}, tmp_path / "lora", base=base, rank=64)
+    stock = make_pipeline()
+    stock.pipe.load_lora_weights(str(tmp_path / "lora"), weight_name=LORA_FILE)
+    close(stock.latents(), pipeline.latents(), 1e-4)
 
 
 @step("export as LoRA: text encoder too", method="crossed")
@@ -153,6 +179,8 @@ def test_the_text_encoder_beside_the_unet(make_pipeline, shake, tmp_path):
     assert not torch.allclose(after, before)
 
 
+# on the UNet it fails for LoRA too: diffusers casts a weight back before its backward
+@pytest.mark.parametrize("architecture", ["dit"], indirect=True)
 @step("train: layerwise casting", method="crossed")
 def test_layerwise_casting(make_pipeline):
     pipeline = make_pipeline()
