@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoKrConfig, LoraConfig, PeftConfig, VeraConfig
-
-from ndlora_plugins import NdLoraConfig
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 __all__ = ["GRID", "SETTINGS", "Setting", "peft_config"]
 
 # learning rates, a factor of about 3 apart
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-
-_CONFIGS = {"LORA": LoraConfig, "LOKR": LoKrConfig, "VERA": VeraConfig, "NDLORA": NdLoraConfig}
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Setting:
 
     Attributes:
         name: of its folder among the results.
-        peft_type: LORA, LOKR, VERA or NDLORA.
+        peft_type: a name of PeftType, such as LORA or NDLORA.
         options: of that type's PeftConfig.
         lowest: the lowest learning rate of the sweep's first four; it goes on from there as the results ask.
     """
@@ -90,6 +87,7 @@ SETTINGS = (
 )
 
 
-def peft_config(setting: Setting) -> PeftConfig:
+def peft_config(setting: Setting, task_type: str = "CAUSAL_LM") -> PeftConfig:
     """The configuration on all linear layers of a model but the output layer."""
-    return _CONFIGS[setting.peft_type](target_modules="all-linear", task_type="CAUSAL_LM", **setting.options)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[setting.peft_type]]
+    return config(**{"target_modules": "all-linear", "task_type": task_type, **setting.options})

@@ -28,13 +28,14 @@ def best_rate(results: Sequence[dict[str, Any]]) -> float | None:
     return min(swept)[1] if swept else None
 
 
-def missing(setting: Setting, results: Sequence[dict[str, Any]]) -> list[Run]:
+def missing(setting: Setting, results: Sequence[dict[str, Any]], seeds: Sequence[int] = SEEDS) -> list[Run]:
     """The runs of one setting that are known to be missing; after them there may be more.
 
     First the sweep's four rates; then one rate beyond while the best is at an edge; then the other seeds at the best.
 
     Args:
         results: of this setting.
+        seeds: the first is the sweep's.
     """
     done = {(result["learning_rate"], result["seed"]) for result in results}
     swept = sorted({rate for rate, seed in done if seed == SEEDS[0]})
@@ -47,5 +48,5 @@ def missing(setting: Setting, results: Sequence[dict[str, Any]]) -> list[Run]:
     elif best == swept[-1]:
         beyond = GRID.index(best) + 1
     else:
-        return [Run(setting, best, seed) for seed in SEEDS[1:] if (best, seed) not in done]
+        return [Run(setting, best, seed) for seed in seeds[1:] if (best, seed) not in done]
     return [Run(setting, GRID[beyond], SEEDS[0])] if 0 <= beyond < len(GRID) else []

@@ -26,7 +26,7 @@ SOME_MAY = {"structures/einsum.py": {"opt_einsum"}, "kernels/triton_modes.py": {
 # folder -> which other integrations it may import
 HOSTS = {"peft": set(), "trl": {"peft"}, "axolotl": {"peft", "trl"}, "diffusers": {"peft"}}
 MOST_LINES_OF_A_MODULE = 350
-MOST_LINES_OF_THE_CORE = 2360  # the aim is 1,800
+MOST_LINES_OF_THE_CORE = 2460  # the aim is 1,800
 RECORDS = ("methods", "starts", "kernels")  # folders of the core that are not counted with it
 KNOW_METHODS = [
     *(CORE / name for name in ("methods", "starts", "structures", "builtin.py")),

@@ -21,6 +21,7 @@ from transformers import (
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.registry import methods
 
 # options of a second adapter on the same layers
 OTHERS = {
@@ -28,15 +29,20 @@ OTHERS = {
     "higher rank": {"r": 5, "lora_alpha": 3},
     "rank pattern": {"rank_pattern": {"layers.1.self_attn.q_proj": 2}},
 }
-# the starts that are subtracted: their effective rank is twice r (slora), or the modes times r (ndlinear)
+# starts that are subtracted where the method has one: the effective rank is then twice r, or the modes times r
 ANCHORED = {
-    "ndlinear": {"init_lora_weights": "ndlinear", "anchor": "snapshot"},
-    "crossed": {"init_lora_weights": "ndlinear", "anchor": "snapshot"},
-    "einsum": {"init_lora_weights": False, "anchor": "snapshot"},
-    "slora": {"init_lora_weights": False, "anchor": "snapshot"},
+    "ndlinear": {"init_lora_weights": "ndlinear"},
+    "crossed": {"init_lora_weights": "ndlinear"},
     "nlora": {"init_lora_weights": "n_lora"},
     "inttune": {"init_lora_weights": "n_lora"},
 }
+
+# without factors that layers share: those refuse a rank of one layer's own, and PEFT injects them by PeftModel alone
+UNSHARED = [name for name in REPRESENTATIVE if methods()[name].value.shared is None]
+SUMS = [
+    *((name, other) for name in REPRESENTATIVE for other in ("same", "higher rank")),
+    *((name, "rank pattern") for name in UNSHARED),
+]
 
 SAVES_BIASES = hasattr(BaseTuner, "_get_adapter_state_dict")
 
@@ -48,8 +54,10 @@ def method(request):
 
 @pytest.fixture
 def config(method, fields_of):
-    def make(**options):
+    def make(anchored=False, **options):
         options = {"init_lora_weights": False, "r": 3, "target_modules": ["q_proj", "down_proj"], **options}
+        if anchored:
+            options |= {"anchor": "snapshot", **ANCHORED.get(method, {})}
         return NdLoraConfig(task_type="CAUSAL_LM", **{**fields_of(method), **options})
 
     return make
@@ -102,7 +110,7 @@ def test_beam_search_repeats_the_names(two_adapters, tokens):
 def test_generation_sees_the_factors_as_they_are(
     config, method, anchored, dtype, tolerance, make_llama, shake, tokens
 ):
-    model = get_peft_model(make_llama(dtype=dtype), config(**(ANCHORED[method] if anchored else {}))).eval()
+    model = get_peft_model(make_llama(dtype=dtype), config(anchored)).eval()
 
     def check():
         found = model.generate(
@@ -162,7 +170,7 @@ def deltas(model, adapter):
     }
 
 
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("method, other", SUMS)
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.5, -2.0]])
 def test_the_sum_is_exact(other, weights, two_adapters, tokens, tmp_path, make_llama):
     model, _ = two_adapters(tokens, **OTHERS[other])
@@ -181,8 +189,8 @@ def test_the_sum_is_exact(other, weights, two_adapters, tokens, tmp_path, make_l
 
 
 def test_the_sum_of_adapters_with_a_snapshot(method, config, make_llama, shake):
-    model = get_peft_model(make_llama(), config(**ANCHORED[method]), "one")
-    model.add_adapter("two", config(**ANCHORED[method]))
+    model = get_peft_model(make_llama(), config(anchored=True), "one")
+    model.add_adapter("two", config(anchored=True))
     model.set_requires_grad(["one", "two"])
     shake(model)
     model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "sum")
@@ -271,7 +279,7 @@ def test_updates_are_pruned_and_approximated_as_by_peft(
         ["one", "two"], [0.5, -2.0], "sum", combination_type=combination, svd_rank=1000, **options
     )
     for name, delta in deltas(model, "sum").items():
-        torch.testing.assert_close(delta, expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(delta, expected[name], atol=1e-4, rtol=1e-4)
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(make_llama(), tmp_path / "sum").eval()
@@ -466,6 +474,7 @@ def test_deleting_and_merging_in_turn(two_adapters, tokens):
         torch.testing.assert_close(model.merge_and_unload()(tokens).logits, said["one"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", UNSHARED)
 def test_injected_without_a_peft_model(config, make_llama, tokens):
     wrapped = get_peft_model(make_llama(), config(random_seed=4))
     model = inject_adapter_in_model(config(random_seed=4), make_llama())

@@ -132,6 +132,11 @@ OPTIONS = st.one_of(
     st.fixed_dictionaries({"equation": EQUATIONS}, optional={"sizes": st.just({"r": 2}), "trains": MODES}),
     st.fixed_dictionaries({"num_modes": st.sampled_from([2, 3, 0])}, optional={"crossed_modes": st.just(2)}),
     FITTING,
+    st.fixed_dictionaries({"share": st.sampled_from(["all", "kind", "shape", "none"])}),
+    st.fixed_dictionaries({"core": st.sampled_from(["full", "tucker", "diagonal"])}),
+    st.fixed_dictionaries({"num_modes": st.sampled_from([2, 3])}, optional={"order": st.just("sides")}),
+    st.fixed_dictionaries({"bases": st.sampled_from([1, 4, 0])}),
+    st.fixed_dictionaries({"kernel_rank": st.sampled_from([1, 2, 0])}),
 )
 TOKEN_ROWS = st.lists(st.sampled_from([0, 1, 2, 9, -1, 10, 10**6]), max_size=3)
 MODULES = st.lists(
@@ -166,7 +171,9 @@ VALUES = {
         st.sampled_from(["experts.up", "experts.mix", "query.weight", "bias", "x"]), max_size=2
     ),
     "ensure_weight_tying": FLAGS,
+    "save_frozen": FLAGS,
     "base_fingerprint": st.none(),
+    "checksums": st.none(),
     "weight_forms": st.none(),
     "layers": st.none(),
     "schema_version": st.sampled_from([1, 2]),
@@ -217,6 +224,7 @@ def values(config):
     """The fields that a training and a load leave alone, as JSON has them."""
     left_alone = {
         "base_fingerprint",
+        "checksums",
         "weight_forms",
         "inference_mode",
         "base_model_name_or_path",
