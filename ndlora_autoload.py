@@ -18,6 +18,7 @@ WATCHED = {
     "peft.tuners": "ndlora_plugins.integrations.peft.registration",
     "axolotl.utils.config": "ndlora_plugins.integrations.axolotl.implicit",
     "diffusers.loaders.peft": "ndlora_plugins.integrations.diffusers.refusals",
+    "swift.tuner_plugin.mapping": "ndlora_plugins.integrations.ms_swift.tuner",
 }
 _OFF = {"0", "false", "no", "off"}
 
