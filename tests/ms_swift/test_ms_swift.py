@@ -1,4 +1,4 @@
-"""ms-swift's own commands on a tiny Llama: train, resume, go on from an adapter, infer, export; flags that cannot apply.
+"""ms-swift's own commands on a tiny Llama: train, resume, go on, infer, export; flags that cannot apply.
 
 Run by `make test-swift`, in the environment that ms-swift's pins ask for.
 """
@@ -67,9 +67,14 @@ def options(tiny, tmp_path_factory):
 @pytest.fixture
 def swift(monkeypatch):
     """The commands of ms-swift as functions of a list of flags."""
-    monkeypatch.setenv("USE_HF", "1")
     pytest.importorskip("swift.pipelines")
+    import modelscope_hub._legacy_api
     import swift
+
+    monkeypatch.setenv("USE_HF", "1")
+    monkeypatch.delenv("NDLORA_CONFIG", raising=False)
+    # it looks for the model's repository, and there is no network
+    monkeypatch.setattr(modelscope_hub._legacy_api, "REPO_TREE_PAGE_MAX_ATTEMPTS", 1)
 
     return swift
 
