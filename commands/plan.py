@@ -12,6 +12,7 @@ from ndlora_plugins.budget import Budget, make_budget
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.targets import plan_model
+from ndlora_plugins.integrations.peft.towers import find_parts, part_of
 
 __all__ = ["parse_options", "plan_from_model_config", "versions"]
 
@@ -43,13 +44,18 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
             f"{model!r} is neither a directory with a transformers config.json nor a model on the hub that can be "
             f"reached: {str(error).splitlines()[0]}"
         ) from error
-    layers = plan_model(model_on_meta(model_config), config)
+    skeleton = model_on_meta(model_config)
+    layers = plan_model(skeleton, config)
     if not layers:
         raise NdLoraValueError(
             f"target_modules={config.target_modules!r} match no layer of {model!r}. Leave them out to adapt every "
             f"linear layer."
         )
-    return make_budget(layers, lora_rank)
+    parts = find_parts(skeleton)
+    named = [
+        (f"{name} ({part_of(name, parts) or 'between'})" if parts else name, plan) for name, plan in layers
+    ]
+    return make_budget(named, lora_rank)
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
