@@ -74,7 +74,7 @@ def test_a_merged_adapter_is_the_adapter(make_pipeline, fields_of, method, shake
 
 
 @pytest.mark.parametrize("method", ["crossed", "slora", "nlora", "inttune", "einsum"])
-@step("export as LoRA")
+@step("export: as LoRA")
 def test_a_stock_pipeline_reads_the_exported_lora(make_pipeline, fields_of, method, shake, tmp_path):
     pipeline = make_pipeline()
     before = pipeline.latents()
@@ -91,7 +91,7 @@ def test_a_stock_pipeline_reads_the_exported_lora(make_pipeline, fields_of, meth
     assert not torch.allclose(stock.latents(), before)
 
 
-@step("export merged", method="crossed")
+@step("merge, export", method="crossed")
 def test_a_merged_component_is_read_as_any(make_pipeline, shake, tmp_path):
     pipeline = make_pipeline()
     pipeline.pipe.save_pretrained(tmp_path / "base")
@@ -105,7 +105,7 @@ def test_a_merged_component_is_read_as_any(make_pipeline, shake, tmp_path):
     close(stock.latents(), pipeline.latents(), 1e-4)
 
 
-@step("several, scale", method="crossed")
+@step("several adapters, scale", method="crossed")
 def test_several_adapters_and_their_scale(make_pipeline, shake, tmp_path):
     pipeline = make_pipeline()
     before, denoiser = pipeline.latents(), pipeline.denoiser
@@ -157,7 +157,7 @@ def test_convolutions(make_pipeline, method, tmp_path):
     close(stock.latents(), pipeline.latents(), 1e-4)
 
 
-@step("export as LoRA: text encoder too", method="crossed")
+@step("export: text encoder too", method="crossed")
 @pytest.mark.parametrize("architecture", ["unet"], indirect=True)
 def test_the_text_encoder_beside_the_unet(make_pipeline, shake, tmp_path):
     pipeline, words = make_pipeline(), torch.arange(8)[None]

@@ -57,7 +57,7 @@ def embed(model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@step("train, save, load without our import", host="sentence-transformers")
+@step("train, save, load: without our import", host="sentence-transformers")
 def test_a_trained_adapter_comes_back(encoder, fields_of, method, tmp_path):
     model = make(encoder, **fields_of(method))
     before = embed(model)
@@ -91,7 +91,7 @@ def test_a_training_goes_on(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["lora", "merged"])
-@step("export", host="sentence-transformers", method="crossed")
+@step("merge, export", host="sentence-transformers", method="crossed")
 def test_what_is_exported_embeds_alike(encoder, shake, to, tmp_path):
     model = make(encoder, method="crossed")
     expected = embed(shake(model))

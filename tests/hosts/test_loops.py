@@ -68,7 +68,10 @@ ray.init(num_cpus=1, include_dashboard=False)
 run = ray.train.RunConfig(storage_path={str(tmp_path / "runs")!r})
 TorchTrainer(loop, scaling_config=ScalingConfig(num_workers=1, use_gpu=False), run_config=run).fit()
 """
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # else it writes a token into the home directory
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+    }  # else it writes a token into the home directory
     subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True, timeout=300)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -86,7 +89,7 @@ metric_list: [{metric: acc}]
 """
 
 
-@step("evaluate", host="lm-eval", method="crossed")
+@step("load", host="lm-eval", method="crossed")
 @pytest.mark.slow
 def test_lm_eval(tiny, make_llama, shake, tmp_path):
     """`--model_args pretrained=BASE,peft=ADAPTER` as its users write it, with a task of one's own."""

@@ -84,7 +84,7 @@ def adapter(directory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@step("swift sft, resume", host="ms-swift")
+@step("train, save, continue", host="ms-swift")
 def test_train_and_resume(swift, options, fields_of, method, tmp_path, monkeypatch):
     monkeypatch.setenv(
         "NDLORA_CONFIG", json.dumps(fields_of(method) | ({} if method == "crossed" else {"r": 4}))
@@ -98,7 +98,7 @@ def test_train_and_resume(swift, options, fields_of, method, tmp_path, monkeypat
     assert state["global_step"] == 4
 
 
-@step("swift sft --adapters: continue, infer, export", host="ms-swift", method="crossed")
+@step("train, save, load, continue, merge, export", host="ms-swift", method="crossed")
 def test_what_is_trained_is_used(swift, options, tiny, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -138,7 +138,7 @@ DOORS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
-@step("swift sft, on the command line", host="ms-swift", method="crossed")
+@step("train", host="ms-swift", method="crossed")
 def test_the_command_line(options, door, tmp_path):
     environment, plugin = DOORS[door]
     flags = options(tmp_path / "out")
