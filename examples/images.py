@@ -111,7 +111,7 @@ def held_out(model, images, kinds):
 
 
 @torch.no_grad()
-def draw(model, steps=30):
+def draw(model, steps):
     """One picture of each kind: (10, 14, 14)."""
     scheduler, kinds = DDIMScheduler(clip_sample=True), torch.arange(10)
     scheduler.set_timesteps(steps)
@@ -147,6 +147,8 @@ def main(arguments=None):
     parser.add_argument("--source-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--held-out", type=int, default=1000, help="digits; half as many choose the rate")
+    parser.add_argument("--drawing-steps", type=int, default=30)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
     options = parser.parse_args(arguments)
     output = pathlib.Path(options.output)
@@ -161,12 +163,13 @@ def main(arguments=None):
     images, digits = read_digits(options.digits)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, digits = images[order], digits[order]
-    parts = {"validation": slice(0, 500), "held out": slice(500, 1500), "training": slice(1500, None)}
+    first, second = options.held_out // 2, options.held_out // 2 + options.held_out
+    parts = {"validation": slice(0, first), "held out": slice(first, second), "training": slice(second, None)}
     part = {name: (images[where], digits[where]) for name, where in parts.items()}
 
     before = SD3Transformer2DModel.from_pretrained(base).eval()
     results = {"before": {"losses": [held_out(before, *part["held out"])], "numbers": 0, "rate": 0.0}}
-    pictures = {"the model that knows clothes": draw(before)}
+    pictures = {"the model that knows clothes": draw(before, options.drawing_steps)}
     for name, config in ADAPTERS.items():
 
         def adapted(rate, seed, config=config):
@@ -183,7 +186,7 @@ def main(arguments=None):
             "numbers": sum(value.numel() for value in models[0].parameters() if value.requires_grad),
             "rate": rate,
         }
-        pictures[f"{name}: {results[name]['numbers']:,} numbers"] = draw(models[0])
+        pictures[f"{name}: {results[name]['numbers']:,} numbers"] = draw(models[0], options.drawing_steps)
         if isinstance(config(), NdLoraConfig) and not (output / name).exists():
             save_adapter(models[0], output / name)
         print(name, results[name], flush=True)
