@@ -102,7 +102,7 @@ def config_fields(args: Any, environment: Mapping[str, str]) -> dict[str, Any]:
         ) from error
     if not isinstance(more, dict):
         raise NdLoraValueError(
-            f"{CONFIG_VARIABLE}={text!r} says no fields of NdLoraConfig: write {{method: slora}}, say."
+            f"{CONFIG_VARIABLE}={text!r} says no fields of NdLoraConfig: write {{r: 4}}, say."
         )
     twice = sorted(FLAGS[field] for field in found.keys() & more.keys())
     if twice:

@@ -181,11 +181,19 @@ def test_the_text_encoder_beside_the_unet(make_pipeline, shake, tmp_path):
 
 # on the UNet it fails for LoRA too: diffusers casts a weight back before its backward
 @pytest.mark.parametrize("architecture", ["dit"], indirect=True)
+@pytest.mark.parametrize("casts_first", [True, False], ids=["casts first", "adapter first"])
 @step("train: layerwise casting", method="crossed")
-def test_layerwise_casting(make_pipeline):
+def test_layerwise_casting(make_pipeline, casts_first):
     pipeline = make_pipeline()
-    pipeline.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    pipeline.denoiser.add_adapter(NdLoraConfig(**TARGETS["attention"]))
+    denoiser = pipeline.denoiser
+    steps = [
+        lambda: denoiser.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        lambda: denoiser.add_adapter(NdLoraConfig(**TARGETS["attention"])),
+    ]
+    for each in steps if casts_first else reversed(steps):
+        each()
+    factors = [value for name, value in denoiser.named_parameters() if "ndlora" in name]
+    assert {value.dtype for value in factors} == {torch.float32}
     losses = pipeline.train(4)
     assert losses[-1] < losses[0]
 

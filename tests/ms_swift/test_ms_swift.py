@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from ndlora_plugins.integrations.ms_swift.flags import config_fields, refuse_what_cannot_apply
+from ndlora_plugins.integrations.ms_swift.tuner import activate
 
 step = pytest.mark.step
 METHODS = ("crossed", "ndlinear", "slora", "nlora", "inttune", "einsum")  # the columns of docs/hosts.md
@@ -221,6 +222,14 @@ def test_flags_are_translated(flags, more, expected):
 def test_a_configuration_that_cannot_be_read(flags, more, sentence):
     with pytest.raises(NdLoraValueError, match=re.escape(sentence)):
         config_fields(Arguments(**flags), {"NDLORA_CONFIG": more})
+
+
+def test_a_version_without_the_table_of_tuners(monkeypatch):
+    monkeypatch.setitem(sys.modules, "swift.tuner_plugin.mapping", None)
+    with pytest.raises(
+        MissingExtraError, match="needs ms-swift 4.0 or later, which has swift.tuner_plugin.mapping"
+    ):
+        activate()
 
 
 def test_errors_bear_the_names_of_the_flags(swift, options, tmp_path):
