@@ -80,7 +80,7 @@ LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extra
 demo_EXTRAS = --extra demo
 newest_EXTRAS = --extra trl --extra demo --extra dev --extra hosts
 axolotl_EXTRAS = --extra trl --extra demo --extra dev --extra axolotl
-swift_EXTRAS = --extra swift --extra loops --extra dev
+swift_EXTRAS = --extra swift --extra loops --extra test
 
 lock:  ## environments/*.txt anew, to the newest versions
 	rm -rf .envs/lock

@@ -123,18 +123,17 @@ def draw(model, steps):
 
 
 def show(rows, path):
-    """Pictures in rows with a title each."""
+    """Pictures side by side, in rows with a title each."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(rows), 10, figsize=(10, 1.25 * len(rows)), squeeze=False)
-    for line, (title, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, cmap="gray", vmin=-1, vmax=1)
-            axis.axis("off")
-        line[0].set_title(title, loc="left", fontsize=9)
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(8, 1.1 * len(rows)), squeeze=False)
+    for [axis], (title, pictures) in zip(axes, rows.items(), strict=True):
+        axis.imshow(torch.cat(list(pictures), dim=1), cmap="gray", vmin=-1, vmax=1)
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -178,8 +177,9 @@ def main(arguments=None):
             model.add_adapter(config())
             return train(model, *part["training"], options.steps, rate, seed)
 
-        found = {rate: held_out(adapted(rate, 100), *part["validation"]) for rate in options.rates}
-        rate = min(found, key=found.get)
+        rate = options.rates[0]
+        if len(options.rates) > 1:
+            rate = min(options.rates, key=lambda each: held_out(adapted(each, 100), *part["validation"]))
         models = [adapted(rate, seed) for seed in range(options.seeds)]
         results[name] = {
             "losses": [held_out(model, *part["held out"]) for model in models],
