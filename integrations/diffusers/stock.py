@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import PeftConfig
 from safetensors.torch import load_file
 
@@ -20,7 +19,8 @@ from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_te
 
 __all__ = ["LORA_FILE", "export_lora"]
 
-LORA_FILE = LORA_WEIGHT_NAME_SAFE
+# as diffusers' `save_lora_weights` names them
+LORA_FILE, _METADATA_KEY = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 
 
 def export_lora(
@@ -58,7 +58,7 @@ def export_lora(
             }
             metadata |= {f"{component}.{key}": _plain(value) for key, value in config.items()}
         text = json.dumps(metadata, indent=2, sort_keys=True)
-        save_tensors(tensors, files / LORA_FILE, {"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
+        save_tensors(tensors, files / LORA_FILE, {"format": "pt", _METADATA_KEY: text})
     return reports
 
 

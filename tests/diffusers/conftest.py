@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-
 PROMPT = torch.linspace(-1, 1, 7 * 32).view(1, 7, 32)
 POOLED = torch.linspace(-1, 1, 32).view(1, 32)
 

@@ -9,6 +9,7 @@ from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.diffusers import export_lora, load_adapter, save_adapter
 
+pytest.importorskip("diffusers")
 # what diffusers would write without a configuration, or read as nothing -> what we say
 OF_DIFFUSERS = {
     "save_lora_adapter": (

@@ -11,6 +11,7 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.diffusers import LORA_FILE, export_lora, load_adapter, save_adapter
 from ndlora_plugins.integrations.peft.files.export import export_adapter
 
+pytest.importorskip("diffusers")
 step = pytest.mark.step
 # what is adapted -> the configuration's fields
 TARGETS = {
@@ -44,6 +45,7 @@ def test_a_trained_adapter_comes_back(make_pipeline, fields_of, method, tmp_path
     )
 
 
+@pytest.mark.parametrize("architecture", ["dit"], indirect=True)
 @each_method
 @step("continue")
 def test_a_training_goes_on(make_pipeline, fields_of, method, tmp_path):
