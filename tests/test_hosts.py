@@ -1,4 +1,4 @@
-"""The tables of docs/trl.md and docs/axolotl.md: which step was run with which method, read from the tests' marks.
+"""The tables of docs/trl.md, docs/axolotl.md and docs/hosts.md: what was run with which method, by the tests' marks.
 
 A cell stands for a test with `@pytest.mark.step(step, host=, method=)`; host and method may also come from the test's
 own parameters. `python tests/test_hosts.py` writes the tables of the hosts that are installed.
@@ -15,7 +15,14 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = {"trl": "docs/trl.md", "axolotl": "docs/axolotl.md"}
+PAGES = {"trl": "docs/trl.md", "axolotl": "docs/axolotl.md", "hosts": "docs/hosts.md"}
+# page -> what its tests cannot be collected without
+NEEDS = {"trl": ["trl"], "axolotl": ["axolotl"], "hosts": ["diffusers", "sentence_transformers"]}
+# of docs/hosts.md: folders of tests, and the columns
+FOLDERS, COLUMNS = (
+    ("diffusers", "hosts", "ms_swift"),
+    ("train", "save", "load", "continue", "merge", "export"),
+)
 METHODS = ("crossed", "ndlinear", "slora", "nlora", "inttune", "einsum")
 GENERATED = re.compile(r"(<!-- steps: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -48,7 +55,25 @@ def steps(host):
     return found
 
 
+def table_of_hosts():
+    """A host a row, a step a column: the number of methods that were run, of those of `METHODS`."""
+    rows = {}
+    for folder in FOLDERS:
+        for (host, step, file), methods in steps(folder).items():
+            row = rows.setdefault(host, {"files": set()})
+            row["files"].add(f"`{folder}/{file}`")
+            for word in step.partition(":")[0].split(", "):
+                row.setdefault(word, set()).update(methods)
+    lines = [f"| host | {' | '.join(COLUMNS)} | test |", f"|---|{':-:|' * len(COLUMNS)}---|"]
+    for host, row in rows.items():
+        cells = [str(len(row[word])) if word in row else "" for word in COLUMNS]
+        lines.append(f"| {host} | {' | '.join(cells)} | {', '.join(sorted(row['files']))} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(host):
+    if host == "hosts":
+        return table_of_hosts()
     lines = [
         f"| {'trainer | ' if host == 'trl' else ''}step | {' | '.join(METHODS)} | test |",
         f"|{'---|' if host == 'trl' else ''}---|{':-:|' * len(METHODS)}---|",
@@ -66,7 +91,8 @@ def with_table(host, made):
 
 @pytest.mark.parametrize("host", PAGES)
 def test_the_table_of_what_was_run(host):
-    pytest.importorskip(host)
+    for module in NEEDS[host]:
+        pytest.importorskip(module)
     done = subprocess.run([sys.executable, "-P", __file__, host], capture_output=True, text=True, check=True)
     assert (ROOT / PAGES[host]).read_text() == with_table(host, done.stdout)
 
@@ -75,5 +101,5 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         print(table(sys.argv[1]), end="")
     else:
-        for installed in filter(importlib.util.find_spec, PAGES):
+        for installed in [page for page in PAGES if all(map(importlib.util.find_spec, NEEDS[page]))]:
             (ROOT / PAGES[installed]).write_text(with_table(installed, table(installed)))

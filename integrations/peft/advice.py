@@ -12,12 +12,21 @@ from ndlora_plugins.errors import LopsidedModesWarning, NdLoraWarning, Unmatched
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 from ndlora_plugins.integrations.peft.targets import Planned
+from ndlora_plugins.integrations.peft.towers import warn_of_towers
 
-__all__ = ["warn_of_lopsided", "warn_of_penalties", "warn_of_unmatched"]
+__all__ = ["warn_of_lopsided", "warn_of_penalties", "warn_of_targets"]
 
 
-def warn_of_unmatched(config: NdLoraConfig, names: list[str]) -> None:
-    """One warning for each entry that matches no adapted layer."""
+def warn_of_targets(
+    config: NdLoraConfig, model: nn.Module, asked: str | set[str] | None, names: list[str]
+) -> None:
+    """One warning for each entry that matches no adapted layer, and for each tower that is adapted by accident.
+
+    Args:
+        asked: `target_modules` as the user gave it.
+        names: of the adapted layers.
+    """
+    warn_of_towers(model, asked, names)
     targets = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):

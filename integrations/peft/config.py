@@ -146,7 +146,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         default=None,
         metadata={
             "help": "Names (the end of the path is enough), a regex, or 'all-linear' (default): every linear "
-            "layer but the output layer."
+            "layer but the output layer. Of multimodal models 'language-linear' and 'vision-linear' take one part."
         },
     )
     exclude_modules: Targets | None = field(
@@ -242,7 +242,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        if isinstance(self.target_modules, str) and not self.target_modules.endswith("-linear"):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise NdLoraValueError(

@@ -122,6 +122,12 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         """The weight of the base layer, dequantised, as the layer stores it."""
         return base_weight(self.get_base_layer(), self.quantization_backend)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
+        """As PEFT's; where a weight only lies in 8-bit floats (diffusers' layerwise casting), factors are float32."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        lies_narrow = dtype is not None and dtype.is_floating_point and dtype.itemsize < 2
+        return device, torch.float32 if lies_narrow else dtype
+
     def _base_is_floating(self) -> bool:
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         return dtype is not None and dtype.is_floating_point

@@ -19,7 +19,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_unmatched
+from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_targets
 from ndlora_plugins.integrations.peft.checks import (
     check_bases,
     check_gradients,
@@ -107,7 +107,7 @@ class NdLoraModel(BaseTuner):
                 f"bias={peft_config.bias!r}: peft {peft_version} saves the biases of its own tuner types only, so the "
                 f"trained ones would be lost. Upgrade to peft 0.21 or later, or use bias='none'."
             )
-        fill_in_targets(peft_config, model)
+        asked = fill_in_targets(peft_config, model)
         resolved = peft_config.resolved()
         quantization = get_quantization_kwargs(model)
         planned = plan_targets(peft_config, matched_targets(peft_config, model), resolved, **quantization)
@@ -118,7 +118,7 @@ class NdLoraModel(BaseTuner):
         check_rows(peft_config, model, {each.target.name for each in planned})
         check_gradients(planned, peft_config)
         check_bases(planned, peft_config)
-        warn_of_unmatched(peft_config, [each.target.name for each in planned])
+        warn_of_targets(peft_config, model, asked, [each.target.name for each in planned])
         warn_of_lopsided(planned)
         if any(each.plan.shared for each in planned):
             if self._injected:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-__all__ = ["model_on_meta"]
+__all__ = ["component_on_meta", "model_on_meta"]
 
 
 def model_on_meta(
@@ -34,3 +36,18 @@ def model_on_meta(
             model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model
+
+
+def component_on_meta(config: Mapping[str, Any]) -> nn.Module:
+    """The component of a diffusers pipeline that a config.json describes, on the "meta" device.
+
+    Args:
+        config: what the file holds; `_class_name` is diffusers' class.
+
+    Raises:
+        AttributeError: the installed diffusers has no such class.
+    """
+    import diffusers
+
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(dict(config))

@@ -16,6 +16,7 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.towers import SHORTHANDS, layers_of_part
 from ndlora_plugins.integrations.peft.weights import (
     WeightForm,
     quantization_backend,
@@ -98,9 +99,17 @@ def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
     return list(matched_targets(config, model))
 
 
-def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
-    """None and "all-linear" become the set of names."""
+def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> str | set[str] | None:
+    """None, "all-linear", "language-linear" and "vision-linear" become the set of names; returns what was there.
+
+    Raises:
+        NdLoraValueError: the model has no linear layer, or no such part.
+    """
     if config.target_modules is None and not config.target_parameters:
+        config.target_modules = "all-linear"
+    asked = config.target_modules
+    shorthand = asked.lower() if isinstance(asked, str) else None
+    if shorthand in SHORTHANDS:
         config.target_modules = "all-linear"
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
@@ -109,9 +118,17 @@ def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> None:
         config.target_modules = {
             name for name in config.target_modules if not any(f".{entry}." in f".{name}." for entry in whole)
         }
+        if shorthand in SHORTHANDS:
+            config.target_modules = layers_of_part(shorthand, config.target_modules, model)
+        if not config.target_modules:
+            raise NdLoraValueError(
+                f"{type(model).__name__} has no linear layer, which target_modules='all-linear' (the default) takes: "
+                f"name the layers to adapt in target_modules; convolutions and embeddings can be too."
+            )
     if all_linear and config.layers_to_transform is not None:
         # the names are full ones, and for those PEFT does not look at the index of the layer
         config.target_modules = {name for name in config.target_modules if _is_in_layers(config, name)}
+    return asked
 
 
 def _is_in_layers(config: NdLoraConfig, name: str) -> bool:

@@ -11,15 +11,17 @@ from transformers import AutoConfig
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.files.directories import local_directory
-from ndlora_plugins.integrations.peft.files.json_files import read_shards
+from ndlora_plugins.integrations.peft.files.json_files import read_object, read_shards
 from ndlora_plugins.integrations.peft.files.tensors import open_tensors
-from ndlora_plugins.integrations.peft.skeleton import model_on_meta
+from ndlora_plugins.integrations.peft.skeleton import component_on_meta, model_on_meta
 from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
 
 __all__ = ["INDEX_FILE", "BaseFiles", "NotInFilesError"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# of a component of a diffusers pipeline
+COMPONENT_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class NotInFilesError(NdLoraValueError):
@@ -27,7 +29,7 @@ class NotInFilesError(NdLoraValueError):
 
 
 class BaseFiles:
-    """A directory of transformers' making.
+    """A directory of transformers' making, or the component of a pipeline of diffusers': pipeline/unet.
 
     Attributes:
         directory: where it is.
@@ -39,6 +41,7 @@ class BaseFiles:
         self.directory = Path(directory)
         self.shards = _shards(self.directory)
         self.model = _skeleton(self.directory, trust_remote_code)
+        self._head_prefix = getattr(self.model, "base_model_prefix", "")
         self._aliases: dict[str, list[str]] = {}
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -65,7 +68,7 @@ class BaseFiles:
     def full_name(self, name: str) -> str:
         """The name of a module or parameter in `model`, of one that was adapted without the model's head, "
         "say."""
-        with_head = f"{self.model.base_model_prefix}.{name}"
+        with_head = f"{self._head_prefix}.{name}"
         try:
             self.model.get_submodule(
                 with_head.rpartition(".")[0] if with_head in self._aliases else with_head
@@ -120,7 +123,7 @@ class BaseFiles:
         """
         for name in self.same_tensor(parameter):
             # some checkpoints hold the model without its head, and so without the prefix
-            for candidate in (name, name.removeprefix(f"{self.model.base_model_prefix}.")):
+            for candidate in (name, name.removeprefix(f"{self._head_prefix}.")):
                 if candidate in self.shards:
                     return candidate
         raise NotInFilesError(
@@ -156,20 +159,24 @@ class BaseFiles:
 
 
 def _shards(directory: Path) -> dict[str, str]:
-    index = directory / INDEX_FILE
-    if index.is_file():
-        return read_shards(index)
-    if not (directory / SINGLE_FILE).is_file():
-        raise NotInFilesError(
-            f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Save the model as safetensors: "
-            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
-        )
-    with open_tensors(directory / SINGLE_FILE) as file:
-        return dict.fromkeys(file.keys(), SINGLE_FILE)
+    for single in (SINGLE_FILE, COMPONENT_FILE):
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            return read_shards(index)
+        if (directory / single).is_file():
+            with open_tensors(directory / single) as file:
+                return dict.fromkeys(file.keys(), single)
+    raise NotInFilesError(
+        f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Save the model as safetensors: "
+        f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+    )
 
 
 def _skeleton(directory: Path, trust_remote_code: bool) -> nn.Module:
     """The model class that the directory was saved from, without weights."""
+    component = _component(directory)
+    if component is not None:
+        return component
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except PermissionError:
@@ -184,3 +191,23 @@ def _skeleton(directory: Path, trust_remote_code: bool) -> nn.Module:
             f"was made from."
         )
     return model_on_meta(config, trust_remote_code=trust_remote_code)
+
+
+def _component(directory: Path) -> nn.Module | None:
+    """The component of a diffusers pipeline without weights; None if the directory is none.
+
+    Raises:
+        NdLoraValueError: diffusers is not installed, or does not know it.
+    """
+    if not (directory / "config.json").is_file():
+        return None
+    config = read_object(directory / "config.json")
+    if "_class_name" not in config:
+        return None
+    try:
+        return component_on_meta(config)
+    except (ImportError, AttributeError) as error:
+        raise NdLoraValueError(
+            f"{directory} holds a {config['_class_name']} of diffusers {config.get('_diffusers_version', '')}, which "
+            f"this environment cannot make ({error}): pip install -U diffusers."
+        ) from error

@@ -142,7 +142,7 @@ def _untie(parameter: str, base: BaseFiles, plan: _Plan) -> None:
     stored = base.stored_name(parameter)
     if len(names) == 1 or stored in plan.untied.values():
         return
-    if not base.model.config.tie_word_embeddings or stored not in names:
+    if not getattr(base.model.config, "tie_word_embeddings", False) or stored not in names:
         raise NotInFilesError(
             f"{parameter!r} is one tensor with {[name for name in names if name != parameter]} in this "
             f"model, and no option of its configuration separates them. Load the model with its adapter and call "

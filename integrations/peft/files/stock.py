@@ -18,6 +18,7 @@ from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, ReadLa
 from ndlora_plugins.integrations.peft.files.base import BaseFiles
 from ndlora_plugins.integrations.peft.files.compress import RankTarget, low_rank_form, relative_error
 from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
+from ndlora_plugins.integrations.peft.weights import WeightForm
 
 __all__ = ["ExportedLayer", "StockAdapter", "to_lokr", "to_lora"]
 
@@ -58,7 +59,7 @@ def to_lora(
         dtype: of the tensors; each layer's own by default.
     """
     tensors, ranks, layers = reader.other_tensors(), {}, []
-    for layer in _layers(reader, files):
+    for layer in _layers(reader, files, convolutions=True):
         kept = dtype or next(iter(layer.trained.values())).dtype
         try:
             down, up = low_rank_form(layer.plan, layer.trained, layer.frozen, target)
@@ -68,8 +69,7 @@ def to_lora(
             ) from error
         down, up = down.to(kept).contiguous(), (layer.plan.scaling * up).to(kept).contiguous()
         _check_finite(layer.name, down, up)
-        tensors[f"{KEY_PREFIX}{layer.name}.lora_A.weight"] = down
-        tensors[f"{KEY_PREFIX}{layer.name}.lora_B.weight"] = up
+        tensors |= _lora_pair(layer.name, reader.form(layer.name), down, up)
         ranks[layer.name] = len(down)
         error = relative_error(layer.plan, layer.trained, layer.frozen, down, up, layer.plan.scaling)
         layers.append(ExportedLayer(layer.name, f"rank {len(down)}", down.numel() + up.numel(), error))
@@ -89,6 +89,14 @@ def to_lora(
         **_common_fields(reader, ranks),
     )
     return StockAdapter(config, tensors, tuple(layers))
+
+
+def _lora_pair(name: str, form: WeightForm | None, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """The two tensors of a layer, of a convolution as two convolutions: its own kernel to k channels, then 1 x 1."""
+    if form is not None and form.kind == "convolution":
+        # (k, in * height * width) -> (k, in, height, width); (out, k) -> (out, k, 1, 1)
+        down, up = down.reshape(-1, *form.shape[1:]), up.reshape(*up.shape, *[1] * len(form.trailing))
+    return {f"{KEY_PREFIX}{name}.lora_A.weight": down, f"{KEY_PREFIX}{name}.lora_B.weight": up}
 
 
 def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype | None) -> StockAdapter:
@@ -175,18 +183,42 @@ def _lokr_error(exact: tuple[Tensor, Tensor], first: Tensor, second: Tensor) -> 
     return lost / norm if norm else 0.0
 
 
-def _layers(reader: AdapterReader, files: BaseFiles | None) -> Iterable[ReadLayer]:
-    """All of them, one at a time; each is planned, and so checked, before the first is computed."""
-    files = files if reader.reads_base else None  # else planned by its own tensors
+def _layers(
+    reader: AdapterReader, files: BaseFiles | None, *, convolutions: bool = False
+) -> Iterable[ReadLayer]:
+    """All of them, one at a time; each is planned, and so checked, before the first is computed.
+
+    Args:
+        convolutions: whether they are taken too.
+    """
+    source = files if reader.reads_base else None  # else planned by its own tensors
     for path in reader.shapes:
-        reader.plan(path, files)
+        reader.plan(path, source)
         form = reader.form(path)
-        if form is not None and form.kind != "linear":
+        kind = "linear" if form is None else form.kind
+        if kind == "convolution" and convolutions:
+            _check_ungrouped(reader.name(path), files)
+        elif kind != "linear":
             raise NdLoraValueError(
-                f"{reader.name(path)!r} is a {form.kind}: stock adapters are written of linear layers only. Export "
-                f"to='merged', or load the model with its adapter and call merge_and_unload()."
+                f"{reader.name(path)!r} is a {kind}: stock adapters are written of linear layers only, LoRA of "
+                f"convolutions too. Export to='merged', or load the model with its adapter and call "
+                f"merge_and_unload()."
             )
-    return (reader.read(path, files) for path in reader.shapes)
+    return (reader.read(path, source) for path in reader.shapes)
+
+
+def _check_ungrouped(name: str, files: BaseFiles | None) -> None:
+    """PEFT splits a LoRA of a grouped convolution another way, and only the base model knows its groups."""
+    if files is None:
+        raise NdLoraValueError(
+            f"{name!r} is a convolution, and the adapter does not say whether it has groups: name the base model "
+            f"(--base)."
+        )
+    groups = getattr(files.module(name), "groups", 1)
+    if groups != 1:
+        raise NdLoraValueError(
+            f"{name!r} is a convolution of {groups} groups, which LoRA reads another way. Export to='merged'."
+        )
 
 
 def _common_fields(reader: AdapterReader, layers: Iterable[str]) -> dict:

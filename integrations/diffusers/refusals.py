@@ -1,0 +1,79 @@
+"""Our own sentence where diffusers' LoRA functions would lose an NDLORA adapter, or load it as nothing.
+
+`ndlora_autoload` calls `activate` when `diffusers.loaders.peft` has been imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.names import NAME, PREFIX
+
+__all__ = ["activate"]
+
+_SAVE = "ndlora_plugins.integrations.diffusers.save_adapter(component, directory) saves it whole"
+_LOAD = "ndlora_plugins.integrations.diffusers.load_adapter(component, directory) loads it"
+
+
+def activate() -> None:
+    """Stand before the functions of diffusers that save and load LoRA. Idempotent."""
+    from diffusers.loaders.lora_base import LoraBaseMixin
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    _stand_before(PeftAdapterMixin, "save_lora_adapter", _check_saved_component)
+    _stand_before(PeftAdapterMixin, "load_lora_adapter", _check_loaded)
+    _stand_before(LoraBaseMixin, "write_lora_layers", _check_written)
+
+
+def _stand_before(owner: type, name: str, check: Callable[..., None]) -> None:
+    original = vars(owner)[name]
+    function = getattr(original, "__func__", original)  # of a staticmethod
+    if getattr(function, "looks_for_ndlora", False):
+        return
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    checked.looks_for_ndlora = True
+    setattr(owner, name, staticmethod(checked) if isinstance(original, staticmethod) else checked)
+
+
+def _check_saved_component(
+    component: Any, save_directory: Any = None, adapter_name: str = "default", *_, **__
+) -> None:
+    config = getattr(component, "peft_config", {}).get(adapter_name or "default")
+    if config is not None and config.peft_type == NAME:
+        raise NdLoraValueError(
+            f"save_lora_adapter writes no configuration that could be read again, and adapter {adapter_name!r} is "
+            f"NDLORA, not LoRA: {_SAVE}."
+        )
+
+
+def _check_written(state_dict: Mapping[str, Any], *_, **__) -> None:
+    _refuse_tensors(state_dict, f"save_lora_weights writes LoRA only: {_SAVE}")
+
+
+def _check_loaded(component: Any, weights: Any = None, *_, **kwargs: Any) -> None:
+    weights = kwargs.get("pretrained_model_name_or_path_or_dict", weights)
+    if isinstance(weights, Mapping):
+        _refuse_tensors(weights, f"load_lora_adapter and load_lora_weights read LoRA only: {_LOAD}")
+        return
+    path = Path(os.fspath(weights), "adapter_config.json")
+    if path.is_file() and json.loads(path.read_text()).get("peft_type") == NAME:
+        raise NdLoraValueError(
+            f"{weights} holds an NDLORA adapter, and load_lora_adapter reads LoRA only: {_LOAD}."
+        )
+
+
+def _refuse_tensors(tensors: Mapping[str, Any], remedy: str) -> None:
+    ours = next((name for name in tensors if f".{PREFIX}" in name), None)
+    if ours is not None:
+        raise NdLoraValueError(f"{ours!r} is a tensor of an NDLORA adapter. {remedy}.")
