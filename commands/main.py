@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ndlora_plugins.commands.check import check
+from ndlora_plugins.commands.combine import combine
 from ndlora_plugins.commands.demo import demo
 from ndlora_plugins.commands.export import export
 from ndlora_plugins.errors import NdLoraError
@@ -146,7 +147,7 @@ def sft(context: typer.Context) -> None:
     main(context.args)
 
 
-for command in (export, check, demo):
+for command in (export, check, combine, demo):
     app.command()(command)
 
 
