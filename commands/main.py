@@ -16,6 +16,7 @@ from ndlora_plugins.commands.check import check
 from ndlora_plugins.commands.combine import combine
 from ndlora_plugins.commands.demo import demo
 from ndlora_plugins.commands.export import export
+from ndlora_plugins.commands.prune import prune
 from ndlora_plugins.errors import NdLoraError
 
 app = typer.Typer(
@@ -147,7 +148,7 @@ def sft(context: typer.Context) -> None:
     main(context.args)
 
 
-for command in (export, check, combine, demo):
+for command in (export, check, combine, prune, demo):
     app.command()(command)
 
 

@@ -185,6 +185,15 @@ class AdapterReader:
         trained = take(FACTORS, plan.trained)
         if not plan.recomputed:
             return ReadLayer(name, plan, trained, take(FROZEN, plan.frozen))
+        frozen = plan.initialize(self.seen(plan, name, base))[1]
+        return ReadLayer(name, plan, trained, cast_factors(frozen, next(iter(trained.values())).dtype))
+
+    def seen(self, plan: LayerAdapter, name: str, base: BaseFiles | None = None) -> Seen:
+        """What the start of a layer reads to make its frozen factors again.
+
+        Raises:
+            NdLoraValueError: it reads the base weight, and there is no base.
+        """
         weight = None
         if base is not None:
             weight = base.weight(name)
@@ -194,9 +203,7 @@ class AdapterReader:
                 f"method={plan.method.name!r} with anchor={plan.anchor!r} recomputes its start from the "
                 f"base weights: name the base model (--base)."
             )
-        dtype = next(iter(trained.values())).dtype
-        frozen = plan.initialize(Seen(weight, seed=self.config.random_seed or 0, layer=name))[1]
-        return ReadLayer(name, plan, trained, cast_factors(frozen, dtype))
+        return Seen(weight, seed=self.config.random_seed or 0, layer=name)
 
     def _trained_storage(self) -> torch.dtype | None:
         """The dtype that the base weights had in training; None where they were quantised, or nobody "
