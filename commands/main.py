@@ -15,7 +15,10 @@ from rich.table import Table
 from ndlora_plugins.commands.check import check
 from ndlora_plugins.commands.combine import combine
 from ndlora_plugins.commands.demo import demo
+from ndlora_plugins.commands.diff import diff
+from ndlora_plugins.commands.doctor import doctor
 from ndlora_plugins.commands.export import export
+from ndlora_plugins.commands.init import init
 from ndlora_plugins.commands.prune import prune
 from ndlora_plugins.errors import NdLoraError
 
@@ -148,7 +151,7 @@ def sft(context: typer.Context) -> None:
     main(context.args)
 
 
-for command in (export, check, combine, prune, demo):
+for command in (init, check, export, combine, prune, diff, demo, doctor):
     app.command()(command)
 
 
