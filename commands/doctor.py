@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Annotated, Any
@@ -64,10 +64,10 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at the door, the switches, every host in a process of its own, and the plugins."""
+def examine(hosts: Sequence[str] | None = None) -> list[Finding]:
+    """Look at the door, the switches, each of `HOSTS`, or of these, in a process of its own, and the plugins."""
     findings = [_door(), *_switches(os.environ)]
-    for host in HOSTS:
+    for host in HOSTS if hosts is None else hosts:
         version = _version(host)
         if version is None:
             findings.append(Finding(host, "off", "not installed"))

@@ -1,8 +1,6 @@
 """`ndlora init`, `diff` and `doctor`, as a user types them: what they write and say, and their exit status."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ndlora_plugins import NdLoraConfig
+from ndlora_plugins.commands.doctor import SWITCHES, examine
 from ndlora_plugins.commands.main import app
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.files.diff import diff_adapters
@@ -122,15 +121,10 @@ def test_the_change_of_a_layer_is_that_of_its_matrices(second, tmp_path, make_ll
     for layer in report.layers:
         module = model.base_model.model.get_submodule(layer.name)
         one, two = (module.get_delta_weight(name).double() for name in ("one", "two"))
-        expected = [
-            one.norm(),
-            two.norm(),
-            (two - one).norm() / one.norm(),
-            (one * two).sum() / one.norm() / two.norm(),
-        ]
-        assert [*layer.norms, layer.change, layer.cosine] == pytest.approx(
-            [float(x) for x in expected], rel=1e-4
-        )
+        cosine = (one * two).sum() / one.norm() / two.norm()
+        expected = [one.norm(), two.norm(), (two - one).norm() / one.norm(), cosine]
+        found = [*layer.norms, layer.change, layer.cosine]
+        assert found == pytest.approx([float(value) for value in expected], rel=1e-4, abs=1e-7)
 
 
 def test_adapters_of_two_base_models_are_no_pair(tmp_path, make_llama, shake):
@@ -140,16 +134,24 @@ def test_adapters_of_two_base_models_are_no_pair(tmp_path, make_llama, shake):
         diff_adapters(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("switch, status", [(None, 0), ("TORCH_DEVICE_BACKEND_AUTOLOAD", 1)])
-def test_doctor_sees_what_a_host_sees(switch, status):
-    environment = {**os.environ, **({} if switch is None else {switch: "0"})}
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "ndlora_plugins.commands.main", "doctor", "--json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == status, result.stdout + result.stderr
-    found = {each["what"]: each for each in json.loads(result.stdout)["findings"]}
-    assert found["peft"]["status"] == ("good" if status == 0 else "problem")
-    assert status == 0 or f"{switch}=0: the door is shut" in found["switch"]["said"]
+@pytest.mark.parametrize("switch, status", [(None, "good"), ("TORCH_DEVICE_BACKEND_AUTOLOAD", "problem")])
+def test_doctor_sees_what_a_host_sees(switch, status, monkeypatch):
+    for name in SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(switch, "0")
+    found = {finding.what: finding for finding in examine(["peft"])}
+    assert found["peft"].status == status and found["door"].status == "good"
+    assert switch is None or f"{switch}=0: the door is shut" in found["switch"].said
+
+
+@pytest.mark.parametrize("value, status", [(None, 0), ("off", 1)])
+def test_doctors_exit_status(value, status, monkeypatch):
+    monkeypatch.setattr(sys.modules["ndlora_plugins.commands.doctor"], "HOSTS", ())
+    monkeypatch.delenv("NDLORA_AUTOLOAD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NDLORA_AUTOLOAD", value)
+    result = invoke("doctor", "--json")
+    assert result.exit_code == status
+    findings = json.loads(result.stdout)["findings"]
+    assert any(finding["status"] == "problem" for finding in findings) == bool(status)
