@@ -26,6 +26,7 @@ from ndlora_plugins.integrations.peft.files.directories import check_new, new_di
 from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
 from ndlora_plugins.integrations.peft.files.problems import check_sound
 from ndlora_plugins.integrations.peft.files.write import NewLayer, write_adapter
+from ndlora_plugins.integrations.peft.fingerprint import other_weights
 from ndlora_plugins.integrations.peft.targets import largest, plan_form
 from ndlora_plugins.integrations.peft.weights import WeightForm
 
@@ -121,17 +122,12 @@ def _open_base(reader: AdapterReader, base: str | None, trust_remote_code: bool)
 
 
 def _check_one_base(names: Sequence[str], readers: Sequence[AdapterReader]) -> None:
-    """What two adapters say of the same weight, stored in the same way, must be the same."""
-    seen: dict[str, tuple[str, dict]] = {}
-    for name, reader in zip(names, readers, strict=True):
-        for layer, entry in (reader.config.base_fingerprint or {}).items():
-            first, other = seen.setdefault(layer, (name, entry))
-            values, others = entry["values"], other["values"]
-            if entry["storage"] != other["storage"] or values is None or others is None:
-                continue
-            if not torch.allclose(torch.tensor(values), torch.tensor(others), rtol=1e-4, atol=1e-6):
+    for k, name in enumerate(names):
+        for other, reader in zip(names[:k], readers, strict=False):
+            layer = other_weights(reader.config.base_fingerprint, readers[k].config.base_fingerprint)
+            if layer is not None:
                 raise NdLoraValueError(
-                    f"{name} and {first} were trained on different base models: the weights of layer {layer!r} differ. "
+                    f"{name} and {other} were trained on different base models: the weights of layer {layer!r} differ. "
                     f"Adapters of one base model can be combined."
                 )
 
