@@ -71,7 +71,10 @@ def plan(
     lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what an adapter would cost, layer by layer, against LoRA. No weights are loaded."""
+    """Show what an adapter would cost, layer by layer, against LoRA. No weights are loaded.
+
+    Example: ndlora plan Qwen/Qwen3-1.7B --method metatt --r 16
+    """
     from ndlora_plugins.commands.plan import parse_options, plan_from_model_config
 
     budget = plan_from_model_config(
@@ -145,7 +148,10 @@ def methods(
     add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def sft(context: typer.Context) -> None:
-    """Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block."""
+    """Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block.
+
+    Example: ndlora sft --config run.yaml
+    """
     from ndlora_plugins.integrations.trl.sft import main
 
     main(context.args)
