@@ -2,10 +2,13 @@
 
 import json
 import pathlib
-
-from benchmarks import many_adapters
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # the benchmarks are not installed
+
+from benchmarks import many_adapters  # noqa: E402
+
 TINY = {
     "hidden_size": 48,
     "intermediate_size": 96,
