@@ -80,6 +80,7 @@ def measure(scratch: Path, adapters: int, rounds: int, layers: int) -> dict[str,
     for name, paths in directories.items():
         files = [path for path in paths[0].iterdir() if path.name != "README.md"]
         kinds[name]["bytes"] = sum(path.stat().st_size for path in files)
+        kinds[name]["configuration"] = (paths[0] / "adapter_config.json").stat().st_size
         kinds[name]["loads"] = []
         base = _base(layers)
         model = _timed(
@@ -104,15 +105,13 @@ def measure(scratch: Path, adapters: int, rounds: int, layers: int) -> dict[str,
         "eight": [f"slot_{k}" for k in range(SLOTS)],
     }
     times: dict[str, dict[str, list[float]]] = {name: {way: [] for way in ways} for name in KINDS}
-    for _ in range(rounds):
-        for name, model in models.items():
+    for turn in range(rounds):
+        for name, model in list(models.items())[:: 1 if turn % 2 else -1]:
             for way, names in ways.items():
                 _timed(times[name][way], lambda m=model, n=names: _generate(m, prompt, n))
     for name in KINDS:
         kinds[name]["swap"] = statistics.median(swaps[name])
-        kinds[name]["tokens"] = {
-            way: SLOTS * NEW / statistics.median(each) for way, each in times[name].items()
-        }
+        kinds[name]["seconds"] = times[name]
     return {
         "adapters": adapters,
         "rounds": rounds,
@@ -173,14 +172,14 @@ def page(found: dict[str, Any]) -> str:
     """The page of the docs."""
     rows = []
     for name, kind in found["kinds"].items():
-        loads, tokens = kind["loads"], kind["tokens"]
+        loads, one, eight = kind["loads"], _tokens(kind, "one"), _tokens(kind, "eight")
         rows.append(
             f"| {name} | {_size(ALL * kind['bytes'])} | {_size(ALL * kind['tensors'])} | "
             f"{1000 * kind['swap']:.0f} ms | "
             f"{ALL * kind['swap'] / 60:.1f} min | {loads[0]:.1f} s | {statistics.median(loads[-2:]):.1f} s | "
-            f"{tokens['one']:.0f} | {tokens['eight']:.0f} |"
+            f"{one} | {eight} |"
         )
-    base = statistics.median(kind["tokens"]["base"] for kind in found["kinds"].values())
+    small = min(found["kinds"].values(), key=lambda kind: kind["bytes"])
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return f"""\
 # Many adapters
@@ -198,13 +197,15 @@ load the {SLOTS}th | tokens a second, one adapter | {SLOTS} adapters in a batch 
 {chr(10).join(rows)}
 
 - Disk and memory are those of one adapter times {ALL:,}: configuration and tensors; parameters, and what a
-  method holds frozen beside them. All adapters of a kind have one size.
+  method holds frozen beside them. All adapters of a kind have one size. The configuration, with its table of
+  layers, is {small["configuration"] / 1e3:.0f} kB of the smallest's {small["bytes"] / 1e3:.0f} kB.
 - A swap is `hotswap_adapter` (ours, and PEFT's for LoRA) from a directory, the median of {found["adapters"]} different
   files; the time for {ALL:,} is that median times {ALL:,}.
 - Loading is PEFT's `load_adapter`: it walks over all adapters that are there, so each further one takes longer,
   for LoRA too. Nobody loads {ALL:,} so: hold as many as a batch needs, and swap.
 - Tokens a second: {SLOTS} prompts of {PROMPT} tokens, {NEW} new ones each, `generate(adapter_names=...)`, prompt
-  included, the median of {found["rounds"]} rounds in which the kinds take turns; the base alone: {base:.0f}.
+  included, the median of {found["rounds"]} rounds in which the kinds take turns. In brackets the share of the same
+  model's speed without any adapter, in the same round.
 - inttune's file holds its cores alone: each loaded adapter makes its sides again from the base weights and keeps
   them in memory.
 
@@ -218,6 +219,13 @@ hotswap_adapter(model, "adapter-2", adapter_name="default")  # same method, rank
 A swap changes no shape, so a compiled model is not compiled anew. An adapter of another method, rank or set of layers,
 one made on another base model, and one with trained heads or tokens is refused by name, before anything is changed.
 """
+
+
+def _tokens(kind: dict[str, Any], way: str) -> str:
+    """Tokens a second, and the share of the base's, round by round."""
+    seconds = kind["seconds"]
+    shares = [base / own for base, own in zip(seconds["base"], seconds[way], strict=True)]
+    return f"{SLOTS * NEW / statistics.median(seconds[way]):.0f} ({statistics.median(shares):.2f})"
 
 
 def _size(size: float) -> str:
