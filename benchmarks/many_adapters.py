@@ -210,9 +210,9 @@ load the {SLOTS}th | speed of a batch, one adapter | {SLOTS} adapters |
   files; the time for {ALL:,} is that median times {ALL:,}.
 - Loading is PEFT's `load_adapter`: it walks over all adapters that are there, so each further one takes longer,
   for LoRA too. Nobody loads {ALL:,} so: hold as many as a batch needs, and swap.
-- The speed of a batch is tokens a second over those of the same model without any adapter, {base:.0f} here: {SLOTS} prompts
-  of {PROMPT} tokens, {NEW} new ones each, `generate(adapter_names=...)`, prompt included. The machine had other work,
-  so shares are taken round by round, the kinds in turns; the median of {found["rounds"]} rounds.
+- The speed of a batch is tokens a second over those of the same model without any adapter, {base:.0f} here:
+  {SLOTS} prompts of {PROMPT} tokens, {NEW} new ones each, `generate(adapter_names=...)`, prompt included. The
+  machine had other work, so shares are taken round by round, the kinds in turns: the median of {found["rounds"]} rounds.
 - inttune's file holds its cores alone: each loaded adapter makes its sides again from the base weights and keeps
   them in memory.
 
