@@ -212,7 +212,8 @@ load the {SLOTS}th | speed of a batch, one adapter | {SLOTS} adapters |
   for LoRA too. Nobody loads {ALL:,} so: hold as many as a batch needs, and swap.
 - The speed of a batch is tokens a second over those of the same model without any adapter, {base:.0f} here:
   {SLOTS} prompts of {PROMPT} tokens, {NEW} new ones each, `generate(adapter_names=...)`, prompt included. The
-  machine had other work, so shares are taken round by round, the kinds in turns: the median of {found["rounds"]} rounds.
+  machine had other work, so shares are taken round by round, the kinds in turns: the median of
+  {found["rounds"]} rounds.
 - inttune's file holds its cores alone: each loaded adapter makes its sides again from the base weights and keeps
   them in memory.
 
