@@ -221,7 +221,8 @@ load the {SLOTS}th | speed of a batch, one adapter | {SLOTS} adapters |
 from ndlora_plugins import hotswap_adapter
 
 model = PeftModel.from_pretrained(base, "adapter-1")
-hotswap_adapter(model, "adapter-2", adapter_name="default")  # same method, rank and layers; scalings may differ
+# of the same method, rank and layers; scalings may differ
+hotswap_adapter(model, "adapter-2", adapter_name="default")
 ```
 
 A swap changes no shape, so a compiled model is not compiled anew. An adapter of another method, rank or set of layers,
