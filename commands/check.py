@@ -17,7 +17,10 @@ def check(
     base: Annotated[str | None, typer.Option(help="The base model: hold the adapter against it too.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
 ) -> None:
-    """Check an adapter: everything there, finite, of the right shape and dtype, and does it do anything?"""
+    """Check an adapter: everything there, finite, of the right shape and dtype, and does it do anything?
+
+    Example: ndlora check my-adapter --base Qwen/Qwen3-1.7B
+    """
     from ndlora_plugins.integrations.peft.files.check import check_adapter
 
     report = check_adapter(adapter, base, trust_remote_code=trust_remote_code)

@@ -293,6 +293,8 @@ def demo(
 
     Ends with exit code 1 if a saved adapter answers otherwise than the model that was trained, if a new
     adapter moves the model before any training, or if the base model's weights changed.
+
+    Example: ndlora demo --steps 25 --output demo-output
     """
     from transformers.utils import logging as transformers_logging
 

@@ -27,6 +27,7 @@ class Kind(str, Enum):
     lora = "lora"
     lokr = "lokr"
     merged = "merged"
+    ndlora = "ndlora"
 
 
 class Dtype(str, Enum):
@@ -39,7 +40,9 @@ class Dtype(str, Enum):
 
 def export(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
-    to: Annotated[Kind, typer.Option(help="lora, lokr, or merged into the base model.")],
+    to: Annotated[
+        Kind, typer.Option(help="lora, lokr, merged into the base model, or ndlora of a smaller rank.")
+    ],
     output: Annotated[Path, typer.Option(help="A directory that does not exist yet, or is empty.")],
     base: Annotated[
         str | None, typer.Option(help="The base model, if not where the adapter's configuration says.")
@@ -51,12 +54,21 @@ def export(
     max_error: Annotated[
         float | None, typer.Option(help="LoRA's rank by the largest relative error allowed, as 0.05.")
     ] = None,
+    nested: Annotated[
+        bool,
+        typer.Option(
+            help="--rank counts the first rank units, as of nested ranks; no SVD. So with --to ndlora."
+        ),
+    ] = False,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the exported adapter; the adapter's by default.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
 ) -> None:
-    """Write an adapter that needs no ndlora-plugins: stock LoRA or LoKr, or the merged model."""
+    """Write an adapter that needs no ndlora-plugins: stock LoRA or LoKr, or the merged model.
+
+    Example: ndlora export my-adapter --to lora --output my-lora
+    """
     import torch
 
     from ndlora_plugins.integrations.peft.files.export import export_adapter
@@ -71,6 +83,7 @@ def export(
             rank=rank,
             energy=energy,
             max_error=max_error,
+            nested=nested,
             dtype=None if dtype is None else getattr(torch, dtype.value),
             trust_remote_code=trust_remote_code,
         )

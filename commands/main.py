@@ -13,8 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from ndlora_plugins.commands.check import check
+from ndlora_plugins.commands.combine import combine
 from ndlora_plugins.commands.demo import demo
+from ndlora_plugins.commands.diff import diff
+from ndlora_plugins.commands.doctor import doctor
 from ndlora_plugins.commands.export import export
+from ndlora_plugins.commands.init import init
+from ndlora_plugins.commands.prune import prune
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError
 
 app = typer.Typer(
@@ -171,13 +176,16 @@ def methods(
     add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def sft(context: typer.Context) -> None:
-    """Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block."""
+    """Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block.
+
+    Example: ndlora sft --config run.yaml
+    """
     from ndlora_plugins.integrations.trl.sft import main
 
     main(context.args)
 
 
-for command in (export, check, demo):
+for command in (init, check, export, combine, prune, diff, demo, doctor):
     app.command()(command)
 
 

@@ -38,7 +38,9 @@ def plan_from_model_config(model: str, *, lora_rank: int = 8, **options: Any) ->
             f"linear layer."
         )
     parts = find_parts(skeleton)
-    named = [(f"{name} ({part_of(name, parts) or 'between'})" if parts else name, plan) for name, plan in layers]
+    named = [
+        (f"{name} ({part_of(name, parts) or 'between'})" if parts else name, plan) for name, plan in layers
+    ]
     return make_budget(named, lora_rank)
 
 
@@ -61,8 +63,8 @@ def model_from_config(model: str) -> Any:
     return model_on_meta(model_config)
 
 
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """A method's options from the command line: NAME=JSON, where a plain word is a string.
+def parse_options(given: Sequence[str], flag: str = "--option") -> dict[str, Any]:
+    """What a flag that may be repeated says, a method's options as a rule: NAME=JSON, a plain word is a string.
 
     Raises:
         NdLoraValueError: one without "=".
@@ -71,7 +73,7 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
-            raise NdLoraValueError(f"--option {text!r}: write it as NAME=VALUE, such as crossed_modes=8.")
+            raise NdLoraValueError(f"{flag} {text!r}: write it as NAME=VALUE, such as crossed_modes=8.")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:

@@ -17,7 +17,14 @@ from torch import Tensor
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
 from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint
 
-__all__ = ["FingerprintedLayer", "checksum", "compare_checksum", "compare_fingerprint", "make_fingerprint"]
+__all__ = [
+    "FingerprintedLayer",
+    "checksum",
+    "compare_checksum",
+    "compare_fingerprint",
+    "make_fingerprint",
+    "other_weights",
+]
 
 MAX_LAYERS = 16
 MAX_VALUES = 8
@@ -127,6 +134,21 @@ def compare_fingerprint(
                 stacklevel=2,
             )
             reads_weight = False  # say it once
+
+
+def other_weights(first: dict | None, second: dict | None) -> str | None:
+    """A layer whose weight, stored in the same way, is another one in two fingerprints; None if there is none."""
+    for name, entry in (second or {}).items():
+        other = (first or {}).get(name)
+        if (
+            other is None
+            or entry["storage"] != other["storage"]
+            or None in (entry["values"], other["values"])
+        ):
+            continue
+        if _relative_difference(entry["values"], other["values"]) > 1e-4:
+            return name
+    return None
 
 
 def checksum(factors: Mapping[str, Tensor]) -> dict[str, float] | None:

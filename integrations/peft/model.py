@@ -5,7 +5,6 @@ The core is imported when it is first used: registration, which runs at `import 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,6 +35,7 @@ from ndlora_plugins.integrations.peft.targets import (
     Planned,
     Target,
     fill_in_targets,
+    layer_generator,
     matched_targets,
     plan_targets,
 )
@@ -168,11 +168,7 @@ class NdLoraModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        generator = None
-        if peft_config.random_seed is not None:
-            # of its own for each layer, so that their order does not matter; 32 bits are all that torch uses
-            seed = zlib.crc32(f"{peft_config.random_seed} {current_key}".encode())
-            generator = torch.Generator().manual_seed(seed)
+        generator = layer_generator(peft_config.random_seed, current_key)
         planned = self._planned.get((id(base), parameter_name))
         if planned is None:  # named by the tensors of a file, not by the configuration
             target_of_file = Target(current_key, base, parameter_name, current_key)
@@ -296,8 +292,10 @@ class NdLoraModel(BaseTuner):
         Args:
             combination_type: "cat" or "linear", which are the same here: the sum is exact, and the ranks add up. Or
                 "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": the updates are pruned,
-                added up, and the leading singular vectors kept, as an adapter of method "slora".
-            svd_rank: how many of them; the largest rank of the adapters by default, but to be given for ndlinear.
+                added up, and the leading singular vectors kept. Or "cluster": k-means of the low-rank forms' units; or
+                "keep_down": the first adapter's, with the up that comes nearest to the sum.
+            svd_rank: how many singular vectors, or clusters; the adapters' largest or mean rank by default, but to be
+                given with "svd" where an update is made of modes.
             density: the share of the entries that pruning keeps.
             majority_sign_method: of the two with "ties", as in `LoraModel.add_weighted_adapter`.
 

@@ -9,9 +9,28 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-__all__ = ["component_on_meta", "model_on_meta"]
+from ndlora_plugins.errors import NdLoraValueError
+
+__all__ = ["component_on_meta", "config_of_model", "model_on_meta"]
+
+
+def config_of_model(directory: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model that is on this machine.
+
+    Raises:
+        NdLoraValueError: it has none of transformers.
+        PermissionError: it may not be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except PermissionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise NdLoraValueError(
+            f"{directory} has no config.json of transformers: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def model_on_meta(

@@ -6,6 +6,7 @@ The core is imported when it is first used: registration, which runs at `import 
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,7 @@ __all__ = [
     "Target",
     "fill_in_targets",
     "find_targets",
+    "layer_generator",
     "largest",
     "matched_targets",
     "plan_form",
@@ -171,6 +173,16 @@ def plan_targets(
     forms = [(target, target_form(config, target)) for target in targets]
     widest = largest(form for _, form in forms)
     return [plan_target(config, target, form, resolved, widest, **quantization) for target, form in forms]
+
+
+def layer_generator(seed: int | None, path: str) -> torch.Generator | None:
+    """What a layer's start draws from; None, the global generator, without a seed.
+
+    Args:
+        path: the layer's name in the adapter's file.
+    """
+    # of its own for each layer, so that their order does not matter; 32 bits are all that torch uses
+    return None if seed is None else torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
 
 
 def largest(forms: Iterable[WeightForm]) -> tuple[int, int]:

@@ -24,8 +24,8 @@ from ndlora_plugins.integrations.peft.files.format import (
     KEY_PREFIX,
     TOKEN_ROWS,
     layer_forms,
-    shared_key,
     split_key,
+    tensor_key,
 )
 from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint, read_object
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, check_adapter_file
@@ -148,11 +148,11 @@ class AdapterReader:
                 f"The tensors of layer {name!r} in {self.path} ({', '.join(self.shapes[path])}) do not "
                 f"say how wide the layer is. Name the base model."
             )
-        plan = plan_form(self.config.options_for(name, self._resolved), name, form, self._largest)
+        plan = plan_form(self.config.options_for(name, self._resolved), name, form, self.largest)
         shared = dict(plan.shared)
-        expected = {_key(FACTORS, factor.name, shared): factor.shape for factor in plan.trained}
+        expected = {tensor_key(FACTORS, factor.name, shared): factor.shape for factor in plan.trained}
         if not plan.recomputed:
-            expected |= {_key(FROZEN, factor.name, shared): factor.shape for factor in plan.frozen}
+            expected |= {tensor_key(FROZEN, factor.name, shared): factor.shape for factor in plan.frozen}
         found = self.shapes[path] | {key: self.shared[key] for key in expected if key in self.shared}
         for tensor in sorted({*expected, *found}, key=[*expected, *found].index):
             if expected.get(tensor) != found.get(tensor):
@@ -165,7 +165,8 @@ class AdapterReader:
         return plan
 
     @cached_property
-    def _largest(self) -> tuple[int, int]:
+    def largest(self) -> tuple[int, int]:
+        """(in features, out features), the most that any of its layers has."""
         return largest(form for _, form in self.forms.values() if form is not None)
 
     @cached_property
@@ -178,12 +179,21 @@ class AdapterReader:
         tensors, shared = self.tensors(path), dict(plan.shared)
 
         def take(group: str, factors: Sequence[Factor]) -> dict[str, Tensor]:
-            keys = {factor.name: _key(group, factor.name, shared) for factor in factors}
+            keys = {factor.name: tensor_key(group, factor.name, shared) for factor in factors}
             return {name: tensors[key] if key in tensors else self.tensor(key) for name, key in keys.items()}
 
         trained = take(FACTORS, plan.trained)
         if not plan.recomputed:
             return ReadLayer(name, plan, trained, take(FROZEN, plan.frozen))
+        frozen = plan.initialize(self.seen(plan, name, base))[1]
+        return ReadLayer(name, plan, trained, cast_factors(frozen, next(iter(trained.values())).dtype))
+
+    def seen(self, plan: LayerAdapter, name: str, base: BaseFiles | None = None) -> Seen:
+        """What the start of a layer reads to make its frozen factors again.
+
+        Raises:
+            NdLoraValueError: it reads the base weight, and there is no base.
+        """
         weight = None
         if base is not None:
             weight = base.weight(name)
@@ -193,9 +203,7 @@ class AdapterReader:
                 f"method={plan.method.name!r} with anchor={plan.anchor!r} recomputes its start from the "
                 f"base weights: name the base model (--base)."
             )
-        dtype = next(iter(trained.values())).dtype
-        frozen = plan.initialize(Seen(weight, seed=self.config.random_seed or 0, layer=name))[1]
-        return ReadLayer(name, plan, trained, cast_factors(frozen, dtype))
+        return Seen(weight, seed=self.config.random_seed or 0, layer=name)
 
     def _trained_storage(self) -> torch.dtype | None:
         """The dtype that the base weights had in training; None where they were quantised, or nobody "
@@ -291,11 +299,6 @@ def _read_config(directory: Path) -> NdLoraConfig:
     if config.base_fingerprint is not None:
         check_fingerprint(config.base_fingerprint)
     return config
-
-
-def _key(group: str, factor: str, shared: dict[str, str]) -> str:
-    """Of a factor among its layer's tensors, or of the tensor that its layer shares."""
-    return shared_key(group, shared[factor]) if factor in shared else f"{group}.{factor}"
 
 
 def listed(names: list[str], most: int = 4) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.files.directories import local_directory
 from ndlora_plugins.integrations.peft.files.json_files import read_object, read_shards
 from ndlora_plugins.integrations.peft.files.tensors import open_tensors
-from ndlora_plugins.integrations.peft.skeleton import component_on_meta, model_on_meta
+from ndlora_plugins.integrations.peft.skeleton import component_on_meta, config_of_model, model_on_meta
 from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
 
 __all__ = ["INDEX_FILE", "BaseFiles", "NotInFilesError"]
@@ -141,6 +140,12 @@ class BaseFiles:
         self.check_plain(name, weight.shape, weight.dtype)
         return self.form(name).matrix(weight)
 
+    def storage(self, name: str) -> str:
+        """The dtype in which the weight of a layer, or a bare parameter, is stored: "float32"."""
+        key = self.stored_name(self.parameter(name))
+        with open_tensors(self.directory / self.shards[key]) as file:
+            return str(file.get_slice(key)[:0].dtype).removeprefix("torch.")
+
     def broken_index(self, *keys: str) -> NdLoraValueError:
         """The error for tensors that are not in the file that the index names."""
         return NdLoraValueError(
@@ -177,14 +182,7 @@ def _skeleton(directory: Path, trust_remote_code: bool) -> nn.Module:
     component = _component(directory)
     if component is not None:
         return component
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except PermissionError:
-        raise
-    except (OSError, ValueError) as error:
-        raise NdLoraValueError(
-            f"{directory} has no config.json of transformers: {str(error).splitlines()[0]}"
-        ) from error
+    config = config_of_model(str(directory), trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise NotInFilesError(
             f"The base model in {directory} is stored quantised. Name the model in 16 or 32 bit that it "

@@ -1,12 +1,13 @@
-"""Out of NDLORA: to a stock LoRA or LoKr adapter, or merged into the base model.
+"""Out of NDLORA: to a stock LoRA or LoKr adapter, or merged into the base model; and to NDLORA of a smaller rank.
 
 The base weights are read only where a method recomputes its start from them, and to merge.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from ndlora_plugins.integrations.peft.files.compress import RankTarget
 from ndlora_plugins.integrations.peft.files.directories import check_new, new_directory
 from ndlora_plugins.integrations.peft.files.merge import merge_files
 from ndlora_plugins.integrations.peft.files.problems import check_sound
+from ndlora_plugins.integrations.peft.files.smaller import cut_adapter
 from ndlora_plugins.integrations.peft.files.stock import ExportedLayer, to_lokr, to_lora
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
 
 __all__ = ["EXPORT_KINDS", "ExportReport", "ExportedLayer", "export_adapter"]
 
-EXPORT_KINDS = ("lora", "lokr", "merged")
+EXPORT_KINDS = ("lora", "lokr", "merged", "ndlora")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def export_adapter(
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
+    nested: bool = False,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> ExportReport:
@@ -59,10 +62,12 @@ def export_adapter(
         adapter: directory of the adapter, or its name on the hub.
         output: a directory that does not exist yet, or an empty one; it appears when it is whole.
         to: "lora": exact for slora, nlora and inttune, else the best of a chosen rank; "lokr": exact for
-            ndlinear with one term of two modes; "merged": the base model's files, shard by shard.
+            ndlinear with one term of two modes; "merged": the base model's files, shard by shard; "ndlora": the first
+            `rank` units of every layer, for adapters that were trained with nested ranks.
         base: directory or hub name of the base model; needed where the start is read from its weights and for
             "merged", if the adapter's own configuration names none that is on this machine.
         rank, energy, max_error: how LoRA's rank is chosen, layer by layer; see `RankTarget`.
+        nested: that `rank` counts the adapter's first rank units, as to="ndlora" does, not singular vectors.
         dtype: of the written adapter; the file's own by default.
 
     Raises:
@@ -73,6 +78,8 @@ def export_adapter(
         raise NdLoraValueError(f"to={to!r}: choose one of {list(EXPORT_KINDS)}.")
     given = {"rank": rank, "energy": energy, "max_error": max_error}
     target = RankTarget(**given) if any(value is not None for value in given.values()) else None
+    if nested or to == "ndlora":
+        return _export_first_units(adapter, output, to, rank, target, dtype, base, trust_remote_code)
     if to != "lora" and target is not None:
         raise NdLoraValueError(
             f"rank, energy and max_error choose LoRA's rank; to={to!r} has none: leave them out."
@@ -100,6 +107,41 @@ def export_adapter(
     for note in notes:
         warnings.warn(note, NdLoraWarning, stacklevel=2)
     return ExportReport(Path(output), to, layers, notes)
+
+
+def _export_first_units(
+    adapter: str | Path,
+    output: str | Path,
+    to: str,
+    rank: int | None,
+    target: RankTarget | None,
+    dtype: torch.dtype | None,
+    base: str | None,
+    trust_remote_code: bool,
+) -> ExportReport:
+    if to not in ("ndlora", "lora"):
+        raise NdLoraValueError(f"nested cuts to='ndlora' or 'lora': got to={to!r}.")
+    if rank is None or target.rank is None:
+        raise NdLoraValueError(
+            f"to={to!r} of nested ranks keeps the first units: give rank, the number of them."
+        )
+    if to == "ndlora" and dtype is not None:
+        raise NdLoraValueError("to='ndlora' keeps the adapter's dtype: leave dtype out.")
+    more = {"base": base, "trust_remote_code": trust_remote_code}
+    if to == "ndlora":
+        found = cut_adapter(adapter, output, rank, **more)
+        layers = tuple(
+            ExportedLayer(layer.name, f"rank {layer.rank}", layer.parameters, layer.error)
+            for layer in found.layers
+        )
+        return ExportReport(Path(output), to, layers, ())
+    check_new(output)
+    with tempfile.TemporaryDirectory() as scratch:
+        cut = cut_adapter(adapter, Path(scratch, "cut"), rank, **more)
+        found = export_adapter(Path(scratch, "cut"), output, to, dtype=dtype, **more)
+    lost = {layer.name: layer.error for layer in cut.layers}
+    layers = tuple(replace(layer, error=max(layer.error, lost[layer.name])) for layer in found.layers)
+    return replace(found, layers=layers)
 
 
 def _notes(config: PeftConfig, reader: AdapterReader) -> tuple[str, ...]:

@@ -19,7 +19,16 @@ from ndlora_plugins.integrations.peft.names import PREFIX
 from ndlora_plugins.integrations.peft.shared import SHARED
 from ndlora_plugins.integrations.peft.weights import WeightForm
 
-__all__ = ["FACTORS", "FROZEN", "KEY_PREFIX", "TOKEN_ROWS", "layer_forms", "shared_key", "split_key"]
+__all__ = [
+    "FACTORS",
+    "FROZEN",
+    "KEY_PREFIX",
+    "TOKEN_ROWS",
+    "layer_forms",
+    "shared_key",
+    "split_key",
+    "tensor_key",
+]
 
 # PEFT's, of every key in an adapter file
 KEY_PREFIX = "base_model.model."
@@ -45,6 +54,15 @@ def split_key(key: str) -> tuple[str | None, str]:
 def shared_key(group: str, key: str) -> str:
     """Under which a file holds what layers share: a group, and the key that the method gave it."""
     return f"{_SHARED[group]}{key}"
+
+
+def tensor_key(group: str, factor: str, shared: Mapping[str, str]) -> str:
+    """Of a factor among its layer's tensors, or of the tensor that its layer shares.
+
+    Args:
+        shared: factor -> key, of those that are shared.
+    """
+    return shared_key(group, shared[factor]) if factor in shared else f"{group}.{factor}"
 
 
 def layer_forms(config: NdLoraConfig, shapes: Shapes) -> dict[str, tuple[str, WeightForm | None]]:

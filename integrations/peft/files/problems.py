@@ -16,7 +16,7 @@ from ndlora_plugins.errors import NdLoraError, NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, listed
 from ndlora_plugins.integrations.peft.files.base import BaseFiles
-from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
+from ndlora_plugins.integrations.peft.files.format import FROZEN, KEY_PREFIX, TOKEN_ROWS
 from ndlora_plugins.integrations.peft.targets import plan_model
 
 __all__ = ["Problem", "check_sound", "find_problems"]
@@ -60,7 +60,7 @@ def find_problems(reader: AdapterReader, base: BaseFiles | None) -> list[Problem
     dtypes = set()
     for path in reader.shapes:
         tensors = reader.tensors(path)
-        dtypes |= {tensor.dtype for tensor in tensors.values()}
+        dtypes |= {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         found += [Problem(sentence, path) for sentence in _of_layer(reader, path, tensors, base)]
     if len(dtypes) > 1:
         found.append(
@@ -125,7 +125,6 @@ def _unmatched(
 def _of_layer(
     reader: AdapterReader, path: str, tensors: dict[str, Tensor], base: BaseFiles | None
 ) -> Iterator[str]:
-    yield from _values({f"{path}.{name}": tensor for name, tensor in tensors.items()})
     form = reader.form(path)
     if (form is None or form.kind == "linear") and path.rpartition(".")[2] in _INPUT_EMBEDDINGS:
         yield (
@@ -133,10 +132,19 @@ def _of_layer(
             f"adapter again."
         )
         return
+    chosen = {}
     try:
-        reader.plan(path, base)
+        factors = reader.plan(path, base).frozen
+        chosen = {
+            f"{FROZEN}.{factor.name}": factor.indices for factor in factors if factor.indices is not None
+        }
     except NdLoraError as error:
         yield str(error)
+    for name in chosen.keys() & tensors.keys():
+        value = tensors[name]
+        if value.dtype != torch.int64 or not ((value >= 0) & (value < chosen[name])).all():
+            yield f"'{path}.{name}' chooses features: it must be of dtype int64, from 0 to below {chosen[name]}."
+    yield from _values({f"{path}.{name}": value for name, value in tensors.items() if name not in chosen})
 
 
 def _beside(reader: AdapterReader, base: BaseFiles | None) -> Iterator[str]:
