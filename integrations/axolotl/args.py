@@ -40,6 +40,7 @@ class NdLoraBlock(BaseModel):
     modes: dict[str, Any] | None = _field("modes")
     random_seed: StrictInt | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")
+    save_frozen: bool | None = _field("save_frozen")
     parameters: int | str | None = Field(
         default=None,
         json_schema_extra={
