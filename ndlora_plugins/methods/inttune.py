@@ -14,4 +14,5 @@ inttune = replace(
     name="inttune",
     summary="NLoRA with down and up frozen: rank x rank numbers a layer",
     trains=("core",),
+    rank=64,
 )

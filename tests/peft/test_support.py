@@ -52,6 +52,7 @@ STEPS = [
 # kind of layer -> for which methods each of the steps works; elsewhere it is refused with the reason
 LINEAR = [ALL, ALL, ALL, ALL, ALL, TRAINED, ALL, TRAINED, ("ndlinear",), ALL]
 OTHER = [ALL, ALL, ALL, ALL, ALL, TRAINED, NONE, NONE, NONE, ALL]
+CONVOLUTION = [*OTHER[:7], TRAINED, *OTHER[8:]]
 SUPPORT = {
     "linear": LINEAR,
     "linear, Conv1D": [*LINEAR[:8], NONE, ALL],
@@ -62,11 +63,13 @@ SUPPORT = {
     "convolution, 1-D": [
         *OTHER[:5],
         but("tensor_train", "random_tucker", "shared_crossed"),
-        *OTHER[6:],
+        NONE,
+        but("crossed", "shared_crossed", "tensor_train", "random_tucker"),
+        *OTHER[8:],
     ],
-    "convolution, 2-D": OTHER,
+    "convolution, 2-D": CONVOLUTION,
     "convolution, depthwise": [*OTHER[:5], ALL, *OTHER[6:]],
-    "convolution, 3-D": OTHER,
+    "convolution, 3-D": CONVOLUTION,
     "experts": [ALL, ALL, ALL, ALL, NONE, NONE, NONE, NONE, NONE, NONE],
 }
 

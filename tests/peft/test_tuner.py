@@ -26,7 +26,7 @@ METHODS = {
     "nlora-pivots": {"init_lora_weights": "n_lora_pivots", "r": 4},
     "nlora-slices": {"init_lora_weights": "n_lora"},
     "nlora-no-anchor": {"init_lora_weights": "n_lora", "anchor": "none", "r": 4},
-    "inttune-no-anchor": {"method": "inttune", "init_lora_weights": "n_lora", "anchor": "none"},
+    "inttune-no-anchor": {"method": "inttune", "init_lora_weights": "n_lora", "anchor": "none", "r": 8},
 }
 ANCHORED = [name for name in METHODS if not name.endswith("no-anchor")]
 # pairs for two adapters on one layer
