@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ndlora_plugins.errors import NdLoraWarning
+from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 
 __all__ = ["export"]
 
@@ -26,6 +26,7 @@ class Kind(str, Enum):
 
     lora = "lora"
     lokr = "lokr"
+    gguf = "gguf"
     merged = "merged"
     ndlora = "ndlora"
 
@@ -41,7 +42,8 @@ class Dtype(str, Enum):
 def export(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
     to: Annotated[
-        Kind, typer.Option(help="lora, lokr, merged into the base model, or ndlora of a smaller rank.")
+        Kind,
+        typer.Option(help="lora, lokr, gguf (for llama.cpp), merged (with the base), or a smaller ndlora."),
     ],
     output: Annotated[Path, typer.Option(help="A directory that does not exist yet, or is empty.")],
     base: Annotated[
@@ -62,6 +64,12 @@ def export(
     ] = False,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the exported adapter; the adapter's by default.")
+    ] = None,
+    self_test: Annotated[
+        bool, typer.Option(help="Beside it what `ndlora verify` asks a server for: loads the base model.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Of the self-test: a text file, one prompt a line.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
 ) -> None:
@@ -85,6 +93,7 @@ def export(
             max_error=max_error,
             nested=nested,
             dtype=None if dtype is None else getattr(torch, dtype.value),
+            self_test=_read_prompts(prompts) if prompts else self_test,
             trust_remote_code=trust_remote_code,
         )
     console = Console(width=None if Console().is_terminal else 160)
@@ -103,6 +112,13 @@ def export(
         f"{output}",
         soft_wrap=True,
     )
+
+
+def _read_prompts(path: Path) -> list[str]:
+    found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise NdLoraValueError(f"{path} holds no prompt: write one a line.")
+    return found
 
 
 @contextmanager

@@ -170,7 +170,9 @@ def test_demo_fails_when_a_saved_adapter_answers_otherwise(tiny_model, tmp_path,
 
 
 def test_demo_refuses_an_unknown_method(tmp_path):
-    with pytest.raises(NdLoraValueError, match="unknown method dora: the demo knows lora, crossed, ndlinear, slora"):
+    with pytest.raises(
+        NdLoraValueError, match="unknown method dora: the demo knows lora, crossed, ndlinear, slora"
+    ):
         run_tiny("unused", tmp_path / "out", methods=["lora", "dora"])
     assert not (tmp_path / "out").exists()
 

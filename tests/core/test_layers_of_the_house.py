@@ -25,7 +25,8 @@ ALL_MAY = {"torch", "pluggy", "ndlora_plugins", "ndlora_autoload"}
 SOME_MAY = {"structures/einsum.py": {"opt_einsum"}, "kernels/triton_modes.py": {"triton"}}
 # folder -> which other integrations it may import
 HOSTS = {
-    "peft": set(),
+    "peft": {"serving"},
+    "serving": set(),
     "trl": {"peft"},
     "axolotl": {"peft", "trl"},
     "diffusers": {"peft"},

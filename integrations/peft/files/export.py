@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,15 +18,17 @@ from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
 from ndlora_plugins.integrations.peft.files.compress import RankTarget
 from ndlora_plugins.integrations.peft.files.directories import check_new, new_directory
+from ndlora_plugins.integrations.peft.files.gguf import GGUF_FILE, write_gguf
 from ndlora_plugins.integrations.peft.files.merge import merge_files
 from ndlora_plugins.integrations.peft.files.problems import check_sound
 from ndlora_plugins.integrations.peft.files.smaller import cut_adapter
 from ndlora_plugins.integrations.peft.files.stock import ExportedLayer, to_lokr, to_lora
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
+from ndlora_plugins.integrations.serving.self_test import PROMPTS, make_self_test, write_self_test
 
 __all__ = ["EXPORT_KINDS", "ExportReport", "ExportedLayer", "export_adapter"]
 
-EXPORT_KINDS = ("lora", "lokr", "merged", "ndlora")
+EXPORT_KINDS = ("lora", "lokr", "gguf", "merged", "ndlora")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def export_adapter(
     max_error: float | None = None,
     nested: bool = False,
     dtype: torch.dtype | None = None,
+    self_test: bool | Sequence[str] = False,
     trust_remote_code: bool = False,
 ) -> ExportReport:
     """Write an NDLORA adapter as a stock PEFT adapter, or merged into its base model.
@@ -61,14 +65,15 @@ def export_adapter(
     Args:
         adapter: directory of the adapter, or its name on the hub.
         output: a directory that does not exist yet, or an empty one; it appears when it is whole.
-        to: "lora": exact for slora, nlora and inttune, else the best of a chosen rank; "lokr": exact for
-            ndlinear with one term of two modes; "merged": the base model's files, shard by shard; "ndlora": the first
-            `rank` units of every layer, for adapters that were trained with nested ranks.
+        to: "lora": exact for most methods, else the best of a chosen rank; "lokr": exact for ndlinear with one term of
+            two modes; "gguf": that LoRA for llama.cpp; "merged": the base model's files, shard by shard; "ndlora": the
+            first `rank` units of every layer, for adapters that were trained with nested ranks.
         base: directory or hub name of the base model; needed where the start is read from its weights and for
-            "merged", if the adapter's own configuration names none that is on this machine.
+            "gguf" and "merged", if the adapter's own configuration names none that is on this machine.
         rank, energy, max_error: how LoRA's rank is chosen, layer by layer; see `RankTarget`.
         nested: that `rank` counts the adapter's first rank units, as to="ndlora" does, not singular vectors.
         dtype: of the written adapter; the file's own by default.
+        self_test: whether `ndlora verify`'s self-test is written beside it, or its prompts; loads the base model.
 
     Raises:
         NdLoraValueError: it cannot be done.
@@ -80,7 +85,7 @@ def export_adapter(
     target = RankTarget(**given) if any(value is not None for value in given.values()) else None
     if nested or to == "ndlora":
         return _export_first_units(adapter, output, to, rank, target, dtype, base, trust_remote_code)
-    if to != "lora" and target is not None:
+    if to not in ("lora", "gguf") and target is not None:
         raise NdLoraValueError(
             f"rank, energy and max_error choose LoRA's rank; to={to!r} has none: leave them out."
         )
@@ -89,10 +94,21 @@ def export_adapter(
     check_new(output)
     reader = AdapterReader(adapter)
     files = None
-    if to == "merged" or reader.reads_base or base is not None:
+    if self_test and base is None and not reader.config.base_model_name_or_path:
+        raise NdLoraValueError(
+            f"{reader.directory} does not say which model it was trained on: name it (--base)."
+        )
+    if to in ("merged", "gguf") or reader.reads_base or base is not None:
         files = reader.open_base(base, trust_remote_code)
     check_sound(reader, files)
+    probes = ()
+    if self_test:
+        name = base or reader.config.base_model_name_or_path
+        prompts = PROMPTS if self_test is True else self_test
+        probes = make_self_test(reader.directory, name, prompts, trust_remote_code=trust_remote_code)
     with new_directory(output) as directory:
+        if probes:
+            write_self_test(probes, directory)
         if to == "merged":
             merged = merge_files(reader, files, directory)
             layers = tuple(
@@ -100,10 +116,14 @@ def export_adapter(
             )
             notes: tuple[str, ...] = ()
         else:
-            stock = to_lora(reader, files, target, dtype) if to == "lora" else to_lokr(reader, files, dtype)
-            layers, notes = stock.layers, _notes(stock.config, reader)
-            stock.config.save_pretrained(str(directory))
-            save_tensors(stock.tensors, directory / ADAPTER_FILE)
+            stock = to_lokr(reader, files, dtype) if to == "lokr" else to_lora(reader, files, target, dtype)
+            layers, notes = stock.layers, ()
+            if to == "gguf":
+                write_gguf(stock, files, directory / GGUF_FILE)
+            else:
+                notes = _notes(stock.config, reader)
+                stock.config.save_pretrained(str(directory))
+                save_tensors(stock.tensors, directory / ADAPTER_FILE)
     for note in notes:
         warnings.warn(note, NdLoraWarning, stacklevel=2)
     return ExportReport(Path(output), to, layers, notes)

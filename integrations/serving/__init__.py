@@ -1,0 +1,1 @@
+"""Servers: what tells whether one really serves an adapter."""
