@@ -21,7 +21,6 @@ NEEDED = {
     "lora_xs": {"r": 6},
     "lora_sb": {"r": 6, "init_lora_weights": "svd_step"},
     "svfit": {"r": 6},
-    "inttune": {"r": 8},
     "loldu": {"r": 6},
 }
 

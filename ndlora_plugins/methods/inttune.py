@@ -14,5 +14,4 @@ inttune = replace(
     name="inttune",
     summary="NLoRA with down and up frozen: rank x rank numbers a layer",
     trains=("core",),
-    rank=64,
 )

@@ -105,11 +105,13 @@ def test_lm_eval(tiny, make_llama, shake, tmp_path):
     rows = [{"question": "Two and two is", "answer": 0}, {"question": "Three and two is", "answer": 1}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "sums.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")))
+    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path))
     found = {
         name: lm_eval.simple_evaluate(
             model="hf",
             model_args=f"pretrained={tiny},dtype=float32{more}",
-            tasks=[str(tmp_path / "sums.yaml")],
+            tasks=["sums"],
+            task_manager=manager,
             device="cpu",
             log_samples=True,
         )["samples"]["sums"][0]["resps"]

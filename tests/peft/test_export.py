@@ -133,7 +133,7 @@ BROKEN_BESIDE = {
 }
 # options, what the error must say
 WRONG = [
-    ({"to": "gguf"}, "to='gguf': choose one of"),
+    ({"to": "onnx"}, "to='onnx': choose one of"),
     ({"to": "lokr", "rank": 4}, "choose LoRA's rank"),
     ({"to": "merged", "dtype": torch.float16}, "leave dtype out"),
     ({"rank": 4, "energy": 0.5}, "give one of the three"),
