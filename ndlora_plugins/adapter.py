@@ -15,9 +15,11 @@ from torch import Generator, Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import Product, add_product, cast_factors, compute_dtype, linear_with_product
-from ndlora_plugins.methods.base import Method, Moment
+from ndlora_plugins.methods.base import Method
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.registry import method_and_start
+from ndlora_plugins.schedules.base import Ranks
+from ndlora_plugins.schedules.mask import seen_factors
 from ndlora_plugins.starts.base import Seen, Start
 from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
@@ -167,12 +169,12 @@ class LayerAdapter:
         ]
         return made[0], made[1]
 
-    # Those below leave the scaling to the host, which may have changed it since (PEFT's `set_scale`). `moment` is
-    # given in training alone, for methods that show a part of their factors.
+    # Those below leave the scaling to the host, which may have changed it since (PEFT's `set_scale`). `ranks` is
+    # given in training alone, by schedules that show a part of them.
 
-    def apply(self, trained: Factors, frozen: Factors, x: Tensor, moment: Moment | None = None) -> Tensor:
+    def apply(self, trained: Factors, frozen: Factors, x: Tensor, ranks: Ranks | None = None) -> Tensor:
         """dW x for x (..., in_features) -> (..., out_features), without scaling."""
-        update, factors = self.factors(trained, frozen, moment)
+        update, factors = self.factors(trained, frozen, ranks)
         return update.apply(factors, x)
 
     def add_update(
@@ -183,12 +185,12 @@ class LayerAdapter:
         x: Tensor,
         scaling: float,
         in_place: bool = False,
-        moment: Moment | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """output + scaling * dW x; see `fused.add_product`."""
-        found = self._product(trained, frozen, moment)
+        found = self._product(trained, frozen, ranks)
         if found is None:
-            update, factors = self.factors(trained, frozen, moment)
+            update, factors = self.factors(trained, frozen, ranks)
             floating = [value for value in factors.values() if value.is_floating_point()]
             dtype = compute_dtype(x, floating, torch.is_autocast_enabled(x.device.type))
             y = update.apply(cast_factors(factors, dtype), x.to(dtype))
@@ -203,19 +205,19 @@ class LayerAdapter:
         frozen: Factors,
         x: Tensor,
         scaling: float,
-        moment: Moment | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """F.linear(x, weight, bias) + scaling * dW x; see `fused.linear_with_product`."""
-        found = self._product(trained, frozen, moment)
+        found = self._product(trained, frozen, ranks)
         if found is None:
-            return self.add_update(F.linear(x, weight, bias), trained, frozen, x, scaling, moment=moment)
+            return self.add_update(F.linear(x, weight, bias), trained, frozen, x, scaling, ranks=ranks)
         return linear_with_product(*found, weight, bias, x, scaling)
 
     def lookup(
-        self, trained: Factors, frozen: Factors, indices: Tensor, moment: Moment | None = None
+        self, trained: Factors, frozen: Factors, indices: Tensor, ranks: Ranks | None = None
     ) -> Tensor:
         """Columns of dW for integer indices (...) -> (..., out_features), without scaling."""
-        update, factors = self.factors(trained, frozen, moment)
+        update, factors = self.factors(trained, frozen, ranks)
         return update.lookup(factors, indices)
 
     def convolve(
@@ -224,15 +226,15 @@ class LayerAdapter:
         frozen: Factors,
         x: Tensor,
         convolution: Callable[[Tensor, Tensor], Tensor],
-        moment: Moment | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """The convolution of x (batch, in_channels, *size) with dW, without scaling; see `Structure.convolve`."""
-        update, factors = self.factors(trained, frozen, moment)
+        update, factors = self.factors(trained, frozen, ranks)
         return update.convolve(factors, x, convolution)
 
-    def delta(self, trained: Factors, frozen: Factors, moment: Moment | None = None) -> Tensor:
+    def delta(self, trained: Factors, frozen: Factors, ranks: Ranks | None = None) -> Tensor:
         """dW as a matrix (out_features, in_features), without scaling."""
-        update, factors = self.factors(trained, frozen, moment)
+        update, factors = self.factors(trained, frozen, ranks)
         return update.delta(factors)
 
     def low_rank(self, trained: Factors, frozen: Factors) -> tuple[Tensor, Tensor] | None:
@@ -252,30 +254,31 @@ class LayerAdapter:
             return float(update.norm(cast_factors(factors, wide)))
 
     def factors(
-        self, trained: Factors, frozen: Factors, moment: Moment | None = None
+        self, trained: Factors, frozen: Factors, ranks: Ranks | None = None
     ) -> tuple[Structure, Factors]:
         """The structure of what is added to the layer, and its factors."""
-        structure, trained, frozen = self._visible(trained, frozen, moment)
+        structure, trained, frozen = self._visible(trained, frozen, ranks)
         if self.anchor == "snapshot":
             return structure.changed(frozenset(trained)), structure.change(frozen, trained)
         return structure, {**frozen, **trained}
 
     def _product(
-        self, trained: Factors, frozen: Factors, moment: Moment | None
+        self, trained: Factors, frozen: Factors, ranks: Ranks | None
     ) -> tuple[Product, tuple[Tensor, ...]] | None:
-        structure, trained, frozen = self._visible(trained, frozen, moment)
+        structure, trained, frozen = self._visible(trained, frozen, ranks)
         if self.anchor == "snapshot":
             return structure.change_product(frozen, trained)
         return structure.product({**frozen, **trained})
 
     def _visible(
-        self, trained: Factors, frozen: Factors, moment: Moment | None
+        self, trained: Factors, frozen: Factors, ranks: Ranks | None
     ) -> tuple[Structure, Factors, Factors]:
-        """What of the factors this moment's forward uses, of the start as of the change."""
-        if moment is None or self.method.visible is None:
+        """What of the factors this forward uses, of the start as of the change."""
+        if ranks is None:
             return self.structure, trained, frozen
-        structure, trained = self.method.visible(self.structure, trained, moment)
-        return structure, trained, self.method.visible(self.structure, frozen, moment)[1]
+        return self.structure.cut(ranks.seen), *(
+            seen_factors(self.structure, factors, ranks, self.trained) for factors in (trained, frozen)
+        )
 
 
 def _planned(method: str, start: str, layout: Layout, *rest: Any) -> LayerAdapter:

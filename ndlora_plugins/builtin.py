@@ -1,4 +1,4 @@
-"""The built-in methods and starts, brought in as a third party would. The first method is the default one."""
+"""What is built in, brought in as a third party would. The first method is the default one."""
 
 from ndlora_plugins.hookspecs import hookimpl
 from ndlora_plugins.kernels.switch import switch_on
@@ -12,6 +12,9 @@ from ndlora_plugins.methods.nlora import nlora
 from ndlora_plugins.methods.one_side import columns, ffa_lora, mica, rows, sora, tiled
 from ndlora_plugins.methods.shared import metatt, nola, shared_core, shared_crossed, shared_diagonal
 from ndlora_plugins.methods.slora import slora
+from ndlora_plugins.schedules.penalties import group_lasso, keep_close, sparse_ranks
+from ndlora_plugins.schedules.ranks import nested_rank, ordered_dropout
+from ndlora_plugins.schedules.refactor import anneal_rank, reorthogonalise
 from ndlora_plugins.starts import any, chain, contractions, modes, sides
 
 switch_on()
@@ -30,3 +33,11 @@ def ndlora_methods():
 @hookimpl
 def ndlora_starts():
     return [*modes.starts, *chain.starts, *sides.starts, *contractions.starts, *any.starts]
+
+
+@hookimpl
+def ndlora_schedules():
+    return [
+        *(nested_rank, ordered_dropout, anneal_rank),
+        *(sparse_ranks, group_lasso, keep_close, reorthogonalise),
+    ]

@@ -1,4 +1,4 @@
-"""The two hooks by which methods and starts come in, ours as anybody's (entry-point group "ndlora")."""
+"""The hooks by which methods, starts and schedules come in, ours as anybody's (entry-point group "ndlora")."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pluggy
 
 from ndlora_plugins.methods.base import Method
+from ndlora_plugins.schedules.base import Schedule
 from ndlora_plugins.starts.base import Start
 
 __all__ = ["hookimpl", "hookspec"]
@@ -23,3 +24,8 @@ def ndlora_methods() -> Iterable[Method]:
 @hookspec
 def ndlora_starts() -> Iterable[Start]:
     """Starts that `NdLoraConfig(init_lora_weights=...)` shall know."""
+
+
+@hookspec
+def ndlora_schedules() -> Iterable[Schedule]:
+    """Schedules that `NdLoraConfig(schedules=...)` and `NdLoraCallback(schedules=...)` shall know."""

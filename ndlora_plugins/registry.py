@@ -1,4 +1,4 @@
-"""All methods and starts, by name, and which plugin brought each."""
+"""All methods, starts and schedules, by name, and which plugin brought each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pluggy
 from ndlora_plugins import builtin, hookspecs
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.base import Method, NoOptions, make_options
+from ndlora_plugins.schedules.base import Schedule
 from ndlora_plugins.starts.base import Start
 from ndlora_plugins.structures import Chain, Layout
 
@@ -24,19 +25,20 @@ __all__ = [
     "option_names",
     "product_method",
     "register_plugin",
+    "schedules",
     "starts",
     "unregister_plugin",
 ]
 
 ENTRY_POINT_GROUP = "ndlora"
 
-_BROUGHT = {"ndlora_methods": Method, "ndlora_starts": Start}
+_BROUGHT = {"ndlora_methods": Method, "ndlora_starts": Start, "ndlora_schedules": Schedule}
 
 
 class Registered(NamedTuple):
-    """A method or an start, with the plugin (distribution and version if it has one) that brought it."""
+    """One of these, with the plugin (distribution and version if it has one) that brought it."""
 
-    value: Method | Start
+    value: Method | Start | Schedule
     plugin: str
 
 
@@ -53,15 +55,16 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     """Bring in a plugin by hand: a module or object with `hookimpl` functions. Entry points need no call.
 
     Raises:
-        NdLoraValueError: its name, or that of something it brings, is taken, or it brings something else than methods
-            and starts. Nothing is registered then.
+        NdLoraValueError: its name, or that of something it brings, is taken, or it brings something else than methods,
+            starts and schedules. Nothing is registered then.
     """
     if name is not None and _manager().has_plugin(name):
         raise NdLoraValueError(f"A plugin {name!r} is already registered: give this one another name.")
     _manager().register(plugin, name=name)
     _collect.cache_clear()
     try:
-        _collect("ndlora_methods"), _collect("ndlora_starts")
+        for hook in _BROUGHT:
+            _collect(hook)
     except BaseException:
         unregister_plugin(plugin)
         raise
@@ -104,6 +107,11 @@ def methods() -> dict[str, Registered]:
 def starts() -> dict[str, Registered]:
     """Every known start by name, built-ins first."""
     return _collect("ndlora_starts")
+
+
+def schedules() -> dict[str, Registered]:
+    """Every known schedule by name, built-ins first."""
+    return _collect("ndlora_schedules")
 
 
 def method_and_start(

@@ -1,5 +1,5 @@
 """The methods: records, one file each. `base` says what a method is."""
 
-from ndlora_plugins.methods.base import Method, Moment, NoOptions
+from ndlora_plugins.methods.base import Method, NoOptions
 
-__all__ = ["Method", "Moment", "NoOptions"]
+__all__ = ["Method", "NoOptions"]

@@ -61,4 +61,5 @@ sora = Method(
     structure=partial(Chain, core="diagonal"),
     factors=("down", "core", "up"),
     start="open_gates",
+    schedules=("sparse_ranks",),
 )

@@ -1,0 +1,199 @@
+"""Penalties and proximal steps that bring gates, or whole groups of factors, to zero; and one that stays near the base.
+
+Sources: SoRA, arXiv 2311.11696 (TsinghuaC3I/SoRA, src/sparse_optimizer.py); GS-LoRA, arXiv 2403.11530
+(bjzhb666/GS-LoRA, engine_cl.py); S2-LoRA, arXiv 2309.11756; BA-LoRA, arXiv 2408.04556 (cyp-jlu-ai/BA-LoRA).
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.schedules.base import Schedule, check_choice, check_number
+
+__all__ = ["group_lasso", "keep_close", "sparse_ranks"]
+
+
+@dataclass(frozen=True)
+class SparseRanks:
+    """
+    Attributes:
+        threshold: what each gate comes nearer to zero after a step, whatever the learning rate is.
+        penalty: strength of the mean of the gates' absolute values, as a part of the loss.
+        begin: the first step.
+    """
+
+    threshold: float = 1e-3
+    penalty: float = 1e-3
+    begin: int = 0
+
+    def __post_init__(self):
+        check_number("threshold", self.threshold)
+        check_number("penalty", self.penalty)
+        check_number("begin", self.begin, whole=True)
+
+
+def gates(structure, factors):
+    """Those of these factors that are one number for each rank."""
+    sizes = {factor.name: factor for factor in structure.factors if factor.indices is None}
+    return [n for n in factors if structure.rank_axes.get(n) == (0,) and len(sizes[n].shape) == 1]
+
+
+def gate_penalty(options, training):
+    values = [
+        layer.trained[name] for layer in training.layers for name in gates(layer.structure, layer.trained)
+    ]
+    if not options.penalty or training.moment.step < options.begin:
+        return None
+    return options.penalty * sum(value.abs().sum() for value in values) / sum(map(torch.numel, values))
+
+
+def soft_threshold(options, training):
+    for layer in training.layers if training.moment.step >= options.begin else ():
+        for name in gates(layer.structure, layer.trained):
+            value = layer.trained[name]
+            value.copy_(value.sign() * (value.abs() - options.threshold).clamp(min=0))
+
+
+def without_gates(options, plan):
+    found = gates(plan.structure, [factor.name for factor in plan.trained])
+    if not found or set(found) & set(dict(plan.shared)):
+        return "it trains no gate of its own for each rank; group_lasso with groups='rank' needs none"
+    return (
+        "the snapshot anchor trains changes, and no gates: set anchor='none'"
+        if plan.anchor != "none"
+        else None
+    )
+
+
+sparse_ranks = Schedule(
+    name="sparse_ranks",
+    summary="brings the gates of ranks to zero, by a penalty and a soft threshold after each step",
+    source="SoRA, arXiv 2311.11696; S2-LoRA, arXiv 2309.11756, with threshold=0",
+    Options=SparseRanks,
+    penalty=gate_penalty,
+    after_step=soft_threshold,
+    misfit=without_gates,
+)
+
+
+@dataclass(frozen=True)
+class GroupLasso:
+    """
+    Attributes:
+        strength: of the sum of the groups' norms, as a part of the loss.
+        groups: "block" (all factors of one block of the model), "layer", "matrix" (each factor) or "rank" (of a layer).
+        proximal: shrink the groups after each step by strength times the learning rate, which makes exact zeros,
+            in place of the penalty.
+        begin: the first step.
+    """
+
+    strength: float = 1e-4
+    groups: str = "block"
+    proximal: bool = False
+    begin: int = 0
+
+    def __post_init__(self):
+        check_number("strength", self.strength)
+        check_choice("groups", self.groups, ("block", "layer", "matrix", "rank"))
+        check_choice("proximal", self.proximal, (True, False))
+        check_number("begin", self.begin, whole=True)
+
+
+def grouped(options, layers):
+    """Group -> (factor, the factor's squares that belong to it, a function that scales these)."""
+    found = {}
+    for layer in layers:
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name)
+        block = layer.name[: number.end(1)] if number else layer.name
+        for name, value in layer.trained.items():
+            key = {"block": block, "layer": layer.name, "matrix": (layer.name, name), "rank": layer.name}
+            axes = layer.structure.rank_axes.get(name, ()) if options.groups == "rank" else (None,)
+            for axis in axes:
+                found.setdefault(key[options.groups], {})[id(value), axis] = (value, axis)
+    return [list(members.values()) for members in found.values()]
+
+
+def norms(members):
+    """The norm of a group, or of each rank."""
+    squares = 0.0
+    for value, axis in members:
+        square = value.square()
+        squares = squares + (square.sum() if axis is None else square.movedim(axis, 0).flatten(1).sum(1))
+    return squares
+
+
+def lasso(options, training):
+    if options.proximal or training.moment.step < options.begin:
+        return None
+    # the root has no gradient at zero
+    return options.strength * sum(
+        (norms(group) + 1e-12).sqrt().sum() for group in grouped(options, training.layers)
+    )
+
+
+def shrink(options, training):
+    if not options.proximal or training.moment.step < options.begin:
+        return
+    rates = {layer.rate for layer in training.layers} - {None}
+    if not rates:
+        raise NdLoraValueError(
+            "group_lasso with proximal=True needs the learning rate: after_step(optimizer)."
+        )
+    for group in grouped(options, training.layers):
+        kept = (1 - max(rates) * options.strength / norms(group).sqrt().clamp(min=1e-30)).clamp(min=0)
+        for value, axis in group:
+            value.mul_(kept if axis is None else kept.view(-1, *[1] * (value.dim() - 1 - axis)))
+
+
+def shared_groups(options, plan):
+    if options.groups == "rank" and not any(plan.structure.rank_axes.get(f.name) for f in plan.trained):
+        return "what it trains has no rank axis: use other groups"
+    if options.proximal and plan.shared:
+        return (
+            "it shares factors between layers, which would shrink once for each of them: set proximal=False"
+        )
+    return None
+
+
+group_lasso = Schedule(
+    name="group_lasso",
+    summary="a penalty, or a proximal step, on the norms of blocks, layers, factors or ranks",
+    source="GS-LoRA, arXiv 2403.11530",
+    Options=GroupLasso,
+    penalty=lasso,
+    after_step=shrink,
+    misfit=shared_groups,
+)
+
+
+@dataclass(frozen=True)
+class KeepClose:
+    """
+    Attributes:
+        strength: of the mean of KL(base || model) over the positions that the loss counts.
+    """
+
+    strength: float = 0.05  # the paper's 1e-4 is of a sum over the positions, 512 of them
+
+    def __post_init__(self):
+        check_number("strength", self.strength)
+
+
+def divergence(options, training):
+    logits, base, counted, divisor = training.outputs
+    model, base = F.log_softmax(logits.float(), -1), F.log_softmax(base.float(), -1)
+    each = F.kl_div(model, base, reduction="none", log_target=True).sum(-1)
+    return options.strength * (each * counted).sum() / divisor
+
+
+keep_close = Schedule(
+    name="keep_close",
+    summary="keeps the answers near those of the base model",
+    source="BA-LoRA, arXiv 2408.04556, its first term",
+    Options=KeepClose,
+    penalty=divergence,
+    reads_outputs=True,
+)
