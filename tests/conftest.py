@@ -151,16 +151,22 @@ def make_gpt2():
 
 @pytest.fixture
 def stranger():
-    """A function that brings in a method, or a file of tests/strangers by its name, until the test ends."""
+    """A function that brings in a method, a schedule, or a file of tests/strangers by its name, until the test ends."""
     from ndlora_plugins import hookimpl, register_plugin, unregister_plugin
+    from ndlora_plugins.methods import Method
+    from ndlora_plugins.schedules import Schedule
 
     class Plugin:
-        def __init__(self, method):
-            self.method = method
+        def __init__(self, record):
+            self.record = record
 
         @hookimpl
         def ndlora_methods(self):
-            return [self.method]
+            return [self.record] if isinstance(self.record, Method) else []
+
+        @hookimpl
+        def ndlora_schedules(self):
+            return [self.record] if isinstance(self.record, Schedule) else []
 
     brought = []
 

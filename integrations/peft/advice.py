@@ -1,4 +1,4 @@
-"""Warnings: entries that match nothing, modes that cost too much, penalties that nobody adds."""
+"""Warnings: entries that match nothing, modes that cost too much, schedules that nobody runs."""
 
 from __future__ import annotations
 
@@ -81,18 +81,20 @@ def warn_of_lopsided(planned: Iterable[Planned]) -> None:
 
 
 def warn_of_penalties(model: nn.Module) -> None:
-    """Warn of methods that ask for a penalty on their factors, while nobody adds it to the loss."""
-    methods = {
-        plan.method.name
+    """Warn of schedules that ask for a penalty or a change after each step, while nobody does it."""
+    asking = {
+        each.schedule.name
         for layer in model.modules()
         if isinstance(layer, NdLoraLayer)
-        for plan in layer.plan.values()
-        if plan.method.penalty is not None or plan.method.shrink is not None
+        for chosen in layer.clock.chosen.values()
+        for each in chosen
+        if each.schedule.penalty is not None or each.schedule.after_step is not None
     }
-    if methods:
+    if asking:
         warnings.warn(
-            f"method={sorted(methods)} asks for a penalty on its factors, and nothing adds it: pass NdLoraCallback to "
-            f"the trainer, or add model.base_model.penalty() to the loss.",
+            f"schedules={sorted(asking)} ask for a penalty or for a change after each step, and nothing does it: pass "
+            f"NdLoraCallback to the trainer, or add model.base_model.penalty() to the loss and call "
+            f"model.base_model.after_step(optimizer) after each step.",
             NdLoraWarning,
             stacklevel=2,
         )

@@ -21,6 +21,7 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.lora_keywords import LoraKeywords, refuse_keywords
 from ndlora_plugins.integrations.peft.names import NAME, extend_enum
 from ndlora_plugins.integrations.peft.session import Session
+from ndlora_plugins.integrations.peft.training_fields import TrainingFields
 from ndlora_plugins.integrations.peft.validation import (
     Alpha,
     Bias,
@@ -55,7 +56,7 @@ def _written(text: str) -> Any:
 
 
 @dataclass
-class NdLoraConfig(PeftConfig, LoraKeywords):
+class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
     """Configuration of an NDLORA adapter: `get_peft_model(model, NdLoraConfig())`.
 
     The fields are documented where they stand (`metadata["help"]`); docs/options.md lists them all.
@@ -235,6 +236,7 @@ class NdLoraConfig(PeftConfig, LoraKeywords):
         # saved as they are now, whatever a later default may be
         for name in {"num_modes", "crossed_modes"} & {each.name for each in fields(resolved.options)}:
             setattr(self, name, getattr(resolved.options, name))
+        self.settle_schedules(resolved.method, self.base_fingerprint is not None)
         self._check_targets()
         self.session = Session()
 

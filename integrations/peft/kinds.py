@@ -31,7 +31,7 @@ class NdLoraLinear(NdLoraLayer):
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         first = active[0]
         tensors, scaling = self._tensors_for(first, x), self.scaling[first]
-        result = self.plan[first].linear(weight, bias, *tensors, x, scaling, self.moment(first))
+        result = self.plan[first].linear(weight, bias, *tensors, x, scaling, self.ranks(first))
         for adapter in active[1:]:
             result = self._add_update(result, adapter, x)
         return result
@@ -44,14 +44,14 @@ class NdLoraLinear(NdLoraLayer):
             self.ndlora_dropout[adapter](x),
             self.scaling[adapter],
             in_place=_is_plain_linear(self.base_layer),
-            moment=self.moment(adapter),
+            ranks=self.ranks(adapter),
         )
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """scaling * dW x: (..., in_features) -> (..., out_features)."""
         trained, frozen = self._tensors_for(adapter, x)
         x = self._cast_to_factors(x, trained)
-        y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x), self.moment(adapter))
+        y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x), self.ranks(adapter))
         return self._scaled(adapter, y)
 
 
@@ -75,7 +75,7 @@ class NdLoraEmbedding(NdLoraLayer):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """scaling * the columns of dW for the indices x: (...) -> (..., embedding_dim)."""
-        y = self.plan[adapter].lookup(*self.tensors(adapter), x, self.moment(adapter))
+        y = self.plan[adapter].lookup(*self.tensors(adapter), x, self.ranks(adapter))
         scale = self._get_embed_scale()  # of models that scale their embeddings
         y = y if scale is None else y * scale.to(y.dtype)
         return self._scaled(adapter, y)
@@ -92,7 +92,7 @@ class NdLoraConvolution(NdLoraLayer):
         x = self._cast_to_factors(x, trained)
         single = x.dim() == len(self.form.trailing) + 1
         x = self.ndlora_dropout[adapter](x.unsqueeze(0) if single else x)
-        y = self.plan[adapter].convolve(trained, frozen, x, self._convolution, self.moment(adapter))
+        y = self.plan[adapter].convolve(trained, frozen, x, self._convolution, self.ranks(adapter))
         return self._scaled(adapter, y.squeeze(0) if single else y)
 
     def _convolution(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class ParamWrapper(NdLoraLayer):
         name, weight = self._parameter()
         for adapter in adapters:
             trained, frozen = (cast_factors(group, weight.dtype) for group in self.tensors(adapter))
-            delta = self.form.stored(self.plan[adapter].delta(trained, frozen, self.moment(adapter)))
+            delta = self.form.stored(self.plan[adapter].delta(trained, frozen, self.ranks(adapter)))
             weight = torch.add(weight, delta, alpha=self.scaling[adapter])
         return torch.func.functional_call(self.base_layer, {name: weight}, args, kwargs)
 

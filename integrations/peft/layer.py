@@ -18,7 +18,7 @@ from ndlora_plugins.integrations.peft.weights import base_weight
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.integrations.peft.targets import Planned
-    from ndlora_plugins.methods import Moment
+    from ndlora_plugins.schedules.base import Ranks
 
 __all__ = ["NdLoraLayer"]
 
@@ -201,10 +201,9 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         seen = Seen(self._read_weight(plan), gradient, shared, self.clock.seeds.get(adapter, 0), self.name)
         return plan.initialize(seen, generator)
 
-    def moment(self, adapter: str) -> Moment | None:
-        """The training step, for a method that shows a part of its factors in each; else None."""
-        shows_all = self.plan[adapter].method.visible is None
-        return None if shows_all or not self.training else self.clock.moment(adapter)
+    def ranks(self, adapter: str) -> Ranks | None:
+        """What a training forward sees, where a schedule hides a part; else None."""
+        return self.clock.ranks(adapter, self.name) if self.training and self.clock.chosen else None
 
     def trained_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The factors of one adapter that the method trains, by name, shared ones too."""
@@ -212,15 +211,6 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
             **self.ndlora_factors[adapter]._parameters,
             **self.bank.parameters(adapter, self.plan[adapter]),
         }
-
-    def penalty(self, adapter: str) -> Tensor | None:
-        """What the method of one adapter adds to the loss for this layer; None if nothing, or if it does not train."""
-        plan = self.plan[adapter]
-        if plan.method.penalty is None or self.disable_adapters:
-            return None
-        if not any(factor.requires_grad for factor in self.trained_parameters(adapter).values()):
-            return None
-        return plan.method.penalty(plan.structure, self.tensors(adapter)[0])
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the layer's output for the input x."""

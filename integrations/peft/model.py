@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from peft import __version__ as peft_version
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -30,6 +29,7 @@ from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 from ndlora_plugins.integrations.peft.names import PREFIX
 from ndlora_plugins.integrations.peft.rows import check_rows
+from ndlora_plugins.integrations.peft.schedules import Scheduled, check_plans, install
 from ndlora_plugins.integrations.peft.shared import SHARED, Bank, Clock
 from ndlora_plugins.integrations.peft.targets import (
     Planned,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["NdLoraModel"]
 
 
-class NdLoraModel(BaseTuner):
+class NdLoraModel(Scheduled, BaseTuner):
     """Adds NDLORA adapters to a model; made by `get_peft_model` and `PeftModel.from_pretrained`.
 
     Args:
@@ -87,6 +87,7 @@ class NdLoraModel(BaseTuner):
             value.requires_grad_(requires_grad)
         config = self.peft_config[adapter_name]
         check_recomputed(self.model, config, adapter_name)
+        install(model if self._injected else self, adapter_name, config.chosen_schedules())
         config.session.gradients = {}  # of the size of the weights, and used
         if (
             self._injected
@@ -118,6 +119,8 @@ class NdLoraModel(BaseTuner):
         check_rows(peft_config, model, {each.target.name for each in planned})
         check_gradients(planned, peft_config)
         check_bases(planned, peft_config)
+        chosen = peft_config.chosen_schedules()
+        check_plans(chosen, [(each.target.name, each.plan) for each in planned])
         warn_of_targets(peft_config, model, asked, [each.target.name for each in planned])
         warn_of_lopsided(planned)
         if any(each.plan.shared for each in planned):
@@ -128,7 +131,6 @@ class NdLoraModel(BaseTuner):
                     f"transformers' add_adapter) has not. Use get_peft_model, or a method without shared tensors."
                 )
             self.ndlora_shared, self.ndlora_shared_frozen = self.bank.factors, self.bank.frozen
-        self.clock.watched |= any(each.plan.method.asks_for_steps for each in planned)
         self._planned = {(id(each.target.base), each.target.parameter_name): each for each in planned}
 
     def _check_target_parameters(self, peft_config: NdLoraConfig) -> None:
@@ -321,18 +323,6 @@ class NdLoraModel(BaseTuner):
         }
         state_dict = {shared.get(key, key): value for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    def penalty(self) -> torch.Tensor | None:
-        """The sum of what the methods of the active adapters add to the loss; None if they add nothing."""
-        total, self.clock.penalty_settled = None, True
-        for layer in self.model.modules():
-            if not isinstance(layer, NdLoraLayer):
-                continue
-            for adapter in layer.active_adapters:
-                value = layer.penalty(adapter) if adapter in layer.ndlora_factors else None
-                if value is not None:
-                    total = value if total is None else total + value
-        return total
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
-    from ndlora_plugins.methods import Moment
+    from ndlora_plugins.integrations.peft.outputs import OutputsWatch
+    from ndlora_plugins.schedules.base import Chosen, Moment, Place, Ranks
 
 __all__ = ["SHARED", "Bank", "Clock", "FrozenFactors"]
 
@@ -130,27 +131,42 @@ class Clock:
     """The training step that a model is in, the same for all of its layers until the next forward.
 
     Args:
-        warn_of_penalties: is called with the model where nobody adds its methods' penalties to the loss.
+        warn_of_penalties: is called with the model where nobody does what its schedules ask for.
 
     Attributes:
         step: of the optimiser.
         driven: whether a trainer's callback sets the step; else every training forward is a step of its own.
-        watched: whether a method asks for the step, or for a penalty; else nothing is counted, and torch.compile does
+        watched: whether an adapter has a schedule; else nothing is counted, and torch.compile does
             not compile anew for every number.
         seeds: adapter -> its `random_seed`.
-        penalty_settled: whether the loss gets the methods' penalties, or it was told that it does not.
+        penalty_settled: whether the loss gets the schedules' penalties, or it was told that it does not.
+        chosen: adapter -> its schedules.
+        places: adapter -> layer's name -> its place.
+        outputs: what the last forward gave, where a schedule reads it.
     """
 
     def __init__(self, warn_of_penalties: Callable[[nn.Module], None]) -> None:
         self._warn_of_penalties = warn_of_penalties
         self.step, self.driven, self.watched, self.penalty_settled = 0, False, False, False
         self.seeds: dict[str, int] = {}
+        self.chosen: dict[str, tuple[Chosen, ...]] = {}
+        self.places: dict[str, dict[str, Place]] = {}
+        self.outputs: OutputsWatch | None = None
 
     def moment(self, adapter: str) -> Moment:
-        """For methods that show a part of their factors."""
-        from ndlora_plugins.methods import Moment
+        """The step, as an adapter's schedules see it."""
+        from ndlora_plugins.schedules.base import Moment
 
         return Moment(self.step, self.seeds.get(adapter, 0))
+
+    def ranks(self, adapter: str, layer: str) -> Ranks | None:
+        """Which ranks of a layer a training forward sees; None for all of them."""
+        for each in self.chosen.get(adapter, ()):
+            if each.schedule.ranks is not None:
+                place = self.places[adapter][layer]
+                found = each.ranks(self.moment(adapter), place)
+                return None if found == (place.rank, 0, 1.0) else found
+        return None
 
     def begin_forward(self, model: nn.Module, args: tuple = ()) -> None:
         """A forward of the whole model begins; made to be a forward pre-hook of it too."""

