@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = ["OutputsWatch", "watch_outputs"]
 
+Penalty = Callable[[nn.Module], Tensor | None]
 # of a forward's arguments: what makes a loss, which the base needs not
 _OF_THE_LOSS = ("labels", "num_items_in_batch", "shift_labels")
 
 
-def watch_outputs(model: nn.Module, clock: Clock) -> None:
+def watch_outputs(model: nn.Module, clock: Clock, penalty: Penalty) -> None:
     """Watch the training forwards of a model: the tuner, or a model whose layers are adapted without one."""
     if clock.outputs is None:
         model = model.base_model if isinstance(getattr(model, "base_model", None), BaseTuner) else model
-        clock.outputs = OutputsWatch(clock)
+        clock.outputs = OutputsWatch(clock, penalty)
         model.register_forward_hook(clock.outputs, with_kwargs=True)
 
 
@@ -36,10 +37,11 @@ class OutputsWatch:
 
     Args:
         clock: of the model.
+        penalty: model -> what its schedules that read outputs add to the loss, or None.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, penalty: Penalty) -> None:
+        self._clock, self._penalty = clock, penalty
         self._last: tuple[nn.Module, tuple, Mapping[str, Any], Any] | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -49,14 +51,12 @@ class OutputsWatch:
         self._last = (module, args, kwargs, output)
         if not self._clock.driven:
             return
-        from ndlora_plugins.integrations.peft.schedules import penalty
-
         if getattr(output, "loss", None) is None:
             raise NdLoraValueError(
                 "A schedule reads what the model gives, and adds to the loss that the model gives: this trainer makes "
                 "its loss elsewhere. Leave the schedule out; trainers with a reference model have such a term already."
             )
-        total = penalty(module, factors=False)
+        total = self._penalty(module)
         if total is not None:
             output.loss = output.loss + total.to(output.loss.device)
 

@@ -6,6 +6,7 @@ The core is imported when it is first used: registration, which runs at `import 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,7 +142,7 @@ def install(model: nn.Module, adapter: str, chosen: tuple[Chosen, ...]) -> None:
     clock.watched |= bool(chosen)
     clock.penalty_settled &= not chosen
     if any(each.schedule.reads_outputs for each in chosen):
-        watch_outputs(model, clock)
+        watch_outputs(model, clock, partial(penalty, factors=False))
 
 
 def _trains(layer: NdLoraLayer, adapter: str) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
-    from ndlora_plugins.integrations.peft.outputs import OutputsWatch
     from ndlora_plugins.schedules.base import Chosen, Moment, Place, Ranks
 
 __all__ = ["SHARED", "Bank", "Clock", "FrozenFactors"]
@@ -151,7 +150,7 @@ class Clock:
         self.seeds: dict[str, int] = {}
         self.chosen: dict[str, tuple[Chosen, ...]] = {}
         self.places: dict[str, dict[str, Place]] = {}
-        self.outputs: OutputsWatch | None = None
+        self.outputs: Any = None
 
     def moment(self, adapter: str) -> Moment:
         """The step, as an adapter's schedules see it."""

@@ -98,7 +98,10 @@ class NdLoraCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the trainer's state keeps: the schedules of each adapter, and arguments that JSON can hold."""
-        return {"args": {**self._arguments, "schedules": self.schedules}, "attributes": {"_noted": self._noted}}
+        return {
+            "args": {**self._arguments, "schedules": self.schedules},
+            "attributes": {"_noted": self._noted},
+        }
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         _put_first(self)

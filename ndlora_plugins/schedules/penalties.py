@@ -71,7 +71,7 @@ def without_gates(options, plan):
 sparse_ranks = Schedule(
     name="sparse_ranks",
     summary="brings the gates of ranks to zero, by a penalty and a soft threshold after each step",
-    source="SoRA, arXiv 2311.11696; S2-LoRA, arXiv 2309.11756, with threshold=0",
+    source="arXiv 2311.11696; with threshold=0 S2-LoRA, arXiv 2309.11756",
     Options=SparseRanks,
     penalty=gate_penalty,
     after_step=soft_threshold,

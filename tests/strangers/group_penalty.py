@@ -28,7 +28,8 @@ def lasso(options, training):
 schedule = Schedule(name="strange_penalty", summary="brings ranks to zero", source="arXiv 2403.11530",
                     Options=Options, penalty=lasso)  # fmt: skip
 method = Method(name="strange_lasso", summary="LoRA whose ranks are pruned by training", source="arXiv 2403.11530",
-                structure=plain, factors=("down", "up"), start="first_zero", schedules=("strange_penalty",))  # fmt: skip
+                structure=plain, factors=("down", "up"), start="first_zero",
+                schedules=("strange_penalty",))  # fmt: skip
 
 
 @hookimpl
