@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.base import NoOptions
 from ndlora_plugins.structures.base import Structure
-
-if TYPE_CHECKING:
-    from ndlora_plugins.adapter import LayerAdapter
 
 __all__ = [
     "Chosen",
@@ -139,7 +136,7 @@ class Schedule:
         after_step: (options, training) -> changes factors in place after an optimizer's step; gives the layers whose
             factors are other ones now, for which the optimizer forgets what it knew.
         reads_outputs: the penalty reads what the model and its base give.
-        misfit: (options, plan of a layer) -> why it cannot work there, or None.
+        misfit: (options, `LayerAdapter` of a layer) -> why it cannot work there, or None.
     """
 
     name: str
@@ -151,7 +148,7 @@ class Schedule:
     penalty: Callable[[Any, Training], Tensor | None] | None = None
     after_step: Callable[[Any, Training], Iterable[TrainedLayer] | None] | None = None
     reads_outputs: bool = False
-    misfit: Callable[[Any, LayerAdapter], str | None] | None = None
+    misfit: Callable[[Any, Any], str | None] | None = None
 
 
 class Chosen(NamedTuple):
@@ -169,7 +166,7 @@ class Chosen(NamedTuple):
         """What the update of the first `seen` of so many ranks is multiplied by."""
         return 1.0 if self.schedule.scale is None else self.schedule.scale(self.options, rank, seen)
 
-    def misfit(self, plan: LayerAdapter) -> str | None:
+    def misfit(self, plan: Any) -> str | None:
         """Why it cannot work on a layer, or None."""
         if self.schedule.ranks is not None and not any(plan.structure.rank_axes.values()):
             return "its update has no rank axis, of which a part could be hidden"

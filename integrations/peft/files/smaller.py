@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from ndlora_plugins.integrations.peft.files.write import NewLayer, write_adapter
 from ndlora_plugins.integrations.peft.targets import plan_form
 from ndlora_plugins.integrations.peft.units import UNRESOLVED, added_by, select_units
 from ndlora_plugins.options import AdapterOptions
+from ndlora_plugins.schedules.base import Ranks
+from ndlora_plugins.schedules.choose import chosen_schedules
 from ndlora_plugins.starts.base import Seen
 
 __all__ = ["SmallerLayer", "SmallerReport", "cut_adapter", "prune_adapter"]
@@ -75,7 +77,8 @@ def cut_adapter(
 ) -> SmallerReport:
     """Write the first `rank` units of every layer as an adapter of that rank: what nested ranks are trained for.
 
-    The scaling of each layer stays as it is, so that the answers are those of the adapter with only these units.
+    The answers are those of the adapter with only these units. The scaling of each layer stays as it is, unless the
+    adapter was trained with a schedule that has one for each number of ranks.
 
     Args:
         adapter: directory of the adapter, or its name on the hub.
@@ -95,7 +98,12 @@ def cut_adapter(
         raise NdLoraValueError(
             f"rank={rank}: the adapter has at most rank {max(ranks.values())}, there is nothing to cut."
         )
-    return _write(reader, files, output, {path: list(range(min(rank, own))) for path, own in ranks.items()})
+    kept = {path: list(range(min(rank, own))) for path, own in ranks.items()}
+    chosen = chosen_schedules(reader.config.schedules or {})
+    scales = {
+        path: math.prod(each.scale(own, len(kept[path])) for each in chosen) for path, own in ranks.items()
+    }
+    return _write(reader, files, output, kept, scales)
 
 
 def prune_adapter(
@@ -174,8 +182,15 @@ def _used_units(layer: ReadLayer, tolerance: float) -> list[int]:
     return used
 
 
-def _write(reader: AdapterReader, files: BaseFiles | None, output: str | Path, kept: Kept) -> SmallerReport:
-    config = _smaller_config(reader, files, kept)
+def _write(
+    reader: AdapterReader,
+    files: BaseFiles | None,
+    output: str | Path,
+    kept: Kept,
+    scales: Mapping[str, float] | None = None,
+) -> SmallerReport:
+    scales = scales or dict.fromkeys(kept, 1.0)
+    config = _smaller_config(reader, files, kept, scales)
     with torch.no_grad():
         layers, same_start = _select(reader, files, config, kept)
         if not same_start:  # a start of the smaller rank is another one: the old one is kept in the file
@@ -189,26 +204,34 @@ def _write(reader: AdapterReader, files: BaseFiles | None, output: str | Path, k
             rank = layer.plan.layout.rank
             lost = [unit for unit in range(rank) if unit not in units]
             numbers = written[path].plan.num_saved if units else 0
-            error = _error(layer, lost) if lost else 0.0
+            error = _error(layer, lost, scales[path]) if lost else 0.0
             report.append(SmallerLayer(layer.name, rank, len(units), numbers, error))
     with new_directory(output) as directory:
         numbers = write_adapter(directory, config, layers, reader.other_tensors())
     return SmallerReport(Path(output), tuple(report), numbers)
 
 
-def _error(layer: ReadLayer, lost: Sequence[int]) -> float:
+def _error(layer: ReadLayer, lost: Sequence[int], scale: float) -> float:
+    if scale != 1:  # of the first units alone
+        trained, frozen = (cast_factors(group, torch.float64) for group in (layer.trained, layer.frozen))
+        whole = layer.plan.delta(trained, frozen)
+        part = layer.plan.delta(trained, frozen, Ranks(layer.plan.layout.rank - len(lost), scale=scale))
+        return float((whole - part).norm() / whole.norm().clamp(min=1e-300))
     total = layer.plan.delta_norm(layer.trained, layer.frozen)
     size, start = added_by(layer.plan, layer.trained, layer.frozen, lost)
     return 0.0 if total == 0 or size <= UNRESOLVED * start else size / total
 
 
-def _smaller_config(reader: AdapterReader, files: BaseFiles | None, kept: Kept) -> NdLoraConfig:
-    """The adapter's configuration with each layer's new rank, and an alpha that leaves its scaling as it is."""
+def _smaller_config(
+    reader: AdapterReader, files: BaseFiles | None, kept: Kept, scales: Mapping[str, float]
+) -> NdLoraConfig:
+    """The adapter's configuration with each layer's new rank, and an alpha that gives its scaling times its scale."""
     ranks, alphas = {}, {}
     for path, units in kept.items():
         if units:
             key = f"^{re.escape(reader.name(path))}"
-            ranks[key], alphas[key] = len(units), reader.plan(path, files).scaling * len(units)
+            ranks[key] = len(units)
+            alphas[key] = reader.plan(path, files).scaling * scales[path] * len(units)
     largest, alpha = max(ranks.values()), max(alphas.values())
     fields = {
         "r": largest,
