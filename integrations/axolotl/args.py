@@ -41,6 +41,8 @@ class NdLoraBlock(BaseModel):
     random_seed: StrictInt | None = _field("random_seed")
     bias: Literal["none", "all", "ndlora_only"] | None = _field("bias")
     save_frozen: bool | None = _field("save_frozen")
+    schedules: dict[str, Any] | list[str] | str | None = _field("schedules")
+    gradient_batches: StrictInt | None = _field("gradient_batches")
     parameters: int | str | None = Field(
         default=None,
         json_schema_extra={

@@ -145,6 +145,8 @@ def _block(cfg: Any) -> dict[str, Any]:
 def build_callback(cfg: Any) -> Any | None:
     """The `NdLoraCallback` that the block asks for (`callback: true`, or a mapping of its arguments), or None.
 
+    Schedules, those of the method too, and `gradient_batches` ask for it as well.
+
     Args:
         cfg: as for `written_fields`.
 
@@ -155,7 +157,14 @@ def build_callback(cfg: Any) -> Any | None:
 
     asked = _plain(getattr(getattr(cfg, "ndlora", None), "callback", None))
     if asked is None or asked is False:
-        return None
+        config = build_config(cfg)
+        if not config.schedules and config.gradient_batches is None:
+            return None
+        if asked is False:
+            raise NdLoraValueError(
+                "`ndlora.callback: false`, but the callback is what runs schedules and gradient_batches: take it out."
+            )
+        asked = {"log_norms": False}
     return make_callback({} if asked is True else asked, "ndlora.callback")
 
 

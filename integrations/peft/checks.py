@@ -116,15 +116,22 @@ def check_gradients(planned: Sequence[Planned], config: NdLoraConfig) -> None:
     """
     if config.base_fingerprint is not None:
         return
-    for each in planned:
-        if "gradient" not in each.plan.start.reads:
-            continue
+    reads = [each for each in planned if "gradient" in each.plan.start.reads]
+    if config.gradient_batches is not None and not reads:
+        raise NdLoraValueError(
+            f"gradient_batches={config.gradient_batches}: the start of method={config.method!r} with "
+            f"init_lora_weights={config.init_lora_weights!r} reads no gradients. Leave it out."
+        )
+    if config.gradient_batches is not None and not config.session.gradients:
+        return  # they are measured before the first step
+    for each in reads:
         gradient = config.session.gradients.get(each.target.name)
         if gradient is None or tuple(gradient.shape) != each.form.matrix_shape:
             raise NdLoraValueError(
                 f"init_lora_weights={each.plan.start.name!r} reads the gradient of layer {each.target.name!r}, and "
                 f"{'none was measured' if gradient is None else f'the one measured is {list(gradient.shape)}'}: call "
-                f"ndlora_plugins.measure_gradients(model, config, step) before get_peft_model."
+                f"ndlora_plugins.measure_gradients(model, config, step) before get_peft_model; or set "
+                f"gradient_batches, and NdLoraCallback measures them on the trainer's own data."
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.targets import find_targets
+from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.targets import find_targets, layer_generator
 from ndlora_plugins.integrations.peft.weights import weight_form
 
-__all__ = ["measure_gradients"]
+__all__ = ["measure_gradients", "start_from_gradients", "waits_for_gradients"]
 
 
 def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[], Any]) -> None:
@@ -35,6 +36,73 @@ def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[],
         NdLoraValueError: `step` brought no gradient to a layer.
     """
     targets = find_targets(model, config)
+    for target in targets:
+        form = weight_form(target.base, target.parameter_name)
+        _check_linear(target.name, target.base, None if form is None else form.kind)
+    config.session.gradients = _measured(model, {target.name: target.base for target in targets}, step)
+
+
+def start_from_gradients(model: nn.Module, adapter: str, step: Callable[[], Any]) -> None:
+    """Measure the gradients of the weights under an adapter that is in the model, and start it from them.
+
+    The parameters stay the same objects, so that an optimizer may have them already. Every process is to call it: the
+    gradients are the mean of all.
+
+    Args:
+        model: a PEFT model, or one whose layers are adapted without one.
+        adapter: one that has no values yet (`waits_for_gradients`).
+        step: as for `measure_gradients`.
+
+    Raises:
+        NdLoraTypeError: a layer that is not linear.
+        NdLoraValueError: `step` brought no gradient to a layer, or layers share factors of the start.
+    """
+    layers = [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]
+    for layer in layers:
+        _check_linear(layer.name, layer.get_base_layer(), layer.form.kind)
+        if layer.plan[adapter].shared:
+            raise NdLoraValueError(
+                f"method={layer.plan[adapter].method.name!r} shares factors between layers: measure its gradients "
+                f"before they are made, with measure_gradients(model, config, step), and leave gradient_batches out."
+            )
+    found = _measured(model, {layer.name: layer.get_base_layer() for layer in layers}, step)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    with torch.no_grad():
+        for layer in layers:
+            gradient = found.pop(layer.name)
+            if distributed:
+                torch.distributed.all_reduce(gradient)
+                gradient /= torch.distributed.get_world_size()
+            seed = model.peft_config[adapter].random_seed
+            trained, frozen = layer._initialize(
+                adapter, layer.plan[adapter], gradient, layer_generator(seed, layer.name)
+            )
+            holders = (layer.ndlora_factors[adapter], trained), (layer.ndlora_frozen[adapter], frozen)
+            for holder, values in holders if adapter in layer.ndlora_frozen else holders[:1]:
+                for name, value in values.items():
+                    getattr(holder, name).copy_(value)
+
+
+def waits_for_gradients(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter's start reads gradients, and it has got no values yet, neither from these nor from a file."""
+    layers = [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]
+    return any("gradient" in layer.plan[adapter].start.reads for layer in layers) and not any(
+        value.any() for layer in layers for group in layer.tensors(adapter) for value in group.values()
+    )
+
+
+def _check_linear(name: str, module: nn.Module, kind: str | None) -> None:
+    if kind != "linear":
+        raise NdLoraTypeError(
+            f"Layer {name!r} of type {type(module).__name__} is not linear: its gradient cannot be measured. Take it "
+            f"out of target_modules."
+        )
+
+
+def _measured(
+    model: nn.Module, modules: Mapping[str, nn.Module], step: Callable[[], Any]
+) -> dict[str, Tensor]:
+    """Name -> mean gradient of the module's weight, over the forwards of `step`."""
     sums: dict[str, Tensor] = {}
     passes = 0
 
@@ -42,13 +110,6 @@ def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[],
         nonlocal passes
         passes += torch.is_grad_enabled()
 
-    for target in targets:
-        form = weight_form(target.base, target.parameter_name)
-        if form is None or form.kind != "linear":
-            raise NdLoraTypeError(
-                f"Layer {target.name!r} of type {type(target.base).__name__} is not linear: its gradient cannot be "
-                f"measured. Take it out of target_modules."
-            )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as undo:
         for parameter in trained:
@@ -58,17 +119,16 @@ def measure_gradients(model: nn.Module, config: NdLoraConfig, step: Callable[[],
         embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         if embedding is not None:  # else gradient checkpointing would pass nothing on
             undo.callback(embedding.register_forward_hook(_let_output_need_gradient).remove)
-        for target in targets:
-            handle = target.base.register_forward_hook(partial(_watch, target.name, sums))
-            undo.callback(handle.remove)
+        for name, module in modules.items():
+            undo.callback(module.register_forward_hook(partial(_watch, name, sums)).remove)
         step()
-    silent = [target.name for target in targets if target.name not in sums]
+    silent = [name for name in modules if name not in sums]
     if silent:
         raise NdLoraValueError(
             f"No gradient reached {len(silent)} layers, the first is {silent[0]!r}: `step` must call backward() on a "
             f"loss that depends on them, or exclude them (exclude_modules)."
         )
-    config.session.gradients = {name: total / max(passes, 1) for name, total in sums.items()}
+    return {name: total / max(passes, 1) for name, total in sums.items()}
 
 
 def _let_output_need_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ndlora_plugins.integrations.peft.checks import (
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.measure import waits_for_gradients
 from ndlora_plugins.integrations.peft.names import PREFIX
 from ndlora_plugins.integrations.peft.rows import check_rows
 from ndlora_plugins.integrations.peft.schedules import Scheduled, check_plans, install
@@ -236,7 +237,7 @@ class NdLoraModel(Scheduled, BaseTuner):
         Raises:
             NdLoraValueError: the model is in training mode, or an adapter does not exist or has no values.
         """
-        if self._to_be_loaded:
+        if self._to_be_loaded and not self.clock.measuring:
             self._check_loaded()
         if adapter_names is None:
             self.clock.begin_forward(self)
@@ -266,16 +267,17 @@ class NdLoraModel(Scheduled, BaseTuner):
 
     def _check_loaded(self) -> None:
         """A configuration that was read from a file brings no gradients: the tensors must come from there too."""
-        layers = [module for module in self.model.modules() if isinstance(module, NdLoraLayer)]
         for adapter in sorted(self._to_be_loaded & self.peft_config.keys()):
-            plans = [layer for layer in layers if adapter in layer.ndlora_factors]
-            if not any(
-                value.any() for layer in plans for group in layer.tensors(adapter) for value in group.values()
-            ):
+            if waits_for_gradients(self, adapter):
+                batches = self.peft_config[adapter].gradient_batches
                 raise NdLoraValueError(
-                    f"Adapter {adapter!r} starts from gradients, and has neither these nor the tensors of a file. Load "
-                    f"it with PeftModel.from_pretrained, or call ndlora_plugins.measure_gradients(model, config, step) "
-                    f"before get_peft_model."
+                    f"Adapter {adapter!r} starts from gradients, and has neither these nor the tensors of a file. "
+                    + (
+                        f"gradient_batches={batches} is done by NdLoraCallback in a trainer: pass it one. Elsewhere "
+                        if batches
+                        else "Load it with PeftModel.from_pretrained, or "
+                    )
+                    + "call ndlora_plugins.measure_gradients(model, config, step) before get_peft_model."
                 )
         self._to_be_loaded.clear()
 

@@ -46,7 +46,7 @@ class OutputsWatch:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         reads = any(each.schedule.reads_outputs for chosen in self._clock.chosen.values() for each in chosen)
-        if not reads or not module.training or not torch.is_grad_enabled():
+        if not reads or self._clock.measuring or not module.training or not torch.is_grad_enabled():
             return
         self._last = (module, args, kwargs, output)
         if not self._clock.driven:

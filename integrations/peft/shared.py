@@ -142,6 +142,7 @@ class Clock:
         chosen: adapter -> its schedules.
         places: adapter -> layer's name -> its place.
         outputs: what the last forward gave, where a schedule reads it.
+        measuring: whether gradients are being measured, for adapters that have no values yet.
     """
 
     def __init__(self, warn_of_penalties: Callable[[nn.Module], None]) -> None:
@@ -151,6 +152,7 @@ class Clock:
         self.chosen: dict[str, tuple[Chosen, ...]] = {}
         self.places: dict[str, dict[str, Place]] = {}
         self.outputs: Any = None
+        self.measuring = False
 
     def moment(self, adapter: str) -> Moment:
         """The step, as an adapter's schedules see it."""
@@ -169,7 +171,7 @@ class Clock:
 
     def begin_forward(self, model: nn.Module, args: tuple = ()) -> None:
         """A forward of the whole model begins; made to be a forward pre-hook of it too."""
-        if self.driven or not self.watched or not model.training:
+        if self.driven or self.measuring or not self.watched or not model.training:
             return
         self.step += 1
         if self.step > 1 and not self.penalty_settled:  # the first step has had its loss

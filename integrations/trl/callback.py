@@ -31,6 +31,7 @@ from ndlora_plugins.integrations.trl.checks import (
     trained_factors,
 )
 from ndlora_plugins.integrations.trl.export import EndExport, make_export
+from ndlora_plugins.integrations.trl.gradients import measure_on_batches
 from ndlora_plugins.integrations.trl.norms import base_norm, update_norms
 from ndlora_plugins.integrations.trl.plot import check_matplotlib, draw_history
 from ndlora_plugins.integrations.trl.resume import check_resumed, noted_schedules
@@ -103,7 +104,9 @@ class NdLoraCallback(TrainerCallback, ExportableState):
             "attributes": {"_noted": self._noted},
         }
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
+    ):
         _put_first(self)
         sharded = _is_sharded(args)
         if isinstance(self.export, EndExport):
@@ -127,6 +130,9 @@ class NdLoraCallback(TrainerCallback, ExportableState):
                 logger.info("beside the adapters %s numbers train", f"{report.besides:,}")
         self._complain(report.problems)
         self._layers = adapted_layers(model)
+        if not state.global_step:  # a resumed training goes on with the checkpoint's values
+            for adapter, batches in measure_on_batches(model, train_dataloader, sharded).items():
+                logger.info("adapter %r starts from the gradients of %d batches", adapter, batches)
         note_recipe(model, args, state)
         self._gradients_pending = not sharded
         self._begin_schedules(model, args, state, sharded)

@@ -51,6 +51,7 @@ class NdLoraArguments:
         ndlora: a method's name, or a mapping of NdLoraConfig's options (docs/options.md), with `callback` a
             mapping of NdLoraCallback's, or `parameters`, a budget in place of the method. TRL's `lora_*` keys keep
             their meaning; what stands here goes first.
+        schedules: what happens in training beside the loss, as NdLoraConfig takes it.
     """
 
     ndlora: str | None = field(
@@ -59,6 +60,14 @@ class NdLoraArguments:
             "help": "A method's name, or (in YAML, or as JSON) a mapping of NdLoraConfig's options, with "
             "`callback:` a mapping of NdLoraCallback's and `parameters:` a budget such as 1M, which chooses method and "
             "options. TRL's lora_* keys keep their meaning; what is given here goes first."
+        },
+    )
+    schedules: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--schedule"],
+            "help": "A schedule's name, or (in YAML, or as JSON) names or a mapping of names to options: "
+            "docs/schedules.md.",
         },
     )
 
@@ -83,12 +92,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Unknown arguments {unknown}: take them out. `trl sft --help` lists TRL's, `ndlora:` takes "
             f"NdLoraConfig's options, and those of `accelerate launch` go before `ndlora sft`."
         )
-    config, callback = make_config(ours.ndlora, model, _given(argv))
+    config, callback = make_config(ours.ndlora, model, _given(argv), ours.schedules)
     _train(script, training, model, mixture, config, callback)
 
 
 def make_config(
-    ndlora: str | Mapping[str, Any] | None, model: trl.ModelConfig, given: set[str]
+    ndlora: str | Mapping[str, Any] | None,
+    model: trl.ModelConfig,
+    given: set[str],
+    schedules: str | Mapping[str, Any] | Sequence[str] | None = None,
 ) -> tuple[NdLoraConfig, NdLoraCallback]:
     """The adapter's configuration and the callback, from TRL's arguments and ours.
 
@@ -96,6 +108,7 @@ def make_config(
         ndlora: as `NdLoraArguments.ndlora` has it.
         model: TRL's arguments.
         given: the names of those arguments that the user gave; the defaults of the others do not count.
+        schedules: as `NdLoraArguments.schedules` has it.
 
     Raises:
         NdLoraValueError: an unknown option, or a value that cannot work.
@@ -110,6 +123,10 @@ def make_config(
     if unknown:
         raise NdLoraValueError(f"ndlora: unknown options {unknown}. Known: {', '.join(sorted(known))}.")
     taken = {ours: getattr(model, theirs) for theirs, ours in _TAKEN_OVER.items() if theirs in given}
+    if schedules is not None:
+        if isinstance(schedules, str) and schedules.lstrip().startswith(("{", "[")):
+            schedules = _from_json(schedules, "--schedules")
+        options = {"schedules": schedules, **options}
     fields = {"task_type": model.lora_task_type, **taken, **options}
     if parameters is not None:
         fields_within(parameters, fields)  # wrong ones are found before the model is looked at
@@ -136,13 +153,17 @@ def _as_mapping(ndlora: str | Mapping[str, Any] | None) -> dict[str, Any]:
     if isinstance(ndlora, str):
         if not ndlora.lstrip().startswith("{"):
             return {"method": ndlora}
-        try:
-            ndlora = json.loads(ndlora)
-        except ValueError as error:
-            raise NdLoraValueError(f"--ndlora {ndlora}: no JSON object ({error}).") from error
+        ndlora = _from_json(ndlora, "--ndlora")
     if not isinstance(ndlora, Mapping):
         raise NdLoraValueError(f"ndlora: {ndlora!r}: give a method's name or a mapping of options.")
     return dict(ndlora)
+
+
+def _from_json(text: str, flag: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise NdLoraValueError(f"{flag} {text}: no JSON object ({error}).") from error
 
 
 def _given(argv: Sequence[str]) -> set[str]:

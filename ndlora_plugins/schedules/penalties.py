@@ -35,16 +35,21 @@ class SparseRanks:
         check_number("begin", self.begin, whole=True)
 
 
-def gates(structure, factors):
-    """Those of these factors that are one number for each rank."""
-    sizes = {factor.name: factor for factor in structure.factors if factor.indices is None}
-    return [n for n in factors if structure.rank_axes.get(n) == (0,) and len(sizes[n].shape) == 1]
+def gates(structure, names):
+    """The factors of these that are one number for each rank."""
+    sizes = {factor.name: factor.shape for factor in structure.factors if factor.indices is None}
+    return [name for name in names if structure.rank_axes.get(name) == (0,) and len(sizes[name]) == 1]
+
+
+def gate_values(layer):
+    """(parameter, start, gate) of each: with the snapshot anchor a parameter is the change since a start."""
+    for name in gates(layer.structure, layer.trained):
+        start = layer.frozen.get(name, 0.0)
+        yield layer.trained[name], start, layer.trained[name] + start
 
 
 def gate_penalty(options, training):
-    values = [
-        layer.trained[name] for layer in training.layers for name in gates(layer.structure, layer.trained)
-    ]
+    values = [gate for layer in training.layers for _, _, gate in gate_values(layer)]
     if not options.penalty or training.moment.step < options.begin:
         return None
     return options.penalty * sum(value.abs().sum() for value in values) / sum(map(torch.numel, values))
@@ -52,20 +57,15 @@ def gate_penalty(options, training):
 
 def soft_threshold(options, training):
     for layer in training.layers if training.moment.step >= options.begin else ():
-        for name in gates(layer.structure, layer.trained):
-            value = layer.trained[name]
-            value.copy_(value.sign() * (value.abs() - options.threshold).clamp(min=0))
+        for value, start, gate in gate_values(layer):
+            value.copy_(gate.sign() * (gate.abs() - options.threshold).clamp(min=0) - start)
 
 
 def without_gates(options, plan):
     found = gates(plan.structure, [factor.name for factor in plan.trained])
-    if not found or set(found) & set(dict(plan.shared)):
-        return "it trains no gate of its own for each rank; group_lasso with groups='rank' needs none"
-    return (
-        "the snapshot anchor trains changes, and no gates: set anchor='none'"
-        if plan.anchor != "none"
-        else None
-    )
+    if found and not set(found) & set(dict(plan.shared)):
+        return None
+    return "it trains no gate of its own for each rank; group_lasso with groups='rank' needs none"
 
 
 sparse_ranks = Schedule(
@@ -121,7 +121,9 @@ def norms(members):
     squares = 0.0
     for value, axis in members:
         square = value.square()
-        squares = squares + (square.sum() if axis is None else square.movedim(axis, 0).flatten(1).sum(1))
+        squares = squares + (
+            square.sum() if axis is None else square.movedim(axis, 0).reshape(square.shape[axis], -1).sum(1)
+        )
     return squares
 
 

@@ -77,9 +77,7 @@ def tail_norms(options, training):
     for layer in training.layers:
         for name, value in layer.trained.items():
             for axis in layer.structure.rank_axes.get(name, ()):
-                squares = (
-                    value.square().movedim(axis, 0).flatten(1).sum(1) if value.dim() > 1 else value.square()
-                )
+                squares = value.square().movedim(axis, 0).reshape(value.shape[axis], -1).sum(1)
                 total = total + (squares.flip(0).cumsum(0) + 1e-12).sqrt().sum()
     return options.tails * total
 
