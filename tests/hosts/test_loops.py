@@ -95,6 +95,7 @@ def test_lm_eval(tiny, make_llama, shake, tmp_path):
     """`--model_args pretrained=BASE,peft=ADAPTER` as its users write it, with a task of one's own."""
     lm_eval = pytest.importorskip("lm_eval")
     pytest.importorskip("lm_eval.models.huggingface")
+    tasks = pytest.importorskip("lm_eval.tasks")
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +106,7 @@ def test_lm_eval(tiny, make_llama, shake, tmp_path):
     rows = [{"question": "Two and two is", "answer": 0}, {"question": "Three and two is", "answer": 1}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "sums.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")))
-    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path))
+    manager = tasks.TaskManager(include_path=str(tmp_path))
     found = {
         name: lm_eval.simple_evaluate(
             model="hf",
