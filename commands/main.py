@@ -153,14 +153,18 @@ def plan(
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """List the methods and the starts, where each came from, and the versions in use.
+    """List the methods, the starts and the schedules, where each came from, and the versions in use.
 
     Example: ndlora methods --json
     """
-    from ndlora_plugins.commands.methods import describe_methods, describe_starts
+    from ndlora_plugins.commands.methods import describe_methods, describe_schedules, describe_starts
     from ndlora_plugins.commands.plan import versions
 
-    tables = {"methods": describe_methods(), "starts": describe_starts()}
+    tables = {
+        "methods": describe_methods(),
+        "starts": describe_starts(),
+        "schedules": describe_schedules(),
+    }
     if as_json:
         typer.echo(json.dumps({**tables, "versions": versions()}, indent=2))
         return

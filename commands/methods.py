@@ -1,4 +1,4 @@
-"""The methods and the starts, as `ndlora methods` shows them."""
+"""The methods, the starts and the schedules, as `ndlora methods` shows them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.options import adapter_options
-from ndlora_plugins.registry import fits, methods, starts
+from ndlora_plugins.registry import fits, methods, schedules, starts
 
-__all__ = ["describe_methods", "describe_starts"]
+__all__ = ["describe_methods", "describe_schedules", "describe_starts"]
 
 
 def describe_methods() -> list[dict[str, Any]]:
@@ -20,16 +20,31 @@ def describe_methods() -> list[dict[str, Any]]:
             "method": name,
             "default r": found.value.rank,
             "start": found.value.start,
-            "options": [
-                f"{field.name}={'?' if field.default is MISSING else field.default}"
-                for field in fields(found.value.Options)
-            ],
+            "options": _options(found.value.Options),
             "what it is": found.value.summary,
             "source": found.value.source,
             "plugin": found.plugin,
         }
         for name, found in methods().items()
     ]
+
+
+def describe_schedules() -> list[dict[str, Any]]:
+    """One row for each schedule."""
+    return [
+        {
+            "schedule": name,
+            "options": _options(found.value.Options),
+            "what it does": found.value.summary,
+            "source": found.value.source,
+            "plugin": found.plugin,
+        }
+        for name, found in schedules().items()
+    ]
+
+
+def _options(options: type) -> list[str]:
+    return [f"{each.name}={'?' if each.default is MISSING else each.default}" for each in fields(options)]
 
 
 def describe_starts() -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from peft import get_peft_model
 
 from ndlora_plugins import NdLoraConfig, register_plugin, unregister_plugin
+from ndlora_plugins.commands.methods import describe_schedules
 from ndlora_plugins.registry import methods
 from ndlora_plugins.testing import check_method
 
@@ -137,6 +138,22 @@ def chaos_table():
     wrong = sum(len(row["failures"]) for row in report["rows"])
     lines += ["", f"Came out otherwise than it should: {wrong}. {report['date']}, {versions}."]
     return "\n".join(lines) + "\n"
+
+
+def schedules_table():
+    """The registered schedules of our own."""
+    lines = ["| schedule | what it does | options | source |", "|---|---|---|---|"]
+    for row in describe_schedules():
+        if row["plugin"] == "ndlora-plugins":
+            options = ", ".join(f"`{option}`" for option in row["options"])
+            lines.append(f"| `{row['schedule']}` | {row['what it does']} | {options} | {row['source']} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_schedules_table():
+    assert (ROOT / "docs" / "schedules.md").read_text() == with_part(
+        "docs/schedules.md", "schedules", schedules_table()
+    )
 
 
 def test_the_methods_table():
@@ -273,4 +290,7 @@ if __name__ == "__main__":
     (ROOT / "README.md").write_text(with_part("README.md", "methods", methods_table()))
     (ROOT / "docs" / "support.md").write_text(with_part("docs/support.md", "versions", versions_table()))
     (ROOT / "docs" / "options.md").write_text(options_page())
+    (ROOT / "docs" / "schedules.md").write_text(
+        with_part("docs/schedules.md", "schedules", schedules_table())
+    )
     (ROOT / "docs" / "reliability.md").write_text(with_part("docs/reliability.md", "chaos", chaos_table()))

@@ -172,6 +172,14 @@ VALUES = {
     ),
     "ensure_weight_tying": FLAGS,
     "save_frozen": FLAGS,
+    "schedules": st.one_of(
+        st.sampled_from(["nested_rank", "keep_close", "nope"]),
+        st.lists(st.sampled_from(["sparse_ranks", "group_lasso"]), max_size=2),
+        st.dictionaries(
+            st.sampled_from(["anneal_rank", "reorthogonalise"]), st.sampled_from([None, {}, {"every": 2}])
+        ),
+    ),
+    "gradient_batches": st.sampled_from([0, 1, 8]),
     "base_fingerprint": st.none(),
     "checksums": st.none(),
     "weight_forms": st.none(),
