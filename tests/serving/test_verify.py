@@ -183,7 +183,7 @@ def completion(model, tokenizer, form, request):
         "text": {"top_logprobs": [{tokenizer.decode([token]): value for token, value in pairs}]},
         "chat": {"content": [{"top_logprobs": [{"id": i, "token": "?", "logprob": v} for i, v in pairs]}]},
     }
-    text = tokenizer.decode(found.sequences[0, prompt.shape[1] :].tolist())
+    text = tokenizer.decode(found.sequences[0, prompt.shape[1] :].tolist(), skip_special_tokens=True)
     return 200, {"choices": [{"text": text, "logprobs": told[form]}]}
 
 
