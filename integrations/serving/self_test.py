@@ -173,4 +173,5 @@ def _answer(model: nn.Module, tokenizer: Any, tokens: Sequence[int]) -> tuple[An
         return_dict_in_generate=True,
     )
     said = found.sequences[0, len(tokens) :].tolist()
-    return Answer(tuple(said), tokenizer.decode(said, skip_special_tokens=True)), found.logits[0][0].float().log_softmax(-1)
+    answer = Answer(tuple(said), tokenizer.decode(said, skip_special_tokens=True))
+    return answer, found.logits[0][0].float().log_softmax(-1)
