@@ -4,6 +4,7 @@
 """
 
 import pathlib
+import re
 
 import pytest
 from transformers import LlamaConfig, Qwen3Config
@@ -14,7 +15,13 @@ from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 from ndlora_plugins.integrations.peft.targets import plan_model
 from ndlora_plugins.registry import methods
 
-PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE, README = ROOT / "docs" / "methods.md", ROOT / "README.md"
+# a line of the README's table: its configuration, its parameters, and what follows its learning rate
+CHOICE = re.compile(
+    r"^(\| [^|]* \| `(?P<options>\w+=[^`.]*)` \| )[\d,]+( \| [^|]* \| )(?P<leaves>an exact LoRA of rank \d+|[^,|]*)",
+    re.M,
+)
 MODELS = {
     "Qwen3-1.7B": Qwen3Config(
         hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
@@ -87,7 +94,7 @@ def skeletons_of():
     return {name: model_on_meta(config) for name, config in MODELS.items()}
 
 
-def budget(model, method, **options):
+def budget(model, method="crossed", **options):
     return make_budget(plan_model(model, NdLoraConfig(method=method, **options)))
 
 
@@ -127,6 +134,22 @@ def page(text, models):
     return head + "<!-- methods -->\n" + table(models) + "<!-- end -->\n" + rest.split("<!-- end -->\n", 1)[1]
 
 
+def choices(text, models):
+    """The README with the parameters and the rank of every configuration in its table made anew."""
+
+    def made(match):
+        found = budget(models["Qwen3-1.7B"], **eval(f"dict({match['options']})"))
+        rank = exact_lora(found.rows[0].adapter)
+        leaves = match["leaves"] if rank == "-" else f"an exact LoRA of rank {rank}"
+        return f"{match[1]}{found.parameters:,}{match[3]}{leaves}"
+
+    return CHOICE.sub(made, text)
+
+
+def test_the_choices_of_the_readme(skeletons):
+    assert README.read_text() == choices(README.read_text(), skeletons)
+
+
 def test_every_method_has_its_line():
     assert set(METHODS) == {name for name, found in methods().items() if found.plugin == "ndlora-plugins"}
 
@@ -137,3 +160,4 @@ def test_the_page_shows_the_table(skeletons):
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text(), skeletons_of()))
+    README.write_text(choices(README.read_text(), skeletons_of()))

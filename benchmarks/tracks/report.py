@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.common import write_json
 from benchmarks.tracks import known, picture, sweep
+from benchmarks.tracks.fronts import draw_fronts
 from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within, difference, rows
 from benchmarks.tracks.settings import settings_for
 
@@ -165,5 +166,7 @@ if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text()))
     files = {path.stem: sweep.read_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
     write_json(known.known(files, LANGUAGE), known.FILE)
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        picture.draw(rows(sweep.read_results(path)), path.with_suffix(".png"), path.stem)
+    found = {track: rows(results) for track, results in files.items()}
+    for track, each in found.items():
+        picture.draw(each, RESULTS / f"{track}.png", track)
+    draw_fronts({track: found[track] for track in ("sentences", "images")}, RESULTS / "fronts.png")

@@ -292,6 +292,8 @@ def combine_configs(
         weight_forms=None,
         checksums=None,
         save_frozen=False,
+        schedules={},  # they were of the trainings that made the parts
+        gradient_batches=None,
     )
 
 

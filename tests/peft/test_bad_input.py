@@ -120,6 +120,8 @@ REFUSED_VALUES = {
     "layers": [[1], "q_proj", True],
     "checksums": [[1], "q_proj", True],
     "save_frozen": ["false", 1],
+    "schedules": [5, True, [5], {"nested_rank": 5}, "nobody", {"nested_rank": {"nothing": 1}}],
+    "gradient_batches": ["8", True, 0, -1, 2.5],
     "schema_version": [0, -1, "1", 1.0, True, None],
     "task_type": [5, ["CAUSAL_LM"]],
     "peft_type": [5],

@@ -15,7 +15,9 @@ for field in reader.fields.values():
         continue
     value = 0 if field.name == gguf.Keys.General.FILE_TYPE else field.contents()  # 0: all float32
     kind = field.types[0]
-    writer.add_key_value(field.name, value, kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    writer.add_key_value(
+        field.name, value, kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+    )
 for tensor in reader.tensors:
     writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
 writer.write_header_to_file()
