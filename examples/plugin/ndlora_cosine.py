@@ -33,7 +33,8 @@ start = Start(name="cosine_sides", summary="random cosines, a core of zeros", so
               gives=FACTORS, zero=("core",), reads=frozenset({"seed"}),
               max_rank=smaller_side)  # fmt: skip
 method = Method(name="cosine", summary="coefficients of the update at random cosines: rank x rank numbers a layer",
-                source=SOURCE, structure=Chain, factors=FACTORS, trains=("core",), start="cosine_sides", rank=16)  # fmt: skip
+                source=SOURCE, structure=Chain, factors=FACTORS, trains=("core",), start="cosine_sides",
+                rank=16)  # fmt: skip
 
 
 @hookimpl
