@@ -10,7 +10,13 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "environments"
 # what was chosen in each
-LOCKS = {"demo": ["torch"], "newest": ["torch"], "axolotl": ["torch", "axolotl"], "swift": ["torch"]}
+LOCKS = {
+    "demo": ["torch"],
+    "newest": ["torch"],
+    "axolotl": ["torch", "axolotl"],
+    "swift": ["torch"],
+    "docs": [],
+}
 LINE = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*")  # no address, no marker, no local tag
 OF_TORCHS_OWN_BUILD = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # which a machine's own torch asks for, or not
 
