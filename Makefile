@@ -13,6 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 NEWEST_ENV = .envs/newest
 AXOLOTL_ENV = .envs/axolotl
 SWIFT_ENV = .envs/swift
+DOCS_ENV = .envs/docs
 PYTEST = -m pytest -q
 
 .PHONY: demo
@@ -74,11 +75,11 @@ WAIT = while sleep 10 >&-; do echo "  still installing"; done & trap "kill $$!" 
 
 # The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back.
 .PHONY: lock
-LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extras --all-build-deps \
+LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extras \
 	--unsafe-package pip --no-header --no-annotate --no-emit-options \
 	--constraint environments/chosen.txt --constraint environments/held-back.txt
 demo_EXTRAS = --extra demo
-newest_EXTRAS = --extra trl --extra demo --extra dev --extra hosts
+newest_EXTRAS = --extra trl --extra demo --extra dev --extra hosts --extra release
 axolotl_EXTRAS = --extra trl --extra demo --extra dev --extra axolotl
 swift_EXTRAS = --extra swift --extra loops --extra test
 
@@ -86,11 +87,29 @@ lock:  ## environments/*.txt anew, to the newest versions
 	rm -rf .envs/lock
 	$(PYTHON) -m venv .envs/lock
 	.envs/lock/bin/python $(PIP) pip-tools
-	$(MAKE) lock-demo lock-newest lock-axolotl lock-swift
+	$(MAKE) lock-demo lock-newest lock-axolotl lock-swift lock-docs
+
+lock-docs:
+	$(LOCK) --output-file environments/docs.txt environments/docs.in
 
 lock-%:
-	$(LOCK) $($*_EXTRAS) --output-file .envs/lock/$*.txt pyproject.toml
+	$(LOCK) --all-build-deps $($*_EXTRAS) --output-file .envs/lock/$*.txt pyproject.toml
 	sed 's/+.*//' .envs/lock/$*.txt > environments/$*.txt  # torch without its local tag
+
+# The pages of docs/ as a site in site/, the reference from the docstrings of a wheel of the tree. Neither torch nor PEFT is
+# installed: nothing is imported. A link or an anchor that goes nowhere stops the build.
+.PHONY: docs
+docs: $(DOCS_ENV)/.complete  ## the site of docs/, into site/
+	rm -rf build
+	$(DOCS_ENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall .
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -P -m mkdocs build --quiet --strict
+
+$(DOCS_ENV)/.complete: environments/docs.txt
+	rm -rf $(DOCS_ENV)
+	$(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python $(PIP) --no-deps --requirement environments/docs.txt
+	$(DOCS_ENV)/bin/python -m pip check
+	@touch $@
 
 # The newest of everything but torch, on any day: what the next lock would bring, and what would break.
 .PHONY: canary
@@ -99,7 +118,7 @@ canary:  ## the tests on the newest of everything; ends with what failed and wha
 	rm -rf .envs/canary
 	$(PYTHON) -m venv .envs/canary
 	$(CANARY) $(PIP) --constraint environments/chosen.txt torch
-	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev,hosts]"
+	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev,hosts,release]"
 	$(CANARY) $(PIP) --no-deps $(MODEL)
 	failed=0; $(CANARY) -m ruff check . || failed=1; $(CANARY) $(PYTEST) || failed=1; \
 	$(CANARY) environments/moved.py environments/newest.txt; exit $$failed

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from ndlora_autoload import install
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "NdLoraConfig": "ndlora_plugins.integrations.peft",

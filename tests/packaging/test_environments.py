@@ -17,6 +17,7 @@ LOCKS = {
     "swift": ["torch"],
     "vllm": ["torch"],
     "llamacpp": [],
+    "docs": [],
 }
 LINE = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*")  # no address, no marker, no local tag
 OF_TORCHS_OWN_BUILD = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # which a machine's own torch asks for, or not

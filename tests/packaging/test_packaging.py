@@ -1,8 +1,11 @@
 """The distribution holds what the tree holds, under the names that the contract gives."""
 
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 
@@ -20,6 +23,30 @@ FOLDERS = {
     "integrations": "ndlora_plugins.integrations",
     "commands": "ndlora_plugins.commands",
 }
+# what is built into the sdist beside them
+FILES = [
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "LICENSE",
+    "ndlora_autoload.py",
+]
+# the starts of lines of the wheel's metadata
+METADATA = [
+    "Author: the ndlora-plugins authors",
+    "License-Expression: Apache-2.0",
+    "Project-URL: Homepage, https://",
+    "Project-URL: Documentation, https://",
+    "Project-URL: Issues, https://",
+    "Project-URL: Changelog, https://",
+    "Description-Content-Type: text/markdown",
+]
+# the package index shows it as the long description
+SHOWN_ELSEWHERE = ["README.md"]
 
 
 def project():
@@ -50,6 +77,22 @@ def test_versions_agree():
     assert ndlora_plugins.__version__ == project()["project"]["version"] == metadata.version("ndlora-plugins")
 
 
+def test_the_changelog_and_the_citation_are_of_this_version():
+    version = project()["project"]["version"]
+    dated = re.search(
+        rf"^## {re.escape(version)} \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in citation and f'\ndate-released: "{dated[1]}"\n' in citation
+
+
+@pytest.mark.parametrize("page", SHOWN_ELSEWHERE)
+def test_links_work_where_the_page_is_shown_alone(page):
+    targets = re.findall(r"\]\(([^)\s]+)|<img[^>]* src=\"([^\"]+)", (ROOT / page).read_text())
+    links = ["".join(target) for target in targets]
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
+
 def test_no_dependency_is_pinned():
     extras = project()["project"]["optional-dependencies"]
     for requirement in [
@@ -65,33 +108,38 @@ def test_the_extras():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The names in a wheel that is built from the tree as it is."""
-    pytest.importorskip("setuptools", minversion="77")
-    import shutil
+def distribution(tmp_path_factory):
+    """The folder of an sdist of the tree as it is, and of the wheel that is built from that sdist."""
+    pytest.importorskip("build")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", target, source]
+    subprocess.run(command, check=True, capture_output=True)
+    return target
 
-    source = tmp_path_factory.mktemp("source")
-    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE", "ndlora_autoload.py"):
-        path = ROOT / name
-        shutil.copytree(path, source / name) if path.is_dir() else shutil.copy(path, source / name)
-    target = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            target,
-            source,
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return zipfile.ZipFile(next(target.glob("*.whl")))
+
+@pytest.fixture(scope="module")
+def wheel(distribution):
+    return zipfile.ZipFile(next(distribution.glob("*.whl")))
+
+
+def test_the_index_would_take_it(distribution):
+    check = pytest.importorskip("twine.commands.check")
+    assert not check.check([str(path) for path in distribution.iterdir()], strict=True)
+
+
+def test_the_sdist_holds_what_a_reader_looks_for(distribution):
+    with tarfile.open(next(distribution.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert set(FILES) <= names and not [name for name in names if name.startswith("tests")]
+
+
+def test_the_wheel_says_where_it_is_from(wheel):
+    text = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
+    assert [f for f in METADATA if f"\n{f}" not in text] == []
 
 
 def test_the_wheel_holds_every_module(wheel):
