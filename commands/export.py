@@ -65,6 +65,12 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the exported adapter; the adapter's by default.")
     ] = None,
+    any_size: Annotated[
+        bool,
+        typer.Option(
+            help="Also a LoRA that is larger than the layers' weights, or of a rank that vLLM does not serve."
+        ),
+    ] = False,
     self_test: Annotated[
         bool, typer.Option(help="Beside it what `ndlora verify` asks a server for: loads the base model.")
     ] = False,
@@ -93,6 +99,7 @@ def export(
             max_error=max_error,
             nested=nested,
             dtype=None if dtype is None else getattr(torch, dtype.value),
+            any_size=any_size,
             self_test=_read_prompts(prompts) if prompts else self_test,
             trust_remote_code=trust_remote_code,
         )
@@ -112,6 +119,8 @@ def export(
         f"{output}",
         soft_wrap=True,
     )
+    if report.server_flags:
+        console.print(f"vLLM serves it with {escape(report.server_flags)}", highlight=False, soft_wrap=True)
 
 
 def _read_prompts(path: Path) -> list[str]:
