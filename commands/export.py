@@ -27,6 +27,7 @@ class Kind(str, Enum):
     lora = "lora"
     lokr = "lokr"
     gguf = "gguf"
+    lycoris = "lycoris"
     merged = "merged"
     ndlora = "ndlora"
 
@@ -43,7 +44,9 @@ def export(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
     to: Annotated[
         Kind,
-        typer.Option(help="lora, lokr, gguf (for llama.cpp), merged (with the base), or a smaller ndlora."),
+        typer.Option(
+            help="lora, gguf (it for llama.cpp), lokr, lycoris (it for image tools), merged, or a smaller ndlora."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="A directory that does not exist yet, or is empty.")],
     base: Annotated[

@@ -22,13 +22,20 @@ from ndlora_plugins.integrations.peft.files.gguf import GGUF_FILE, write_gguf
 from ndlora_plugins.integrations.peft.files.merge import merge_files
 from ndlora_plugins.integrations.peft.files.problems import check_sound
 from ndlora_plugins.integrations.peft.files.smaller import cut_adapter
-from ndlora_plugins.integrations.peft.files.stock import VLLM_RANKS, ExportedLayer, to_lokr, to_lora
+from ndlora_plugins.integrations.peft.files.stock import (
+    VLLM_RANKS,
+    ExportedLayer,
+    to_lokr,
+    to_lora,
+    to_lycoris,
+)
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
 from ndlora_plugins.integrations.serving.self_test import PROMPTS, make_self_test, write_self_test
 
-__all__ = ["EXPORT_KINDS", "ExportReport", "ExportedLayer", "export_adapter"]
+__all__ = ["EXPORT_KINDS", "LYCORIS_FILE", "ExportReport", "ExportedLayer", "export_adapter"]
 
-EXPORT_KINDS = ("lora", "lokr", "gguf", "merged", "ndlora")
+EXPORT_KINDS = ("lora", "lokr", "gguf", "lycoris", "merged", "ndlora")
+LYCORIS_FILE = "lycoris.safetensors"
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,9 @@ def export_adapter(
     Args:
         adapter: directory of the adapter, or its name on the hub.
         output: a directory that does not exist yet, or an empty one; it appears when it is whole.
-        to: "lora": exact for most methods, else the best of a chosen rank; "lokr": exact for ndlinear with one term of
-            two modes; "gguf": that LoRA for llama.cpp; "merged": the base model's files, shard by shard; "ndlora": the
-            first `rank` units of every layer, for adapters that were trained with nested ranks.
+        to: "lora": exact for most methods, else the best of a chosen rank; "gguf": that LoRA for llama.cpp; "lokr": exact
+            for ndlinear with one term of two modes; "lycoris": that LoKr for image tools; "merged": the base model's
+            files, shard by shard; "ndlora": the first `rank` units of every layer, of nested ranks.
         base: directory or hub name of the base model; needed where the start is read from its weights and for
             "gguf" and "merged", if the adapter's own configuration names none that is on this machine.
         rank, energy, max_error: how LoRA's rank is chosen, layer by layer; see `RankTarget`.
@@ -132,13 +139,15 @@ def export_adapter(
             )
             notes: tuple[str, ...] = ()
         else:
-            if to == "lokr":
+            if to in ("lokr", "lycoris"):
                 stock = to_lokr(reader, files, dtype)
             else:
                 stock = to_lora(reader, files, target, dtype, any_size=any_size)
             layers, notes, largest_rank = stock.layers, (), stock.config.r
             if to == "gguf":
                 write_gguf(stock, files, directory / GGUF_FILE)
+            elif to == "lycoris":
+                save_tensors(to_lycoris(stock), directory / LYCORIS_FILE)
             else:
                 notes = _notes(stock.config, reader)
                 stock.config.save_pretrained(str(directory))

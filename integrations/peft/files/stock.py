@@ -20,7 +20,7 @@ from ndlora_plugins.integrations.peft.files.compress import RankTarget, low_rank
 from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
 from ndlora_plugins.integrations.peft.weights import WeightForm
 
-__all__ = ["VLLM_RANKS", "ExportedLayer", "StockAdapter", "to_lokr", "to_lora"]
+__all__ = ["VLLM_RANKS", "ExportedLayer", "StockAdapter", "to_lokr", "to_lora", "to_lycoris"]
 
 # what --max-lora-rank takes: vllm/config/lora.py, MaxLoRARanks
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -154,6 +154,26 @@ def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype |
         r=rank, alpha=rank, decompose_factor=_decompose_factor(modes), **_common_fields(reader, modes)
     )
     return StockAdapter(lokr, tensors, tuple(layers))
+
+
+def to_lycoris(stock: StockAdapter) -> dict[str, Tensor]:
+    """A LoKr's tensors under the names of the image tools: `lora_unet_NAME.lokr_w1`, dots as underscores.
+
+    Source: KohakuBlueleaf/LyCORIS, lycoris/modules/lokr.py; whole factors have the scale 1, whatever their alpha.
+
+    Raises:
+        NdLoraValueError: the adapter holds more than LoKr's factors.
+    """
+    tensors = {}
+    for key, value in stock.tensors.items():
+        layer, _, factor = key.removeprefix(KEY_PREFIX).rpartition(".")
+        if factor not in ("lokr_w1", "lokr_w2"):
+            raise NdLoraValueError(
+                f"The adapter holds {key!r}, which LyCORIS has no name for: export to='merged' instead."
+            )
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        tensors |= {f"{name}.{factor}": value, f"{name}.alpha": torch.tensor(1.0)}
+    return tensors
 
 
 def _kronecker_pair(layer: ReadLayer, files: BaseFiles | None) -> tuple[Tensor, Tensor]:
