@@ -87,9 +87,9 @@ def export_adapter(
     Args:
         adapter: directory of the adapter, or its name on the hub.
         output: a directory that does not exist yet, or an empty one; it appears when it is whole.
-        to: "lora": exact for most methods, else the best of a chosen rank; "gguf": that LoRA for llama.cpp; "lokr": exact
-            for ndlinear with one term of two modes; "lycoris": that LoKr for image tools; "merged": the base model's
-            files, shard by shard; "ndlora": the first `rank` units of every layer, of nested ranks.
+        to: "lora": exact for most methods, else the best of a chosen rank; "gguf": that LoRA for llama.cpp; "lokr":
+            exact for ndlinear with one term of two modes; "lycoris": that LoKr for image tools; "merged": the base
+            model's files, shard by shard; "ndlora": the first `rank` units of every layer, of nested ranks.
         base: directory or hub name of the base model; needed where the start is read from its weights and for
             "gguf" and "merged", if the adapter's own configuration names none that is on this machine.
         rank, energy, max_error: how LoRA's rank is chosen, layer by layer; see `RankTarget`.
