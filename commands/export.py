@@ -29,6 +29,7 @@ class Kind(str, Enum):
     lora = "lora"
     lokr = "lokr"
     gguf = "gguf"
+    lycoris = "lycoris"
     merged = "merged"
     ndlora = "ndlora"
 
@@ -45,7 +46,9 @@ def export(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
     to: Annotated[
         Kind,
-        typer.Option(help="lora, lokr, gguf (for llama.cpp), merged (with the base), or a smaller ndlora."),
+        typer.Option(
+            help="lora, gguf (it for llama.cpp), lokr, lycoris (it for image tools), merged, or a smaller ndlora."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="A directory that does not exist yet, or is empty.")],
     base: Annotated[
@@ -67,6 +70,12 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the exported adapter; the adapter's by default.")
     ] = None,
+    any_size: Annotated[
+        bool,
+        typer.Option(
+            help="Also a LoRA that is larger than the layers' weights, or of a rank that vLLM does not serve."
+        ),
+    ] = False,
     self_test: Annotated[
         bool, typer.Option(help="Beside it what `ndlora verify` asks a server for: loads the base model.")
     ] = False,
@@ -96,6 +105,7 @@ def export(
             max_error=max_error,
             nested=nested,
             dtype=None if dtype is None else getattr(torch, dtype.value),
+            any_size=any_size,
             self_test=_read_prompts(prompts) if prompts else self_test,
             trust_remote_code=trust_remote_code,
         )
@@ -125,6 +135,8 @@ def export(
         f"{output}",
         soft_wrap=True,
     )
+    if report.server_flags:
+        console.print(f"vLLM serves it with {escape(report.server_flags)}", highlight=False, soft_wrap=True)
 
 
 def _read_prompts(path: Path) -> list[str]:

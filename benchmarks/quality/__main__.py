@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.common import write_json
 from benchmarks.quality import report, sweep
 from benchmarks.quality.runs import Run, describe, path_of, read_results, run
-from benchmarks.quality.settings import SETTINGS, Setting
+from benchmarks.quality.settings import Setting, settings_for
 from benchmarks.quality.task import TASKS, LastBlocks, Task, bench_for, load_problems
 from ndlora_plugins.commands import finetune
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError
@@ -25,7 +25,9 @@ from ndlora_plugins.errors import NdLoraError, NdLoraValueError
 def main(
     results: Annotated[Path, typer.Option(help="A folder: one JSON a run, under task and setting.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "gsm8k",
-    data: Annotated[Path | None, typer.Option(help='JSONL with "question" and "answer", for gsm8k.')] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='JSONL with "question" and "answer", for gsm8k and gsm8k-long.')
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +63,7 @@ def main(
         raise typer.BadParameter(f"{task!r}: choose one of {', '.join(TASKS)}", param_hint="--task")
     given = {"blocks": blocks, "steps": steps}
     chosen_task = replace(TASKS[task], **{name: value for name, value in given.items() if value is not None})
-    known = {setting.name: setting for setting in SETTINGS}
+    known = {setting.name: setting for setting in settings_for(task)}
     if unknown := sorted(set(setting or ()) - set(known)):
         raise typer.BadParameter(f"{unknown}: choose of {', '.join(known)}", param_hint="--setting")
     chosen = [known[name] for name in setting or known]

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.quality import sweep
 from benchmarks.quality.runs import read_results
+from benchmarks.quality.settings import settings_for
 from benchmarks.quality.task import TASKS
 
 __all__ = ["Row", "front", "page", "recipe_table", "rows", "sweep_table", "table", "write_files"]
@@ -60,13 +61,15 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
-    """A row for each setting with a finished sweep's start (four rates), by number of parameters."""
+    """A row for each setting with a finished sweep's start, by number of parameters."""
     found = []
+    known = {each.name: each for each in settings_for(results[0]["task"]["name"])} if results else {}
     for name in dict.fromkeys(result["setting"]["name"] for result in results):
         own = sweep.of_setting(results, name)
         rates = sorted({result["learning_rate"] for result in own if result["seed"] == sweep.SEEDS[0]})
         best = sweep.best_rate(own)
-        if best is None or len(rates) < 4:
+        tried = known[name].tried if name in known else 4
+        if best is None or len(rates) < tried:
             continue
         runs = [r for r in own if r["learning_rate"] == best and r["held_out_loss"] is not None]
         exact = [r["exact_match"] for r in runs if r["exact_match"] is not None]
@@ -86,7 +89,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
                 exact_match=statistics.mean(exact) if exact else None,
                 seconds_a_step=statistics.median(r["seconds_a_step"] for r in runs),
                 peak_memory=max(peaks, default=None),
-                at_edge=best in (rates[0], rates[-1]),
+                at_edge=tried > 2 and best in (rates[0], rates[-1]),
             )
         )
     return sorted(found, key=lambda row: (row.parameters, row.setting))

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-__all__ = ["GRID", "SETTINGS", "Setting", "peft_config"]
+__all__ = ["GRID", "LONG", "SETTINGS", "Setting", "peft_config", "settings_for"]
 
 # learning rates, a factor of about 3 apart
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -22,19 +22,21 @@ class Setting:
         name: of its folder among the results.
         peft_type: a name of PeftType, such as LORA or NDLORA.
         options: of that type's PeftConfig.
-        lowest: the lowest learning rate of the sweep's first four; it goes on from there as the results ask.
+        lowest: the lowest learning rate of the sweep's first ones; it goes on from there as the results ask.
+        tried: how many those are; with two, no further ones and two seeds: the short task's sweep says where to look.
     """
 
     name: str
     peft_type: str
     options: dict[str, Any] = field(hash=False)
     lowest: float
+    tried: int = 4
 
     @property
     def first_rates(self) -> tuple[float, ...]:
-        """The four rates that every sweep begins with."""
+        """The rates that the sweep begins with."""
         start = GRID.index(self.lowest)
-        return GRID[start : start + 4]
+        return GRID[start : start + self.tried]
 
 
 def _lora(rank: int, **options: Any) -> dict[str, Any]:
@@ -85,6 +87,25 @@ SETTINGS = (
     Setting("pissa-r8", "LORA", _lora(8, init_lora_weights="pissa"), 3e-5),
     Setting("vera-r256", "VERA", {"r": 256}, 1e-2),
 )
+
+# of the training of all blocks, the most telling first
+LONG = (
+    Setting("lora-r8", "LORA", _lora(8), 1e-3, tried=2),
+    Setting("crossed", "NDLORA", {"method": "crossed"}, 1e-3, tried=2),
+    Setting("metatt-r16", "NDLORA", {"method": "metatt", "r": 16}, 3e-3, tried=2),
+    Setting("lora-r1", "LORA", _lora(1), 3e-3, tried=2),
+    Setting("metatt-r8", "NDLORA", {"method": "metatt", "r": 8}, 3e-3, tried=2),
+    Setting("crossed-3modes-2terms", "NDLORA", {"method": "crossed", "num_modes": 3, "r": 2}, 3e-3, tried=2),
+    Setting("svfit-r128", "NDLORA", {"method": "svfit", "r": 128}, 3e-3, tried=2),
+    Setting("shared_crossed", "NDLORA", {"method": "shared_crossed"}, 1e-3, tried=2),
+    Setting("lora_xs-r32", "NDLORA", {"method": "lora_xs", "r": 32}, 1e-3, tried=2),
+    Setting("vera-r256", "VERA", {"r": 256}, 1e-2, tried=2),
+)
+
+
+def settings_for(task: str) -> tuple[Setting, ...]:
+    """What a task compares."""
+    return LONG if task == "gsm8k-long" else SETTINGS
 
 
 def peft_config(setting: Setting, task_type: str = "CAUSAL_LM") -> PeftConfig:

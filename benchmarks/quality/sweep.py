@@ -32,6 +32,7 @@ def missing(setting: Setting, results: Sequence[dict[str, Any]], seeds: Sequence
     """The runs of one setting that are known to be missing; after them there may be more.
 
     First the sweep's four rates; then one rate beyond while the best is at an edge; then the other seeds at the best.
+    Of a setting with two rates: these, then one other seed at the better.
 
     Args:
         results: of this setting.
@@ -43,6 +44,8 @@ def missing(setting: Setting, results: Sequence[dict[str, Any]], seeds: Sequence
     if first:
         return [Run(setting, rate, SEEDS[0]) for rate in first]
     best = best_rate(results)
+    if setting.tried == 2:
+        return [] if best is None or (best, seeds[1]) in done else [Run(setting, best, seeds[1])]
     if best is None or best == swept[0]:
         beyond = GRID.index(swept[0]) - 1
     elif best == swept[-1]:

@@ -50,6 +50,7 @@ class Task:
 
 TASKS = {
     "gsm8k": Task("gsm8k"),
+    "gsm8k-long": Task("gsm8k-long", blocks=0, max_tokens=200, held_out=112, steps=120, curve_every=40),
     "arithmetic": Task("arithmetic", exact=64),
 }
 

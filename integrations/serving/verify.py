@@ -19,7 +19,7 @@ __all__ = ["Verdict", "verify_server"]
 
 # As near as this part of the way from the base to the adapter: what another dtype or a quantised base brings is less,
 # half of the layers or half of the scale is more.
-_NEAR = 0.25
+_NEAR = 0.2
 _ALIKE = 1 / 3  # of the greedy answers, at least: near-ties may turn the others
 _LOGPROBS = 5  # what every server gives
 _FEWEST = 8  # log-probabilities that a verdict needs

@@ -45,6 +45,7 @@ def made(losses, name="ndlinear-2modes-1term", peft_type="NDLORA", parameters=10
     """Results as `runs.run` gives them."""
     return [
         {
+            "task": {"name": "gsm8k"},
             "setting": {"name": name, "peft_type": peft_type, "options": {"method": method}},
             "learning_rate": rate,
             "seed": seed,

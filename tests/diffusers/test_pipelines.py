@@ -5,11 +5,12 @@ several, merge, hand over as LoRA.
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.diffusers import LORA_FILE, export_lora, load_adapter, save_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.files.export import LYCORIS_FILE, export_adapter
 
 pytest.importorskip("diffusers")
 step = pytest.mark.step
@@ -206,3 +207,24 @@ def test_nothing_is_overwritten(make_pipeline, tmp_path):
     save_adapter(denoiser, tmp_path / "adapter")
     with pytest.raises(NdLoraValueError, match="exists already, and nothing is overwritten"):
         save_adapter(denoiser, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("architecture", ["dit"], indirect=True)
+def test_lycoris_own_reader_takes_its_export(make_pipeline, tmp_path):
+    lokr, wrapper = pytest.importorskip("lycoris.modules.lokr"), pytest.importorskip("lycoris.wrapper")
+    trained = make_pipeline()
+    trained.denoiser.add_adapter(NdLoraConfig(method="ndlinear", lora_alpha=3, **TARGETS["attention"]))
+    trained.train()
+    save_adapter(trained.denoiser, tmp_path / "adapter")
+    export_adapter(tmp_path / "adapter", tmp_path / "out", "lycoris")
+    tensors = load_file(tmp_path / "out" / LYCORIS_FILE)
+    read = 0
+    for name, layer in trained.denoiser.named_modules():
+        prefix = f"lora_unet_{name.replace('.', '_')}"
+        if f"{prefix}.alpha" in tensors:
+            kind, parameters = wrapper.get_module(tensors, prefix)
+            module = wrapper.make_module(kind, parameters, prefix, layer.get_base_layer())
+            assert isinstance(module, lokr.LokrModule)
+            close(module.get_diff_weight()[0], layer.get_delta_weight("default"))
+            read += 1
+    assert read == len(tensors) // 3 > 0

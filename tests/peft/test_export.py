@@ -1,5 +1,6 @@
 """Exports against the adapter they came from: stock LoRA, LoKr, merged files, and PEFT's own conversion."""
 
+import functools
 import json
 import logging
 import os
@@ -232,7 +233,9 @@ def test_the_base_is_needed_only_where_its_weights_are_read(case, make_llama, tr
 @pytest.mark.parametrize("case", KRONECKER)
 def test_kronecker_terms_become_lora_of_a_chosen_rank(case, make_model, trained, tokens, tmp_path, load):
     expected = trained(make_model, **KRONECKER[case])
-    whole = export_adapter(tmp_path / "adapter", tmp_path / "out", max_error=0)
+    with pytest.raises(NdLoraValueError, match=r"would be a LoRA of .* its weight has .*--any-size"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", max_error=0)
+    whole = export_adapter(tmp_path / "adapter", tmp_path / "out", max_error=0, any_size=True)
     assert whole.largest_error < 1e-6
     assert_close(load(tmp_path / "base", tmp_path / "out")(tokens).logits, expected)
     less = export_adapter(tmp_path / "adapter", tmp_path / "less", rank=6)
@@ -245,13 +248,22 @@ def test_kronecker_terms_become_lora_of_a_chosen_rank(case, make_model, trained,
 
 
 @pytest.mark.parametrize("target", [{"energy": 0.9}, {"max_error": 0.3}])
-def test_ranks_by_error_differ_and_say_so(target, make_llama, trained, tokens, tmp_path, load):
+def test_ranks_by_error_differ(target, make_llama, trained, tokens, tmp_path, load):
     expected = trained(make_llama, r=2)
-    with pytest.warns(NdLoraWarning, match="ranks differ from layer to layer"):
-        report = export_adapter(tmp_path / "adapter", tmp_path / "out", **target)
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out", **target)
+    assert f"--max-lora-rank 32 --lora-modules NAME={tmp_path / 'out'}" in report.server_flags
     assert report.largest_error <= 0.3163 and len({layer.form for layer in report.layers}) > 1
     logits = load(tmp_path / "base", tmp_path / "out")(tokens).logits
     assert 0 < (logits - expected).norm() < (load(tmp_path / "base")(tokens).logits - expected).norm()
+
+
+def test_a_rank_that_vllm_does_not_serve_is_written_only_when_asked_for(make_llama, trained, tmp_path):
+    wide = functools.partial(make_llama, hidden_size=1200, num_hidden_layers=1)
+    trained(wide, method="slora", r=520, target_modules=["q_proj"])
+    with pytest.raises(NdLoraValueError, match="of rank 520, and vLLM serves 512 at most"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out")
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out", any_size=True)
+    assert report.largest_rank == 520 and report.server_flags is None
 
 
 def test_low_rank_methods_can_be_made_smaller(make_llama, trained, tmp_path):
@@ -502,7 +514,7 @@ def test_the_command(make_llama, trained, tmp_path):
         "model.layers.1.mlp.down_proj",
         "rank ",
         "Note: modules_to_save=",
-        "Note: The ranks differ",
+        "vLLM serves it with --enable-lora --max-lora-rank 32",
         "14 layers",
     ):
         assert words in result.output

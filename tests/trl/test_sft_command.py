@@ -44,7 +44,7 @@ REFUSED = {
         {"callback": {"loud": True}},
         r"ndlora.callback: unknown options \['loud'\]",
     ),
-    "unknown export": ({}, {"callback": {"export": "onnx"}}, "'lora', 'lokr', 'gguf', 'merged'"),
+    "unknown export": ({}, {"callback": {"export": "onnx"}}, "'lora', 'lokr', 'gguf', 'lycoris', 'merged'"),
     "dora": ({"use_dora": True}, None, "use_dora=True"),
     "no adapter": ({"use_peft": False}, None, "always trains an adapter"),
     "broken JSON": ({}, "{method: slora", "no JSON object"),

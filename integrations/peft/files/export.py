@@ -22,28 +22,49 @@ from ndlora_plugins.integrations.peft.files.gguf import GGUF_FILE, write_gguf
 from ndlora_plugins.integrations.peft.files.merge import merge_files
 from ndlora_plugins.integrations.peft.files.problems import check_sound
 from ndlora_plugins.integrations.peft.files.smaller import cut_adapter
-from ndlora_plugins.integrations.peft.files.stock import ExportedLayer, to_lokr, to_lora
+from ndlora_plugins.integrations.peft.files.stock import (
+    VLLM_RANKS,
+    ExportedLayer,
+    to_lokr,
+    to_lora,
+    to_lycoris,
+)
 from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
 from ndlora_plugins.integrations.serving.self_test import PROMPTS, make_self_test, write_self_test
 
-__all__ = ["EXPORT_KINDS", "ExportReport", "ExportedLayer", "export_adapter"]
+__all__ = ["EXPORT_KINDS", "LYCORIS_FILE", "ExportReport", "ExportedLayer", "export_adapter"]
 
-EXPORT_KINDS = ("lora", "lokr", "gguf", "merged", "ndlora")
+EXPORT_KINDS = ("lora", "lokr", "gguf", "lycoris", "merged", "ndlora")
+LYCORIS_FILE = "lycoris.safetensors"
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_adapter` wrote. `notes` are sentences on what others will not take."""
+    """What `export_adapter` wrote.
+
+    Attributes:
+        notes: sentences on what others will not take.
+        largest_rank: of a LoRA's layers; None of other forms.
+    """
 
     directory: Path
     kind: str
     layers: tuple[ExportedLayer, ...]
     notes: tuple[str, ...]
+    largest_rank: int | None = None
 
     @property
     def largest_error(self) -> float:
         """Of all layers."""
         return max(layer.error for layer in self.layers)
+
+    @property
+    def server_flags(self) -> str | None:
+        """What vLLM is started with to serve it; None if it cannot."""
+        if self.kind != "lora":
+            return None
+        rank = next((each for each in VLLM_RANKS if each >= self.largest_rank), None)
+        return rank and f"--enable-lora --max-lora-rank {rank} --lora-modules NAME={self.directory}"
 
 
 def export_adapter(
@@ -57,6 +78,7 @@ def export_adapter(
     max_error: float | None = None,
     nested: bool = False,
     dtype: torch.dtype | None = None,
+    any_size: bool = False,
     self_test: bool | Sequence[str] = False,
     trust_remote_code: bool = False,
 ) -> ExportReport:
@@ -65,14 +87,15 @@ def export_adapter(
     Args:
         adapter: directory of the adapter, or its name on the hub.
         output: a directory that does not exist yet, or an empty one; it appears when it is whole.
-        to: "lora": exact for most methods, else the best of a chosen rank; "lokr": exact for ndlinear with one term of
-            two modes; "gguf": that LoRA for llama.cpp; "merged": the base model's files, shard by shard; "ndlora": the
-            first `rank` units of every layer, for adapters that were trained with nested ranks.
+        to: "lora": exact for most methods, else the best of a chosen rank; "gguf": that LoRA for llama.cpp; "lokr":
+            exact for ndlinear with one term of two modes; "lycoris": that LoKr for image tools; "merged": the base
+            model's files, shard by shard; "ndlora": the first `rank` units of every layer, of nested ranks.
         base: directory or hub name of the base model; needed where the start is read from its weights and for
             "gguf" and "merged", if the adapter's own configuration names none that is on this machine.
         rank, energy, max_error: how LoRA's rank is chosen, layer by layer; see `RankTarget`.
         nested: that `rank` counts the adapter's first rank units, as to="ndlora" does, not singular vectors.
         dtype: of the written adapter; the file's own by default.
+        any_size: also write a LoRA that is larger than the layers' weights, or of a rank that vLLM does not serve.
         self_test: whether `ndlora verify`'s self-test is written beside it, or its prompts; loads the base model.
 
     Raises:
@@ -101,7 +124,7 @@ def export_adapter(
     if to in ("merged", "gguf") or reader.reads_base or base is not None:
         files = reader.open_base(base, trust_remote_code)
     check_sound(reader, files)
-    probes = ()
+    probes, largest_rank = (), None
     if self_test:
         name = base or reader.config.base_model_name_or_path
         prompts = PROMPTS if self_test is True else self_test
@@ -116,17 +139,22 @@ def export_adapter(
             )
             notes: tuple[str, ...] = ()
         else:
-            stock = to_lokr(reader, files, dtype) if to == "lokr" else to_lora(reader, files, target, dtype)
-            layers, notes = stock.layers, ()
+            if to in ("lokr", "lycoris"):
+                stock = to_lokr(reader, files, dtype)
+            else:
+                stock = to_lora(reader, files, target, dtype, any_size=any_size)
+            layers, notes, largest_rank = stock.layers, (), stock.config.r
             if to == "gguf":
                 write_gguf(stock, files, directory / GGUF_FILE)
+            elif to == "lycoris":
+                save_tensors(to_lycoris(stock), directory / LYCORIS_FILE)
             else:
                 notes = _notes(stock.config, reader)
                 stock.config.save_pretrained(str(directory))
                 save_tensors(stock.tensors, directory / ADAPTER_FILE)
     for note in notes:
         warnings.warn(note, NdLoraWarning, stacklevel=2)
-    return ExportReport(Path(output), to, layers, notes)
+    return ExportReport(Path(output), to, layers, notes, largest_rank)
 
 
 def _export_first_units(
@@ -180,11 +208,5 @@ def _notes(config: PeftConfig, reader: AdapterReader) -> tuple[str, ...]:
         notes.append(
             f"The exported adapter carries {', '.join(sorted(reader.others))}, as the adapter did: an "
             f"embedding that was resized or adapted. Servers may not take it; for those, export to='merged'."
-        )
-    ranks = getattr(config, "rank_pattern", {}).values()
-    if ranks:
-        notes.append(
-            f"The ranks differ from layer to layer (from {min(ranks)} to {config.r}). A server's largest "
-            f"rank (vLLM: --max-lora-rank) must be at least {config.r}."
         )
     return tuple(notes)

@@ -20,7 +20,10 @@ from ndlora_plugins.integrations.peft.files.compress import RankTarget, low_rank
 from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
 from ndlora_plugins.integrations.peft.weights import WeightForm
 
-__all__ = ["ExportedLayer", "StockAdapter", "to_lokr", "to_lora"]
+__all__ = ["VLLM_RANKS", "ExportedLayer", "StockAdapter", "to_lokr", "to_lora", "to_lycoris"]
+
+# what --max-lora-rank takes: vllm/config/lora.py, MaxLoRARanks
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,12 @@ class StockAdapter(NamedTuple):
 
 
 def to_lora(
-    reader: AdapterReader, files: BaseFiles | None, target: RankTarget | None, dtype: torch.dtype | None
+    reader: AdapterReader,
+    files: BaseFiles | None,
+    target: RankTarget | None,
+    dtype: torch.dtype | None,
+    *,
+    any_size: bool = False,
 ) -> StockAdapter:
     """A LoRA whose scaling is 1 in every layer; `r` is the largest rank, which is what servers ask for.
 
@@ -57,6 +65,7 @@ def to_lora(
         files: the base model, needed where `reader.reads_base`.
         target: how the ranks are chosen; None for the exact form.
         dtype: of the tensors; each layer's own by default.
+        any_size: take a layer's LoRA that is larger than its weight, or of a rank that vLLM does not serve.
     """
     tensors, ranks, layers = reader.other_tensors(), {}, []
     for layer in _layers(reader, files, convolutions=True):
@@ -69,6 +78,8 @@ def to_lora(
             ) from error
         down, up = down.to(kept).contiguous(), (layer.plan.scaling * up).to(kept).contiguous()
         _check_finite(layer.name, down, up)
+        if not any_size:
+            _check_size(layer.name, down, up)
         tensors |= _lora_pair(layer.name, reader.form(layer.name), down, up)
         ranks[layer.name] = len(down)
         error = relative_error(layer.plan, layer.trained, layer.frozen, down, up, layer.plan.scaling)
@@ -89,6 +100,21 @@ def to_lora(
         **_common_fields(reader, ranks),
     )
     return StockAdapter(config, tensors, tuple(layers))
+
+
+def _check_size(name: str, down: Tensor, up: Tensor) -> None:
+    """Refuse what is larger than merging the layer, or what no server would load."""
+    rank, numbers, weight = len(down), down.numel() + up.numel(), down.shape[1] * len(up)
+    if numbers > weight:
+        what = f"of {numbers:,} numbers (rank {rank}), and its weight has {weight:,}"
+    elif rank > VLLM_RANKS[-1]:
+        what = f"of rank {rank}, and vLLM serves {VLLM_RANKS[-1]} at most"
+    else:
+        return
+    raise NdLoraValueError(
+        f"Layer {name!r} would be a LoRA {what}. Choose a smaller one (--rank, --energy, --max-error), export "
+        f"to='merged', or to='lokr' where it is one Kronecker product; any_size (--any-size) writes it all the same."
+    )
 
 
 def _lora_pair(name: str, form: WeightForm | None, down: Tensor, up: Tensor) -> dict[str, Tensor]:
@@ -128,6 +154,26 @@ def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype |
         r=rank, alpha=rank, decompose_factor=_decompose_factor(modes), **_common_fields(reader, modes)
     )
     return StockAdapter(lokr, tensors, tuple(layers))
+
+
+def to_lycoris(stock: StockAdapter) -> dict[str, Tensor]:
+    """A LoKr's tensors under the names of the image tools: `lora_unet_NAME.lokr_w1`, dots as underscores.
+
+    Source: KohakuBlueleaf/LyCORIS, lycoris/modules/lokr.py; whole factors have the scale 1, whatever their alpha.
+
+    Raises:
+        NdLoraValueError: the adapter holds more than LoKr's factors.
+    """
+    tensors = {}
+    for key, value in stock.tensors.items():
+        layer, _, factor = key.removeprefix(KEY_PREFIX).rpartition(".")
+        if factor not in ("lokr_w1", "lokr_w2"):
+            raise NdLoraValueError(
+                f"The adapter holds {key!r}, which LyCORIS has no name for: export to='merged' instead."
+            )
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        tensors |= {f"{name}.{factor}": value, f"{name}.alpha": torch.tensor(1.0)}
+    return tensors
 
 
 def _kronecker_pair(layer: ReadLayer, files: BaseFiles | None) -> tuple[Tensor, Tensor]:
