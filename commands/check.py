@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ndlora_plugins.integrations.peft.files.check import CheckReport
 
 __all__ = ["check"]
 
@@ -16,6 +22,7 @@ def check(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory, or its name on the hub.")],
     base: Annotated[str | None, typer.Option(help="The base model: hold the adapter against it too.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check an adapter: everything there, finite, of the right shape and dtype, and does it do anything?
 
@@ -24,6 +31,33 @@ def check(
     from ndlora_plugins.integrations.peft.files.check import check_adapter
 
     report = check_adapter(adapter, base, trust_remote_code=trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(report), indent=2))
+    else:
+        _show(report, adapter)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _as_dict(report: CheckReport) -> dict[str, Any]:
+    # JSON has no NaN and no infinity
+    norms = [
+        None if layer.norm is None or not math.isfinite(layer.norm) else layer.norm for layer in report.layers
+    ]
+    return {
+        "directory": str(report.directory),
+        "method": report.method,
+        "ok": report.ok,
+        "problems": report.problems,
+        "remarks": report.remarks,
+        "trainable": report.trainable,
+        "bytes": report.bytes,
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in report.dtypes],
+        "layers": [{**asdict(layer), "norm": norm} for layer, norm in zip(report.layers, norms, strict=True)],
+    }
+
+
+def _show(report: CheckReport, adapter: str) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     table = Table(title=f"{report.method} adapter {escape(adapter)}", title_justify="left")
     for column in ("layers", "count", "trainable", "in the file", "size of the update", "idle"):
@@ -50,5 +84,3 @@ def check(
     for problem in report.problems:
         console.print(f"[red]Problem:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     console.print("[red]Not fit for use.[/red]" if report.problems else "[green]Sound.[/green]")
-    if report.problems:
-        raise typer.Exit(1)

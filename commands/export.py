@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -81,8 +83,9 @@ def export(
         Path | None, typer.Option(help="Of the self-test: a text file, one prompt a line.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write an adapter that needs no ndlora-plugins: stock LoRA or LoKr, or the merged model.
+    """Write an adapter that needs no ndlora-plugins: stock LoRA or LoKr, GGUF, or the merged model.
 
     Example: ndlora export my-adapter --to lora --output my-lora
     """
@@ -106,6 +109,16 @@ def export(
             self_test=_read_prompts(prompts) if prompts else self_test,
             trust_remote_code=trust_remote_code,
         )
+    if as_json:
+        found = {
+            "directory": str(report.directory),
+            "kind": report.kind,
+            "largest_error": report.largest_error,
+            "notes": [str(entry.message) for entry in caught],
+            "layers": [asdict(layer) for layer in report.layers],
+        }
+        typer.echo(json.dumps(found, indent=2))
+        return
     console = Console(width=None if Console().is_terminal else 160)
     error = "lost to rounding" if to is Kind.merged else "relative error"
     table = Table(title=f"{escape(adapter)} to {to.value}", title_justify="left")
@@ -127,7 +140,11 @@ def export(
 
 
 def _read_prompts(path: Path) -> list[str]:
-    found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NdLoraValueError(f"{path} is no text in UTF-8: {error}.") from error
+    found = [line for line in text.splitlines() if line.strip()]
     if not found:
         raise NdLoraValueError(f"{path} holds no prompt: write one a line.")
     return found

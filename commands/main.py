@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from typing import Annotated
 
 import typer
@@ -24,9 +25,9 @@ from ndlora_plugins.commands.verify import verify
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError
 
 app = typer.Typer(
-    help="Adapters with fewer parameters than LoRA, for PEFT, TRL and Axolotl.",
+    help="Adapters with fewer parameters than LoRA, for PEFT, TRL and Axolotl. "
+    "`ndlora COMMAND --help` shows an example.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # a table that is piped into a file is not folded at 80 columns
@@ -34,13 +35,28 @@ console = Console(width=None if Console().is_terminal else 160)
 
 
 def run() -> None:
-    """The console script: our own errors and the operating system's are shown as one line, without a traceback."""
+    """The console script: an error is shown as one line, without a traceback, and ends with status 2.
+
+    What goes wrong inside a training that was begun, or with NDLORA_TRACEBACK=1, keeps its traceback.
+    """
     try:
-        app()
+        app(prog_name="ndlora")  # however it was started: completion asks for it
     except (NdLoraError, OSError) as error:
-        text = _in_one_line(error) if isinstance(error, OSError) else str(error)
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
+        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from error
+        _complain(_in_one_line(error) if isinstance(error, OSError) else str(error))
         raise SystemExit(2) from error
+    except Exception as error:
+        if sys.argv[1:2] == ["sft"] or os.environ.get("NDLORA_TRACEBACK"):
+            raise
+        said = " ".join(str(error).split())
+        _complain(f"{type(error).__name__}: {said} (NDLORA_TRACEBACK=1 shows where)")
+        raise SystemExit(2) from error
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(f"[red]Error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _in_one_line(error: OSError) -> str:
@@ -50,6 +66,23 @@ def _in_one_line(error: OSError) -> str:
     what = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
     where = " -> ".join(os.fsdecode(path) for path in (error.filename, error.filename2) if path is not None)
     return f"{what}: {where}" if where else what
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from ndlora_plugins import __version__
+
+        typer.echo(f"ndlora-plugins {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What holds for all commands; the text of the help is in `app`."""
 
 
 @app.command()
@@ -69,7 +102,7 @@ def plan(
         list[str] | None, typer.Option(help="An option of the method's own, NAME=JSON; may be repeated.")
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; may be repeated.")] = None,
-    lora_rank: Annotated[int, typer.Option(help="The rank of plain LoRA to compare with.")] = 8,
+    lora_rank: Annotated[int, typer.Option(min=1, help="The rank of plain LoRA to compare with.")] = 8,
     parameters: Annotated[
         str | None, typer.Option(help="Choose the best known adapter of at most so many: 1M, 250k.")
     ] = None,
@@ -77,7 +110,8 @@ def plan(
         str | None, typer.Option("--bytes", help="Choose one whose file has at most so many bytes: 2MB.")
     ] = None,
     like_lora_r: Annotated[
-        int | None, typer.Option(help="Choose one with as many parameters as plain LoRA of this rank.")
+        int | None,
+        typer.Option(min=1, help="Choose one with as many parameters as plain LoRA of this rank."),
     ] = None,
     fraction: Annotated[str | None, typer.Option(help="Of --like-lora-r's parameters: 1/16.")] = None,
     lora_rate: Annotated[

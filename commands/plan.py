@@ -60,7 +60,19 @@ def model_from_config(model: str) -> Any:
             f"{model!r} is neither a directory with a transformers config.json nor a model on the hub that can be "
             f"reached: {str(error).splitlines()[0]}"
         ) from error
-    return model_on_meta(model_config)
+    except Exception as error:  # of whatever kind the model's own checks raise
+        raise _no_model(model, error) from error
+    try:
+        return model_on_meta(model_config)
+    except Exception as error:
+        raise _no_model(model, error) from error
+
+
+def _no_model(model: str, error: Exception) -> NdLoraValueError:
+    said = " ".join(str(error).split())
+    return NdLoraValueError(
+        f"transformers makes no model of {model!r}'s config.json: {type(error).__name__}: {said}"
+    )
 
 
 def parse_options(given: Sequence[str], flag: str = "--option") -> dict[str, Any]:

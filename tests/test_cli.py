@@ -33,6 +33,38 @@ WRONG = [
     (["--target", "nope"], "match no layer"),
     (["--r", "0"], "r=0"),
 ]
+# config.json -> what `ndlora plan` must say of it in its one line
+NO_MODELS = {
+    '{"model_type": "llama", "num_attention_heads": 0}': "transformers makes no model of",
+    '{"model_type": "llama", "hidden_size": "wide"}': "transformers makes no model of",
+    '{"model_type": "nobodys"}': "does not recognize this architecture",
+    "{": "not a valid JSON file",
+}
+# what follows `ndlora`, what must stand in the one line
+REFUSED = [
+    (
+        ["export", "adapter", "--to", "lora", "--output", "out", "--prompts", "latin.txt"],
+        "latin.txt is no text in UTF-8",
+    ),
+    (
+        ["export", "adapter", "--to", "lora", "--output", "out", "--self-test"],
+        "ValueError: Couldn't instantiate",
+    ),
+    (["plan", "base", "--parameters", "1k", "--lora-rate", "-1"], "lora_rate=-1.0: give a learning rate"),
+    (["plan", "base", "--lora-rank", "0"], "Invalid value for '--lora-rank'"),
+    (["plan", "base", "--like-lora-r", "0"], "Invalid value for '--like-lora-r'"),
+]
+# commands that write nothing or what `--output` says, and a key of what they print for a script
+JSON = [
+    (["check", "adapter"], "ok"),
+    (["export", "adapter", "--to", "lora", "--output", "out"], "largest_error"),
+    (["prune", "adapter", "--output", "out"], "numbers"),
+    (["combine", "adapter", "adapter", "--output", "out"], "ranks"),
+    (["diff", "adapter", "adapter"], "same"),
+    (["init", "base", "--output", "out"], "method"),
+    (["plan", "base"], "parameters"),
+    (["methods"], "schedules"),
+]
 EXPORT = ["export", "adapter", "--to", "merged", "--output"]
 LONG = "n" * 300
 
@@ -199,3 +231,76 @@ def test_what_may_not_be_read_or_written_is_said_so(path, mode, arguments, messa
     os.chmod(path, allowed)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"Error: {message.format(directories)}" in result.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize("config", NO_MODELS)
+def test_a_configuration_that_makes_no_model(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    result = invoke("plan", tmp_path)
+    assert isinstance(result.exception, NdLoraValueError) and NO_MODELS[config] in str(result.exception)
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_cannot_be_done_is_said_without_a_traceback(
+    arguments, message, directories, monkeypatch, capsys
+):
+    (directories / "latin.txt").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr("sys.argv", ["ndlora", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert not (directories / "out").exists()
+
+
+def test_a_traceback_can_be_had(directories, monkeypatch):
+    monkeypatch.setenv("NDLORA_TRACEBACK", "1")
+    monkeypatch.setattr("sys.argv", ["ndlora", *REFUSED[1][0]])
+    with pytest.raises(ValueError, match="Couldn't instantiate"):
+        run()
+
+
+@pytest.mark.parametrize(("arguments", "key"), JSON)
+def test_what_a_script_reads(arguments, key, directories):
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0 and key in json.loads(result.stdout), result.output
+
+
+def test_a_broken_adapter_is_told_to_a_script(directories):
+    config = json.loads((directories / "adapter" / "adapter_config.json").read_text())
+    (directories / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "r": 2}))
+    result = invoke("check", "adapter", "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)["problems"]
+
+
+def test_the_version():
+    assert invoke("--version").output.startswith("ndlora-plugins 0.")
+
+
+def test_the_shell_completes_commands(monkeypatch, capsys):
+    for name, value in {
+        "_NDLORA_COMPLETE": "complete_bash",
+        "COMP_WORDS": "ndlora ex",
+        "COMP_CWORD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["ndlora"])
+    with pytest.raises(SystemExit):
+        run()
+    assert capsys.readouterr().out.split() == ["export"]
+
+
+def test_the_help_of_sft_shows_an_example(monkeypatch, capsys):
+    pytest.importorskip("trl")
+    monkeypatch.setattr("sys.argv", ["ndlora", "sft", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 0 and "Example: ndlora sft --config run.yaml" in capsys.readouterr().out
+
+
+def test_arguments_of_sft_that_cannot_work_are_one_line(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    (tmp_path / "run.yaml").write_text("[1, 2")
+    monkeypatch.setattr("sys.argv", ["ndlora", "sft", "--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 2 and "The arguments of `ndlora sft` cannot work" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def test_the_output_head_gets_one_block_of_memory(tiny_model):
 
 
 def run_tiny(tiny_model, output, **options):
-    from ndlora_plugins.commands.demo import run_demo
+    from ndlora_plugins.commands.demo_run import run_demo
 
     sizes = {"steps": 2, "batch_size": 2, "held_out": 4, "exact": 2, **options}
     return run_demo(tiny_model, output=output, **sizes)
@@ -160,10 +160,12 @@ def test_demo_on_the_users_own_data(tiny_model, tmp_path):
 @pytest.mark.slow
 def test_demo_fails_when_a_saved_adapter_answers_otherwise(tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from ndlora_plugins.commands import demo
+    from ndlora_plugins.commands import demo_run
 
-    script = demo._RELOAD_SCRIPT.replace("    base = model", "    answers[adapter] += '!'\n    base = model")
-    monkeypatch.setattr(demo, "_RELOAD_SCRIPT", script)
+    script = demo_run._RELOAD_SCRIPT.replace(
+        "    base = model", "    answers[adapter] += '!'\n    base = model"
+    )
+    monkeypatch.setattr(demo_run, "_RELOAD_SCRIPT", script)
     report = run_tiny(tiny_model, tmp_path / "out", methods=["lora"])
     assert len(report.failures) == 1
     assert report.failures[0].startswith("lora: the saved adapter answers ")
@@ -200,10 +202,10 @@ def test_demo_refuses_too_little_data(tiny_model, tmp_path):
 
 
 def test_command_ends_with_exit_code_1_on_a_mismatch(tmp_path, monkeypatch):
-    from ndlora_plugins.commands import demo
+    from ndlora_plugins.commands import demo, demo_run
 
-    report = demo.DemoReport("tiny", "data", 2, 0, results=[], failures=["lora: [answers] differ"])
-    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: report)
+    report = demo_run.DemoReport("tiny", "data", 2, 0, results=[], failures=["lora: [answers] differ"])
+    monkeypatch.setattr(demo_run, "run_demo", lambda *_, **__: report)
     app = typer.Typer()
     app.command()(demo.demo)
     result = CliRunner().invoke(app, ["--output", str(tmp_path)])

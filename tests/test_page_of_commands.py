@@ -13,6 +13,11 @@ from ndlora_plugins.commands.main import app
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 COMMANDS = typer.main.get_command(app).commands
+MORE = (
+    "What goes wrong in a training that was begun keeps its traceback; `NDLORA_TRACEBACK=1` shows every one. `--json` "
+    "prints what a script reads. `ndlora --install-completion` lets the shell complete commands and options, `ndlora "
+    "--version` prints the version."
+)
 STATUS = "Exit status 0: good; 1: a problem was found, or two adapters differ; 2: it could not be done."
 
 
@@ -39,7 +44,7 @@ def commands_page():
         "# Commands",
         "",
         f"Generated from their own `--help` by `python tests/test_page_of_commands.py`. {STATUS} "
-        f"Errors are one line on stderr, and an output that exists is never overwritten.",
+        f"Errors are one line on stderr, and an output that exists is never overwritten. {MORE}",
         "",
         "| command | |",
         "|---|---|",

@@ -103,10 +103,14 @@ def choose_adapter(
         targets: `target_modules` and other fields of NdLoraConfig that say which layers.
 
     Raises:
-        NdLoraValueError: no budget or two, or one that no method fits into.
+        NdLoraValueError: no budget or two, one that no method fits into, or a rate that is none.
     """
     if (parameters is None) == (file_bytes is None):
         raise NdLoraValueError("Give exactly one budget: parameters, or the bytes of the file.")
+    if not 0 < lora_rate < 1:
+        raise NdLoraValueError(
+            f"lora_rate={lora_rate!r}: give a learning rate between 0 and 1, such as 2e-4."
+        )
     limit = parameters if file_bytes is None else file_bytes // BYTES_A_NUMBER
     size = _trained if file_bytes is None else _saved
     lora = lora_parameters(model, _LORA_RANK, **targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class Session:
             saved.
         same_storage: whether the base of a loaded adapter is stored in the dtype of the training.
         training: what a trainer noted, for the model card.
+        picture: a PNG of the training, for the model card.
         gradients: layer's name -> gradient of its weight (out_features, in_features), for starts that read one.
     """
 
@@ -28,4 +30,5 @@ class Session:
     checksums: dict | None = None
     same_storage: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
+    picture: Path | None = None
     gradients: Mapping[str, Tensor] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from ndlora_plugins.integrations.peft.schedules import (
     set_schedules,
 )
 from ndlora_plugins.integrations.peft.shared import Clock
-from ndlora_plugins.integrations.trl.card import note_recipe
+from ndlora_plugins.integrations.trl.card import note_plot, note_recipe
 from ndlora_plugins.integrations.trl.checks import (
     adapted_layers,
     check_gradients,
@@ -64,7 +64,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
             `to` (one of these), `directory` (new; by default `<output_dir>/<to>`) and further options of
             `export_adapter`; or a callable, called as export(model, args). A failure is a warning, so that the
             trainer still saves the adapter.
-        plot: where to write a PNG of loss and update norms at the end (needs matplotlib).
+        plot: where to write a PNG of loss and update norms at the end (needs matplotlib); the model card shows it.
 
     Raises:
         NdLoraValueError: a check fails (`strict`), a schedule or `core_only_at` cannot work with the model, or
@@ -195,6 +195,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
             )
         if self.plot is not None:
             draw_history(state.log_history, self.plot)
+            note_plot(model, self.plot)
         if self.export is not None:
             try:
                 self.export(model, args)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.card import note_training, write_model_card
+from ndlora_plugins.integrations.peft.files.card import note_picture, note_training, write_model_card
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerState, TrainingArguments
 
-__all__ = ["keep_model_card", "note_recipe"]
+__all__ = ["keep_model_card", "note_plot", "note_recipe"]
 
 
 def note_recipe(model: Any, args: TrainingArguments, state: TrainerState) -> None:
@@ -24,9 +25,19 @@ def note_recipe(model: Any, args: TrainingArguments, state: TrainerState) -> Non
         "steps": state.max_steps,
         "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
-    for config in (getattr(model, "peft_config", None) or {}).values():
-        if isinstance(config, NdLoraConfig):
-            note_training(config, recipe)
+    for config in _configurations(model):
+        note_training(config, recipe)
+
+
+def note_plot(model: Any, path: str | Path) -> None:
+    """Let the cards of a model's NDLORA adapters show the picture of the training."""
+    for config in _configurations(model):
+        note_picture(config, path)
+
+
+def _configurations(model: Any) -> list[NdLoraConfig]:
+    found = (getattr(model, "peft_config", None) or {}).values()
+    return [config for config in found if isinstance(config, NdLoraConfig)]
 
 
 def keep_model_card(trainer: Trainer) -> None:

@@ -83,10 +83,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     types = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig, NdLoraArguments)
-    parser = trl.TrlParser(types, prog="ndlora sft")
-    script, training, model, mixture, ours, unknown = parser.parse_args_and_config(
-        argv, return_remaining_strings=True
+    parser = trl.TrlParser(
+        types,
+        prog="ndlora sft",
+        description="Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block.",
+        epilog="Example: ndlora sft --config run.yaml",
     )
+    try:
+        script, training, model, mixture, ours, unknown = parser.parse_args_and_config(
+            argv, return_remaining_strings=True
+        )
+    except (ValueError, yaml.YAMLError) as error:  # of TRL's and transformers' own checks
+        said = " ".join(str(error).split())
+        raise NdLoraValueError(f"The arguments of `ndlora sft` cannot work: {said}") from error
     if unknown:
         raise NdLoraValueError(
             f"Unknown arguments {unknown}: take them out. `trl sft --help` lists TRL's, `ndlora:` takes "

@@ -21,6 +21,16 @@ TRAINING = ("| learning rate | 0.05 |", "| steps | 4 |", "| batch | 8 |")
 # two layers of 32 -> 32 and 32 -> 16, r=4
 COUNTS = f"{2 * (4 * (64 + 48) + 2 * 16):,} numbers in 4 layers"
 NLORA = {"method": "nlora", "r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+# what a card of a language model says of loading and serving
+WAYS_OUT = (
+    "import ndlora_plugins",
+    "--to lora",
+    "--to gguf",
+    "--to merged",
+    "vllm serve",
+    "llama-server",
+    "ndlora verify",
+)
 # a user's own card -> what has to be in it still
 CARDS = {
     "with a header": "---\nlicense: mit\ntags: [maths]\n---\n# My adapter\n\nTrained on my data.\n",
@@ -49,7 +59,8 @@ def test_a_saved_adapter_has_a_card(adapted, base, tmp_path, monkeypatch):
     assert {"ndlora", "nlora"} <= set(header["tags"])
     assert text.count(HEADING) == 1 and COUNTS in text
     assert all(line in text for line in RECIPE) and "`nlora`: SLoRA started from rows" in text
-    assert "learning rate" not in text
+    assert "learning rate" not in text and "![" not in text
+    assert [words for words in WAYS_OUT if words not in text] == []
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", text[text.index(HEADING) :], re.DOTALL)[1]
     namespace = {}
@@ -90,6 +101,22 @@ def test_a_users_card_keeps_its_text(card, adapted, tmp_path):
     assert text.count("Trained on my data.") == text.count(HEADING) == text.count(COUNTS) == 1
     assert text.count("# My adapter") == card.count("# My adapter")
     assert header.get("license") == ("mit" if "license" in card else None)
+
+
+def test_an_adapter_of_no_language_model_is_not_said_to_be_served(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    write_model_card(NdLoraConfig(**{**NLORA, "task_type": "SEQ_CLS"}), tmp_path)
+    assert "--to lora" in read(tmp_path)[1] and "vllm" not in read(tmp_path)[1]
+
+
+def test_the_card_shows_the_picture_of_the_training(make, tmp_path):
+    pytest.importorskip("matplotlib")
+    trainer = make({**NLORA}, NdLoraCallback(plot=tmp_path / "run.png"))
+    trainer.train()
+    trainer.save_model()
+    output = Path(trainer.args.output_dir)
+    (name,) = re.findall(r"!\[.*\]\((.*)\)", read(output)[1])
+    assert (output / name).read_bytes() == (tmp_path / "run.png").read_bytes()
 
 
 def test_our_part_stays_where_the_user_moved_it(adapted, tmp_path):

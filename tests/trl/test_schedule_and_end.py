@@ -8,7 +8,11 @@ from ndlora_plugins.integrations.trl import NdLoraCallback
 
 # wrong arguments of the callback -> error, words of it
 ARGUMENTS = {
-    "export to nowhere": ({"export": "onnx"}, NdLoraValueError, "'lora', 'lokr', 'gguf', 'lycoris', 'merged'"),
+    "export to nowhere": (
+        {"export": "onnx"},
+        NdLoraValueError,
+        "'lora', 'lokr', 'gguf', 'lycoris', 'merged'",
+    ),
     "export without a kind": ({"export": {"directory": "x"}}, NdLoraValueError, "`to` has to be one of"),
     "export's option": ({"export": {"to": "lora", "ranks": 4}}, NdLoraValueError, r"\['ranks'\]. Known: to,"),
     "export of another type": ({"export": 3}, NdLoraTypeError, "export=3: give one of"),

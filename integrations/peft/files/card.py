@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from ndlora_plugins.integrations.peft.validation import fields_to_set
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["note_training", "write_model_card"]
+__all__ = ["note_picture", "note_training", "write_model_card"]
 
 _BEGIN = "<!-- ndlora: this part is written anew at each save, all else is left as it is -->"
 _END = "<!-- end of ndlora -->"
@@ -52,23 +53,50 @@ base = {model_class}.from_pretrained("{base_name}")
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_ADAPTER")
 ```
 
-Without it, export the adapter once where the package is installed. The command says how exact the result is:
+If that ends in `KeyError: 'NDLORA'`, the door by which PEFT finds the package is shut here, by
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` or `NDLORA_AUTOLOAD=0`: write `import ndlora_plugins` above.
+
+Without it, export the adapter once where the package is installed. The command says how exact the result is, and asks
+for a `--rank` where there is no exact one:
 
 ```bash
 ndlora export PATH_OF_THIS_ADAPTER --to lora --output plain-lora --base "{base_name}"
 ```
 
-`plain-lora` is a stock LoRA adapter for PEFT and servers; `--to merged` writes the whole model.
-
+`plain-lora` is a stock LoRA adapter for PEFT; `--to merged` writes the whole model.
+{serving}{picture}
 | recipe | |
 |---|---|
 {recipe}
 """
+# of language models; the export prints the rank
+_SERVING = """\
+
+To serve it, with vLLM or, after an export `--to gguf`, with llama.cpp:
+
+```bash
+vllm serve "{base_name}" --enable-lora --max-lora-rank RANK --lora-modules my-lora=plain-lora
+llama-server -m BASE.gguf --lora plain-gguf/adapter_model.gguf
+```
+
+`--self-test` beside either export, and then `ndlora verify`, ask the running server whether it serves the adapter. RANK
+is the largest that the export printed, or the next of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
+"""
+_PICTURE = """\
+
+![Loss and update norms]({name})
+"""
+_PICTURE_FILE = "ndlora_training.png"
 
 
 def note_training(config: PeftConfig, values: Mapping[str, Any]) -> None:
     """Let cards that are written later in this session name these too: learning rate, steps, and the like."""
     config.session.training = dict(values)
+
+
+def note_picture(config: PeftConfig, path: str | Path) -> None:
+    """Let cards that are written later in this session show a PNG of the training; a copy is laid beside them."""
+    config.session.picture = Path(path).absolute()
 
 
 def write_model_card(config: PeftConfig, directory: str | Path) -> None:
@@ -142,17 +170,29 @@ def _our_part(config: PeftConfig, directory: Path) -> str:
     base, method = config.base_model_name_or_path, methods()[config.method].value
     on_hub = _is_on_hub(base)
     recipe = {**_options(config), **config.session.training}
+    base_name = base if on_hub else "PATH_OF_THE_BASE_MODEL"
+    task = getattr(config.task_type, "value", config.task_type)
     text = _TEXT.format(
         method=method.name,
         summary=method.summary,
         source=method.source,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else "a model that is not named here",
-        base_name=base if on_hub else "PATH_OF_THE_BASE_MODEL",
+        base_name=base_name,
         counts=_counts(directory / ADAPTER_FILE),
-        model_class=_MODEL_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoModel"),
+        model_class=_MODEL_CLASSES.get(task, "AutoModel"),
+        serving=_SERVING.format(base_name=base_name) if task == "CAUSAL_LM" else "",
+        picture=_picture(config.session.picture, directory),
         recipe="\n".join(f"| {name} | {_cell(value)} |" for name, value in recipe.items()),
     )
     return f"{_BEGIN}\n{text}{_END}"
+
+
+def _picture(path: Path | None, directory: Path) -> str:
+    """The picture's line, and a copy of it in the directory; "" without one."""
+    if path is None or not path.is_file():
+        return ""
+    shutil.copyfile(path, directory / _PICTURE_FILE)
+    return _PICTURE.format(name=_PICTURE_FILE)
 
 
 def _options(config: PeftConfig) -> dict[str, Any]:
