@@ -216,13 +216,13 @@ def _generation(dtype: str, layers: int, new_tokens: int) -> Case:
     return Case(f"generation, SmolLM2-135M, 32 + 16 tokens, {dtype}", run)
 
 
-def _compiled(dtype: str, variant: str, layers: int) -> Case:
-    """Forward and backward of 2 x 256 tokens, eager and as one graph of torch.compile."""
+def _compiled(dtype: str, variant: str, layers: int, length: int = 256) -> Case:
+    """Forward and backward of 2 x `length` tokens, eager and as one graph of torch.compile."""
 
     def run(device: torch.device, seconds: float) -> dict:
         torch.compiler.reset()  # what was compiled before counts towards a limit
         base = _smollm2(DTYPES[dtype], device, layers)
-        tokens = torch.randint(0, 49152, (2, 256), device=device)
+        tokens = torch.randint(0, 49152, (2, length), device=device)
         eager = adapt(variant, base, TARGETS).train()
         works = {"eager": eager, "compiled": torch.compile(eager, fullgraph=True, dynamic=False)}
 
@@ -235,4 +235,4 @@ def _compiled(dtype: str, variant: str, layers: int) -> Case:
         )
         return {"compiled": summary(times, "eager")}
 
-    return Case(f"compiled, {layers} layers of SmolLM2-135M, 2 x 256 tokens, {variant}, {dtype}", run)
+    return Case(f"compiled, {layers} layers of SmolLM2-135M, 2 x {length} tokens, {variant}, {dtype}", run)

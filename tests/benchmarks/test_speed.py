@@ -52,8 +52,8 @@ def test_a_quick_run_and_its_continuation(tmp_path):
 def test_one_process_may_measure_more_compiled_models_than_torch_compile_keeps(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=1):
-        _compiled("float32", "LoRA", layers=1).run(torch.device("cpu"), 0.01)
-        _compiled("float32", "SLoRA", layers=1).run(torch.device("cpu"), 0.01)
+        _compiled("float32", "LoRA", layers=1, length=4).run(torch.device("cpu"), 0.01)
+        _compiled("float32", "SLoRA", layers=1, length=4).run(torch.device("cpu"), 0.01)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

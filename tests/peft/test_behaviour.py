@@ -47,6 +47,10 @@ SUMS = [
 SAVES_BIASES = hasattr(BaseTuner, "_get_adapter_state_dict")
 
 
+# a method of each structure, and of each way to share
+COMPILED = ("crossed", "slora", "einsum", "columns", "shared_core", "metatt", "nola")
+
+
 @pytest.fixture(params=REPRESENTATIVE)
 def method(request):
     return request.param
@@ -514,6 +518,7 @@ def test_a_head_that_trains_in_full_gets_no_adapter(task, method, fields_of, tok
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", COMPILED, indirect=True)
 def test_the_whole_model_compiles_into_one_graph(config, make_llama, tokens, shake):
     model = shake(get_peft_model(make_llama(num_hidden_layers=1), config()), scale=0.05)
     torch._dynamo.reset()
