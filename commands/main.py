@@ -21,6 +21,7 @@ from ndlora_plugins.commands.doctor import doctor
 from ndlora_plugins.commands.export import export
 from ndlora_plugins.commands.init import init
 from ndlora_plugins.commands.prune import prune
+from ndlora_plugins.commands.tune import tune
 from ndlora_plugins.commands.verify import verify
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError
 
@@ -224,7 +225,7 @@ def sft(context: typer.Context) -> None:
     main(context.args)
 
 
-for command in (init, check, export, verify, combine, prune, diff, demo, doctor):
+for command in (tune, init, check, export, verify, combine, prune, diff, demo, doctor):
     app.command()(command)
 
 

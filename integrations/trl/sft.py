@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from torch import nn
+from transformers import TrainerCallback
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from ndlora_plugins.integrations.peft.choose import fields_within
@@ -27,7 +28,7 @@ except ModuleNotFoundError as error:
         '`ndlora sft` needs TRL: run `pip install "ndlora-plugins[trl]"`. NdLoraCallback works without it.'
     ) from error
 
-__all__ = ["NdLoraArguments", "main", "make_config"]
+__all__ = ["NdLoraArguments", "Run", "load_data", "main", "make_config", "make_trainer", "read_run"]
 
 # trl.ModelConfig's field -> ours; each counts only where it is given, as its default is LoRA's
 _TAKEN_OVER = {
@@ -81,11 +82,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         NdLoraValueError: an argument that nobody knows, or one that cannot apply.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    run = read_run(list(sys.argv[1:] if argv is None else argv), "ndlora sft")
+    _train(run, *make_config(run.ndlora, run.model, run.given, run.schedules))
+
+
+class Run(NamedTuple):
+    """What the YAML and the command line say: TRL's arguments, ours, and the names of those that were given."""
+
+    script: trl.ScriptArguments
+    training: trl.SFTConfig
+    model: trl.ModelConfig
+    mixture: trl.DatasetMixtureConfig
+    ndlora: Any
+    schedules: Any
+    given: set[str]
+
+
+def read_run(argv: list[str], command: str) -> Run:
+    """Read `--config FILE.yaml` and the flags that overrule it, as TRL does.
+
+    Raises:
+        NdLoraValueError: an argument that nobody knows, or a value that TRL or transformers refuse.
+    """
     types = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig, NdLoraArguments)
     parser = trl.TrlParser(
         types,
-        prog="ndlora sft",
+        prog=command,
         description="Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block.",
         epilog="Example: ndlora sft --config run.yaml",
     )
@@ -95,14 +117,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ValueError, yaml.YAMLError) as error:  # of TRL's and transformers' own checks
         said = " ".join(str(error).split())
-        raise NdLoraValueError(f"The arguments of `ndlora sft` cannot work: {said}") from error
+        raise NdLoraValueError(f"The arguments of `{command}` cannot work: {said}") from error
     if unknown:
         raise NdLoraValueError(
             f"Unknown arguments {unknown}: take them out. `trl sft --help` lists TRL's, `ndlora:` takes "
-            f"NdLoraConfig's options, and those of `accelerate launch` go before `ndlora sft`."
+            f"NdLoraConfig's options, and those of `accelerate launch` go before `{command}`."
         )
-    config, callback = make_config(ours.ndlora, model, _given(argv), ours.schedules)
-    _train(script, training, model, mixture, config, callback)
+    return Run(script, training, model, mixture, ours.ndlora, ours.schedules, _given(argv))
 
 
 def make_config(
@@ -184,8 +205,25 @@ def _given(argv: Sequence[str]) -> set[str]:
     return flags
 
 
-def _train(script, training, model, mixture, config: NdLoraConfig, callback: NdLoraCallback) -> None:
+def _train(run: Run, config: NdLoraConfig, callback: NdLoraCallback) -> None:
     """As trl/scripts/sft.py does it."""
+    data = load_data(run)
+    held_out = data[run.script.dataset_test_split] if run.training.eval_strategy != "no" else None
+    trainer = make_trainer(run, config, [callback], data[run.script.dataset_train_split], held_out)
+    keep_model_card(trainer)
+    trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
+    trainer.save_model(run.training.output_dir)
+    if run.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    if hasattr(trainer, "end"):  # transformers 5.18 and later: closes trackers and process group
+        trainer.end()
+
+
+def make_trainer(
+    run: Run, config: NdLoraConfig, callbacks: list[TrainerCallback], training_data: Any, held_out: Any
+) -> trl.SFTTrainer:
+    """TRL's trainer of one adapter, the model loaded anew."""
+    training, model = run.training, run.model
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,
@@ -193,26 +231,24 @@ def _train(script, training, model, mixture, config: NdLoraConfig, callback: NdL
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    data = _load_data(script, mixture)
-    trainer = trl.SFTTrainer(
+    return trl.SFTTrainer(
         model=model.model_name_or_path,
         args=training,
-        train_dataset=data[script.dataset_train_split],
-        eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        train_dataset=training_data,
+        eval_dataset=held_out,
         quantization_config=trl.get_quantization_config(model),
         peft_config=config,
-        callbacks=[callback],
+        callbacks=callbacks,
     )
-    keep_model_card(trainer)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
-    if hasattr(trainer, "end"):  # transformers 5.18 and later: closes trackers and process group
-        trainer.end()
 
 
-def _load_data(script, mixture):
+def load_data(run: Run) -> Any:
+    """The splits that the YAML names.
+
+    Raises:
+        NdLoraValueError: it names none.
+    """
+    script, mixture = run.script, run.mixture
     if mixture.datasets:
         return trl.get_dataset(mixture)
     if not script.dataset_name:

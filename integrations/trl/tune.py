@@ -1,0 +1,201 @@
+"""`ndlora tune`: which learning rate, and which of a few settings, by short trainings on the user's model and data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+from ndlora_plugins.integrations.trl.sft import load_data, make_config, make_trainer, read_run
+
+try:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+except ModuleNotFoundError as error:
+    if error.name != "optuna":
+        raise
+    raise MissingExtraError(
+        '`ndlora tune` searches with Optuna: run `pip install "ndlora-plugins[trl,tune]"`.'
+    ) from error
+
+__all__ = ["RATES", "Trial", "tune"]
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+PARTS = 4  # of a training, each ends with the held-out loss; a run that is behind stops there
+_TASK, _TRIALS = "tune.json", "trials.log"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One short training.
+
+    Attributes:
+        setting: as `ndlora:` takes it; None is what the YAML says.
+        loss: the held-out one of its last part; None if it diverged or failed.
+        stopped: whether it ended early, as it was behind.
+    """
+
+    setting: Any
+    rate: float
+    loss: float | None
+    stopped: bool
+
+
+def tune(
+    config: str | Path,
+    output: str | Path,
+    *,
+    rates: Sequence[float] = RATES,
+    settings: Sequence[Any] = (None,),
+    steps: int = 100,
+    held_out: int = 64,
+    report: Callable[[Trial], None] = lambda trial: None,
+) -> list[Trial]:
+    """Train every setting at every rate for a few steps; goes on where a killed call stopped.
+
+    Args:
+        config: the YAML of `ndlora sft`.
+        output: a directory for the journal of the trials; of an earlier call with the same arguments, or new.
+        rates: learning rates, three or more, a factor of about 3 apart.
+        settings: each as the YAML's `ndlora:` takes it; None for what stands there.
+        steps: of one training, with the YAML's schedule, batch size and data.
+        held_out: rows that are kept from the training split, where the YAML's test split is not there.
+        report: called with each trial that ends.
+
+    Returns:
+        The trials, best first.
+
+    Raises:
+        NdLoraValueError: before anything is trained: an unknown option, too little data, another task's output.
+    """
+    if steps < PARTS or held_out < 1 or not rates or any(not rate > 0 for rate in rates):
+        raise NdLoraValueError(
+            f"steps={steps}, held_out={held_out}, rates={list(rates)}: give {PARTS} steps or more, a held-out row or "
+            f"more, and rates above 0."
+        )
+    runs = [_run(config, output, rate, steps) for rate in rates]
+    for setting in settings:  # wrong ones are found before the first training
+        make_config(runs[0].ndlora if setting is None else setting, runs[0].model, runs[0].given)
+    training_data, kept = _split(runs[0], held_out)
+    output = Path(output)
+    _check_task(
+        output,
+        {
+            "config": Path(config).read_text(encoding="utf-8"),
+            "rates": list(rates),
+            "settings": list(settings),
+            "steps": steps,
+        },
+    )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    grid = {"setting": list(range(len(settings))), "rate": list(range(len(rates)))}
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(output / _TRIALS))),
+        study_name="tune",
+        sampler=optuna.samplers.GridSampler(grid, seed=0),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=2),
+        load_if_exists=True,
+    )
+
+    def train(trial: optuna.Trial) -> float:
+        setting = settings[trial.suggest_categorical("setting", grid["setting"])]
+        run = runs[trial.suggest_categorical("rate", grid["rate"])]
+        chosen, callback = make_config(
+            run.ndlora if setting is None else setting, run.model, run.given, run.schedules
+        )
+        watch = _Watch(trial)
+        trainer = make_trainer(run, chosen, [callback, watch], training_data, kept)
+        trainer.train()
+        if watch.behind:
+            raise optuna.TrialPruned
+        return watch.loss
+
+    def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        report(_trial(trial, settings, rates))
+
+    done = [trial for trial in study.trials if trial.state.is_finished()]
+    if len(done) < len(settings) * len(rates):
+        study.optimize(train, n_trials=len(settings) * len(rates) - len(done), callbacks=[tell])
+    found = [_trial(trial, settings, rates) for trial in study.trials if trial.state.is_finished()]
+    return sorted(found, key=lambda trial: (trial.stopped, math.inf if trial.loss is None else trial.loss))
+
+
+class _Watch(TrainerCallback):
+    """Reports the held-out losses, and stops a training that is behind the median of the others."""
+
+    def __init__(self, trial: optuna.Trial):
+        self.trial, self.loss, self.behind = trial, math.nan, False
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.loss = (metrics or {}).get("eval_loss", math.nan)
+        self.trial.report(self.loss, state.global_step)
+        if state.global_step < state.max_steps and (
+            not math.isfinite(self.loss) or self.trial.should_prune()
+        ):
+            self.behind = control.should_training_stop = True
+
+
+def _run(config: str | Path, output: str | Path, rate: float, steps: int) -> Any:
+    flags = {
+        "learning_rate": rate,
+        "max_steps": steps,
+        "eval_strategy": "steps",
+        "eval_steps": max(1, steps // PARTS),
+        "save_strategy": "no",
+        "report_to": "none",
+        "output_dir": Path(output) / "trainer",
+    }
+    if not Path(config).is_file():
+        raise NdLoraValueError(f"{config} is no file: name the YAML of `ndlora sft`.")
+    argv = ["--config", str(config)]
+    return read_run(
+        [*argv, *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))], "ndlora tune"
+    )
+
+
+def _split(run: Any, held_out: int) -> tuple[Any, Any]:
+    data, script = load_data(run), run.script
+    if script.dataset_streaming:
+        raise NdLoraValueError("dataset_streaming: true: the trials read the same rows again; take it out.")
+    training = data[script.dataset_train_split]
+    if script.dataset_test_split in data and script.dataset_test_split != script.dataset_train_split:
+        kept = data[script.dataset_test_split]
+        return training, kept.select(range(min(held_out, len(kept))))
+    if len(training) <= held_out:
+        raise NdLoraValueError(
+            f"{len(training)} rows to train on, and {held_out} are to be held out: add rows, or hold out fewer "
+            f"(--held-out)."
+        )
+    parts = training.train_test_split(test_size=held_out, seed=0)
+    return parts["train"], parts["test"]
+
+
+def _check_task(output: Path, task: dict[str, Any]) -> None:
+    """Write the task into a new directory, or find the same one in it."""
+    file = output / _TASK
+    if file.is_file():
+        if json.loads(file.read_text(encoding="utf-8")) != task:
+            raise NdLoraValueError(
+                f"{output} holds trials of another configuration, rates, settings or steps: choose another --output."
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise NdLoraValueError(f"{output} is not empty, and not of `ndlora tune`: choose another --output.")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(task, indent=1), encoding="utf-8")
+
+
+def _trial(trial: optuna.trial.FrozenTrial, settings: Sequence[Any], rates: Sequence[float]) -> Trial:
+    last = (
+        trial.value if trial.value is not None else next(reversed(trial.intermediate_values.values()), None)
+    )
+    loss = last if last is not None and math.isfinite(last) else None
+    stopped = trial.state != optuna.trial.TrialState.COMPLETE
+    return Trial(settings[trial.params["setting"]], rates[trial.params["rate"]], loss, stopped)
