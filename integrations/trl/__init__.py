@@ -6,8 +6,9 @@ _PUBLIC = {
     "NdLoraArguments": "sft",
     "NdLoraCallback": "callback",
     "keep_model_card": "card",
+    "sync_as_lora": "vllm_sync",
 }
-__all__ = ["NdLoraArguments", "NdLoraCallback", "keep_model_card"]
+__all__ = ["NdLoraArguments", "NdLoraCallback", "keep_model_card", "sync_as_lora"]
 
 
 def __getattr__(name: str):

@@ -233,7 +233,7 @@ def test_the_base_is_needed_only_where_its_weights_are_read(case, make_llama, tr
 @pytest.mark.parametrize("case", KRONECKER)
 def test_kronecker_terms_become_lora_of_a_chosen_rank(case, make_model, trained, tokens, tmp_path, load):
     expected = trained(make_model, **KRONECKER[case])
-    with pytest.raises(NdLoraValueError, match=r"would be a LoRA of .* its weight has .*--any-size"):
+    with pytest.raises(NdLoraValueError, match=r"would be of .* weights of its layers are .*--any-size"):
         export_adapter(tmp_path / "adapter", tmp_path / "out", max_error=0)
     whole = export_adapter(tmp_path / "adapter", tmp_path / "out", max_error=0, any_size=True)
     assert whole.largest_error < 1e-6
@@ -260,7 +260,7 @@ def test_ranks_by_error_differ(target, make_llama, trained, tokens, tmp_path, lo
 def test_a_rank_that_vllm_does_not_serve_is_written_only_when_asked_for(make_llama, trained, tmp_path):
     wide = functools.partial(make_llama, hidden_size=1200, num_hidden_layers=1)
     trained(wide, method="slora", r=520, target_modules=["q_proj"])
-    with pytest.raises(NdLoraValueError, match="of rank 520, and vLLM serves 512 at most"):
+    with pytest.raises(NdLoraValueError, match="would be of rank 520, and vLLM serves 512 at most"):
         export_adapter(tmp_path / "adapter", tmp_path / "out")
     report = export_adapter(tmp_path / "adapter", tmp_path / "out", any_size=True)
     assert report.largest_rank == 520 and report.server_flags is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,13 +14,23 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, ReadLayer
 from ndlora_plugins.integrations.peft.files.base import BaseFiles
 from ndlora_plugins.integrations.peft.files.compress import RankTarget, low_rank_form, relative_error
 from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
 from ndlora_plugins.integrations.peft.weights import WeightForm
 
-__all__ = ["VLLM_RANKS", "ExportedLayer", "StockAdapter", "to_lokr", "to_lora", "to_lycoris"]
+__all__ = [
+    "VLLM_RANKS",
+    "ExportedLayer",
+    "StockAdapter",
+    "lora_config",
+    "lora_pair",
+    "to_lokr",
+    "to_lora",
+    "to_lycoris",
+]
 
 # what --max-lora-rank takes: vllm/config/lora.py, MaxLoRARanks
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -65,9 +75,9 @@ def to_lora(
         files: the base model, needed where `reader.reads_base`.
         target: how the ranks are chosen; None for the exact form.
         dtype: of the tensors; each layer's own by default.
-        any_size: take a layer's LoRA that is larger than its weight, or of a rank that vLLM does not serve.
+        any_size: also one that is larger than the layers' weights, or of a rank that vLLM does not serve.
     """
-    tensors, ranks, layers = reader.other_tensors(), {}, []
+    tensors, ranks, layers, weights = reader.other_tensors(), {}, [], 0
     for layer in _layers(reader, files, convolutions=True):
         kept = dtype or next(iter(layer.trained.values())).dtype
         try:
@@ -78,46 +88,51 @@ def to_lora(
             ) from error
         down, up = down.to(kept).contiguous(), (layer.plan.scaling * up).to(kept).contiguous()
         _check_finite(layer.name, down, up)
-        if not any_size:
-            _check_size(layer.name, down, up)
-        tensors |= _lora_pair(layer.name, reader.form(layer.name), down, up)
+        weights += down.shape[1] * len(up)
+        tensors |= lora_pair(layer.name, reader.form(layer.name), down, up)
         ranks[layer.name] = len(down)
         error = relative_error(layer.plan, layer.trained, layer.frozen, down, up, layer.plan.scaling)
         layers.append(ExportedLayer(layer.name, f"rank {len(down)}", down.numel() + up.numel(), error))
+    if not any_size:
+        _check_size(layers, max(ranks.values()), weights)
+    transposed = files is not None and any(isinstance(files.module(name), Conv1D) for name in ranks)
+    return StockAdapter(lora_config(reader.config, ranks, transposed), tensors, tuple(layers))
+
+
+def lora_config(config: NdLoraConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> LoraConfig:
+    """LoRA's configuration of layers whose scalings are 1: layer's name -> rank; `r` is the largest."""
     largest = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
-    bias = reader.config.bias
-    config = LoraConfig(
+    return LoraConfig(
         r=largest,
         lora_alpha=largest,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        lora_dropout=reader.config.lora_dropout,
-        bias="lora_only" if bias == "ndlora_only" else bias,
-        fan_in_fan_out=files is not None and any(isinstance(files.module(name), Conv1D) for name in ranks),
-        trainable_token_indices=reader.config.trainable_token_indices,
-        ensure_weight_tying=reader.config.ensure_weight_tying,
-        **_common_fields(reader, ranks),
+        lora_dropout=config.lora_dropout,
+        bias="lora_only" if config.bias == "ndlora_only" else config.bias,
+        fan_in_fan_out=fan_in_fan_out,
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
+        **_common_fields(config, ranks),
     )
-    return StockAdapter(config, tensors, tuple(layers))
 
 
-def _check_size(name: str, down: Tensor, up: Tensor) -> None:
-    """Refuse what is larger than merging the layer, or what no server would load."""
-    rank, numbers, weight = len(down), down.numel() + up.numel(), down.shape[1] * len(up)
-    if numbers > weight:
-        what = f"of {numbers:,} numbers (rank {rank}), and its weight has {weight:,}"
-    elif rank > VLLM_RANKS[-1]:
-        what = f"of rank {rank}, and vLLM serves {VLLM_RANKS[-1]} at most"
+def _check_size(layers: Sequence[ExportedLayer], largest: int, weights: int) -> None:
+    """Refuse what is larger than the weights that it changes, or what vLLM would not load."""
+    numbers = sum(layer.parameters for layer in layers)
+    if numbers > weights:
+        what = f"{numbers:,} numbers, and the weights of its layers are {weights:,}"
+    elif largest > VLLM_RANKS[-1]:
+        what = f"rank {largest}, and vLLM serves {VLLM_RANKS[-1]} at most"
     else:
         return
     raise NdLoraValueError(
-        f"Layer {name!r} would be a LoRA {what}. Choose a smaller one (--rank, --energy, --max-error), export "
-        f"to='merged', or to='lokr' where it is one Kronecker product; any_size (--any-size) writes it all the same."
+        f"The LoRA would be of {what}. Choose a smaller one (--rank, --energy, --max-error), export to='merged', or "
+        f"to='lokr' where each layer is one Kronecker product; any_size (--any-size) writes it all the same."
     )
 
 
-def _lora_pair(name: str, form: WeightForm | None, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+def lora_pair(name: str, form: WeightForm | None, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     """The two tensors of a layer, of a convolution as two convolutions: its own kernel to k channels, then 1 x 1."""
     if form is not None and form.kind == "convolution":
         # (k, in * height * width) -> (k, in, height, width); (out, k) -> (out, k, 1, 1)
@@ -151,7 +166,7 @@ def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype |
     largest = max(side[1] for sides in modes.values() for side in sides)
     rank = (largest + 1) // 2
     lokr = LoKrConfig(
-        r=rank, alpha=rank, decompose_factor=_decompose_factor(modes), **_common_fields(reader, modes)
+        r=rank, alpha=rank, decompose_factor=_decompose_factor(modes), **_common_fields(config, modes)
     )
     return StockAdapter(lokr, tensors, tuple(layers))
 
@@ -267,8 +282,7 @@ def _check_ungrouped(name: str, files: BaseFiles | None) -> None:
         )
 
 
-def _common_fields(reader: AdapterReader, layers: Iterable[str]) -> dict:
-    config = reader.config
+def _common_fields(config: NdLoraConfig, layers: Iterable[str]) -> dict:
     return {
         # whole names: what the adapter was given may match more, or other, layers
         "target_modules": sorted(layers),
