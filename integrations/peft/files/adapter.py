@@ -16,7 +16,7 @@ from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.base import BaseFiles
+from ndlora_plugins.integrations.peft.files.base import BaseFiles, NotInFilesError
 from ndlora_plugins.integrations.peft.files.directories import local_directory
 from ndlora_plugins.integrations.peft.files.format import (
     FACTORS,
@@ -248,24 +248,38 @@ class AdapterReader:
             )
         return indices
 
-    def check_base(self, base: BaseFiles) -> None:
+    def check_base(self, base: BaseFiles, every: bool = True) -> None:
         """Hold a base model against the adapter's fingerprint.
+
+        Args:
+            every: else layers whose weights the files hold under another name, as experts one by one, are passed over.
 
         Raises:
             NdLoraValueError: it is another one.
         """
-        saved = self.config.base_fingerprint or {}
+        saved = dict(self.config.base_fingerprint or {})
         layers = []
-        for name in saved:
+        for name in tuple(saved):
             if base.form(name) is not None:
-                weight = base.weight(name)
+                try:
+                    weight = base.weight(name)
+                except NotInFilesError:
+                    if every:
+                        raise
+                    del saved[name]
+                    continue
                 kind = str(weight.dtype).removeprefix("torch.")
                 layers.append(FingerprintedLayer(name, tuple(weight.shape), weight, kind))
         base_name = self.config.base_model_name_or_path
         compare_fingerprint(saved, layers, reads_weight=self.reads_base, base_name=base_name)
 
-    def open_base(self, base: str | None, trust_remote_code: bool = False) -> BaseFiles:
+    def open_base(
+        self, base: str | None, trust_remote_code: bool = False, *, every: bool = True
+    ) -> BaseFiles:
         """The base model `base`, else the one that the configuration names if it is on this machine; checked.
+
+        Args:
+            every: of `check_base`.
 
         Raises:
             NdLoraValueError: neither can be found, or it is another model than the adapter's.
@@ -284,7 +298,7 @@ class AdapterReader:
             if base:
                 raise
             raise NdLoraValueError(f"The adapter's base model: {error} Name it yourself (--base).") from error
-        self.check_base(found)
+        self.check_base(found, every)
         return found
 
 

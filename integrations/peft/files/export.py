@@ -122,7 +122,7 @@ def export_adapter(
             f"{reader.directory} does not say which model it was trained on: name it (--base)."
         )
     if to in ("merged", "gguf") or reader.reads_base or base is not None:
-        files = reader.open_base(base, trust_remote_code)
+        files = reader.open_base(base, trust_remote_code, every=to == "merged" or reader.reads_base)
     check_sound(reader, files)
     probes, largest_rank = (), None
     if self_test:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from peft import LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.lokr.layer import factorization
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins.errors import NdLoraValueError
@@ -78,7 +78,8 @@ def to_lora(
         any_size: also one that is larger than the layers' weights, or of a rank that vLLM does not serve.
     """
     tensors, ranks, layers, weights = reader.other_tensors(), {}, [], 0
-    for layer in _layers(reader, files, convolutions=True):
+    parameters: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, layer in _layers(reader, files, all_kinds=True):
         kept = dtype or next(iter(layer.trained.values())).dtype
         try:
             down, up = low_rank_form(layer.plan, layer.trained, layer.frozen, target)
@@ -89,14 +90,30 @@ def to_lora(
         down, up = down.to(kept).contiguous(), (layer.plan.scaling * up).to(kept).contiguous()
         _check_finite(layer.name, down, up)
         weights += down.shape[1] * len(up)
-        tensors |= lora_pair(layer.name, reader.form(layer.name), down, up)
+        if reader.is_parameter(path):
+            parameters[path] = down, up
+        else:
+            tensors |= lora_pair(layer.name, reader.form(path), down, up)
         ranks[layer.name] = len(down)
         error = relative_error(layer.plan, layer.trained, layer.frozen, down, up, layer.plan.scaling)
         layers.append(ExportedLayer(layer.name, f"rank {len(down)}", down.numel() + up.numel(), error))
     if not any_size:
         _check_size(layers, max(ranks.values()), weights)
-    transposed = files is not None and any(isinstance(files.module(name), Conv1D) for name in ranks)
-    return StockAdapter(lora_config(reader.config, ranks, transposed), tensors, tuple(layers))
+    largest = max(ranks.values())
+    named = {reader.name(path): path for path in parameters}
+    for name, path in named.items():
+        shape = reader.form(path).shape
+        tensors |= _expert_pair(path, shape, *parameters[path], largest, _is_transposed(name, shape, files))
+        ranks[name] = largest  # filled up: PEFT tells a module's parameters apart by no pattern
+    transposed = files is not None and any(
+        isinstance(files.module(name), Conv1D) for name in ranks if name not in named
+    )
+    config = lora_config(reader.config, ranks, transposed)
+    if named:
+        config.target_modules = sorted(set(ranks) - set(named))
+        config.target_parameters = sorted(named)
+        config.lora_dropout = 0.0  # PEFT has none on parameters
+    return StockAdapter(config, tensors, tuple(layers))
 
 
 def lora_config(config: NdLoraConfig, ranks: Mapping[str, int], fan_in_fan_out: bool) -> LoraConfig:
@@ -132,6 +149,35 @@ def _check_size(layers: Sequence[ExportedLayer], largest: int, weights: int) -> 
     )
 
 
+def _expert_pair(
+    path: str, shape: tuple[int, ...], down: Tensor, up: Tensor, rank: int, transposed: bool
+) -> dict[str, Tensor]:
+    """The two tensors of a bare parameter (experts, a, b) or (a, b), whose experts share `down`, of a larger rank.
+
+    Source: PEFT's lora.layer.ParamWrapper, `get_delta_weight`: lora_A is (experts x rank, in), lora_B (out, rank x
+    experts), and `a` is the side of the outputs unless the module says `is_transposed`.
+    """
+    experts = shape[0] if len(shape) == 3 else 1
+    # (rank, b), (experts * a, rank) -> (experts, rank, b), (experts, a, rank)
+    down = nn.functional.pad(down, (0, 0, 0, rank - len(down))).expand(experts, -1, -1)
+    up = nn.functional.pad(up, (0, rank - up.shape[1])).reshape(experts, -1, rank)
+    if transposed:
+        down, up = up.transpose(1, 2), down.transpose(1, 2)
+    return {
+        f"{KEY_PREFIX}{path}.lora_A.weight": down.reshape(-1, down.shape[-1]).contiguous(),
+        f"{KEY_PREFIX}{path}.lora_B.weight": up.permute(1, 2, 0).reshape(up.shape[1], -1).contiguous(),
+    }
+
+
+def _is_transposed(name: str, shape: tuple[int, ...], files: BaseFiles | None) -> bool:
+    if files is None:
+        raise NdLoraValueError(
+            f"{name!r} is a bare parameter, and the adapter does not say which side its inputs are on: name the base "
+            f"model (--base)."
+        )
+    return len(shape) == 3 and getattr(files.module(name.rpartition(".")[0]), "is_transposed", False)
+
+
 def lora_pair(name: str, form: WeightForm | None, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     """The two tensors of a layer, of a convolution as two convolutions: its own kernel to k channels, then 1 x 1."""
     if form is not None and form.kind == "convolution":
@@ -151,7 +197,7 @@ def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype |
                 f"to='lora' or 'merged' instead."
             )
     tensors, layers, modes = reader.other_tensors(), [], {}
-    for layer in _layers(reader, files):
+    for _, layer in _layers(reader, files):
         exact = _kronecker_pair(layer, files)
         kept = dtype or next(iter(layer.trained.values())).dtype
         first, second = (matrix.to(kept).contiguous() for matrix in exact)
@@ -245,27 +291,29 @@ def _lokr_error(exact: tuple[Tensor, Tensor], first: Tensor, second: Tensor) -> 
 
 
 def _layers(
-    reader: AdapterReader, files: BaseFiles | None, *, convolutions: bool = False
-) -> Iterable[ReadLayer]:
-    """All of them, one at a time; each is planned, and so checked, before the first is computed.
+    reader: AdapterReader, files: BaseFiles | None, *, all_kinds: bool = False
+) -> Iterable[tuple[str, ReadLayer]]:
+    """All of them with their paths, one at a time; each is planned, and so checked, before the first is computed.
 
     Args:
-        convolutions: whether they are taken too.
+        all_kinds: whether convolutions and bare parameters are taken too.
     """
     source = files if reader.reads_base else None  # else planned by its own tensors
     for path in reader.shapes:
         reader.plan(path, source)
-        form = reader.form(path)
+        form, name = reader.form(path), reader.name(path)
         kind = "linear" if form is None else form.kind
-        if kind == "convolution" and convolutions:
-            _check_ungrouped(reader.name(path), files)
+        if kind == "convolution" and all_kinds:
+            _check_ungrouped(name, files)
+        elif kind == "parameter" and all_kinds:
+            _is_transposed(name, form.shape, files)
         elif kind != "linear":
             raise NdLoraValueError(
-                f"{reader.name(path)!r} is a {kind}: stock adapters are written of linear layers only, LoRA of "
-                f"convolutions too. Export to='merged', or load the model with its adapter and call "
-                f"merge_and_unload()."
+                f"{name!r} is a {kind}: LoRA is written of linear layers, convolutions and bare parameters, other "
+                f"stock adapters of linear layers only. Export to='merged', or load the model with its adapter and "
+                f"call merge_and_unload()."
             )
-    return (reader.read(path, source) for path in reader.shapes)
+    return ((path, reader.read(path, source)) for path in reader.shapes)
 
 
 def _check_ungrouped(name: str, files: BaseFiles | None) -> None:
