@@ -324,11 +324,12 @@ def test_what_experts_refuse(tokens):
 
 # --- files -----------------------------------------------------------------------------------------------------
 
-# target -> (options, what export to LoRA says)
+# target -> options, an export that is refused, what it says
 FILES = {
-    "embedding": ({"target_modules": ["embed_tokens"]}, r"'model.embed_tokens' is a embedding"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, "lora", r"'model.embed_tokens' is a embedding"),
     "parameter": (
         {"target_parameters": ["self_attn.q_proj.weight", "mlp.down_proj.weight"]},
+        "lokr",
         r"'model.layers.0.mlp.down_proj.weight' is a parameter",
     ),
 }
@@ -337,7 +338,7 @@ FILES = {
 @pytest.mark.parametrize("name", ["ndlinear", "slora", "nlora", "inttune"])
 @pytest.mark.parametrize("target", FILES)
 def test_files_are_read_checked_and_merged(name, target, make_llama, shake, tokens, tmp_path):
-    options, refusal = FILES[target]
+    options, refused, refusal = FILES[target]
     make_llama().save_pretrained(tmp_path / "base")
     model = get_peft_model(make_llama(), NdLoraConfig(**{**METHODS[name], **options}))
     expected = shake(model, scale=0.02).eval()(tokens).logits
@@ -348,4 +349,4 @@ def test_files_are_read_checked_and_merged(name, target, make_llama, shake, toke
     merged = type(make_llama()).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(NdLoraValueError, match=refusal):
-        export_adapter(tmp_path / "adapter", tmp_path / "lora", base=str(tmp_path / "base"), rank=2)
+        export_adapter(tmp_path / "adapter", tmp_path / "out", refused, base=str(tmp_path / "base"))
