@@ -12,7 +12,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
-from ndlora_plugins.integrations.trl.sft import load_data, make_config, make_trainer, read_run
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
+from ndlora_plugins.integrations.trl.callback import NdLoraCallback
+from ndlora_plugins.integrations.trl.sft import Run, load_data, make_config, make_trainer, read_run
 
 try:
     import optuna
@@ -82,7 +84,7 @@ def tune(
         )
     runs = [_run(config, output, rate, steps) for rate in rates]
     for setting in settings:  # wrong ones are found before the first training
-        make_config(runs[0].ndlora if setting is None else setting, runs[0].model, runs[0].given)
+        _configure(runs[0], setting)
     training_data, kept = _split(runs[0], held_out)
     output = Path(output)
     _check_task(
@@ -92,6 +94,7 @@ def tune(
             "rates": list(rates),
             "settings": list(settings),
             "steps": steps,
+            "held_out": held_out,
         },
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -107,9 +110,7 @@ def tune(
     def train(trial: optuna.Trial) -> float:
         setting = settings[trial.suggest_categorical("setting", grid["setting"])]
         run = runs[trial.suggest_categorical("rate", grid["rate"])]
-        chosen, callback = make_config(
-            run.ndlora if setting is None else setting, run.model, run.given, run.schedules
-        )
+        chosen, callback = _configure(run, setting)
         watch = _Watch(trial)
         trainer = make_trainer(run, chosen, [callback, watch], training_data, kept)
         trainer.train()
@@ -142,25 +143,27 @@ class _Watch(TrainerCallback):
             self.behind = control.should_training_stop = True
 
 
-def _run(config: str | Path, output: str | Path, rate: float, steps: int) -> Any:
+def _configure(run: Run, setting: Any) -> tuple[NdLoraConfig, NdLoraCallback]:
+    return make_config(run.ndlora if setting is None else setting, run.model, run.given, run.schedules)
+
+
+def _run(config: str | Path, output: str | Path, rate: float, steps: int) -> Run:
     flags = {
         "learning_rate": rate,
         "max_steps": steps,
         "eval_strategy": "steps",
-        "eval_steps": max(1, steps // PARTS),
+        "eval_steps": steps // PARTS,
         "save_strategy": "no",
         "report_to": "none",
         "output_dir": Path(output) / "trainer",
     }
     if not Path(config).is_file():
         raise NdLoraValueError(f"{config} is no file: name the YAML of `ndlora sft`.")
-    argv = ["--config", str(config)]
-    return read_run(
-        [*argv, *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))], "ndlora tune"
-    )
+    words = (str(word) for flag, value in flags.items() for word in (f"--{flag}", value))
+    return read_run(["--config", str(config), *words], "ndlora tune")
 
 
-def _split(run: Any, held_out: int) -> tuple[Any, Any]:
+def _split(run: Run, held_out: int) -> tuple[Any, Any]:
     data, script = load_data(run), run.script
     if script.dataset_streaming:
         raise NdLoraValueError("dataset_streaming: true: the trials read the same rows again; take it out.")
@@ -183,7 +186,8 @@ def _check_task(output: Path, task: dict[str, Any]) -> None:
     if file.is_file():
         if json.loads(file.read_text(encoding="utf-8")) != task:
             raise NdLoraValueError(
-                f"{output} holds trials of another configuration, rates, settings or steps: choose another --output."
+                f"{output} holds trials of another configuration, rates, settings, steps or held-out rows: choose "
+                f"another --output."
             )
     elif output.exists() and any(output.iterdir()):
         raise NdLoraValueError(f"{output} is not empty, and not of `ndlora tune`: choose another --output.")

@@ -264,6 +264,10 @@ def test_a_rank_that_vllm_does_not_serve_is_written_only_when_asked_for(make_lla
         export_adapter(tmp_path / "adapter", tmp_path / "out")
     report = export_adapter(tmp_path / "adapter", tmp_path / "out", any_size=True)
     assert report.largest_rank == 520 and report.server_flags is None
+    nested = {"rank": 516, "nested": True}
+    with pytest.raises(NdLoraValueError, match="would be of rank 516"):
+        export_adapter(tmp_path / "adapter", tmp_path / "nested", **nested)
+    assert export_adapter(tmp_path / "adapter", tmp_path / "nested", any_size=True, **nested).largest_rank == 516
 
 
 def test_low_rank_methods_can_be_made_smaller(make_llama, trained, tmp_path):

@@ -52,8 +52,9 @@ def test_the_best_comes_first_and_what_is_done_is_not_done_again(config, tmp_pat
     losses = [trial.loss for trial in trials if not trial.stopped]
     assert losses == sorted(losses) and trials[0].rate == 3e-2 and len(seen) == 4
     assert tune(config, tmp_path / "out", **task) == trials and len(seen) == 4
-    with pytest.raises(NdLoraValueError, match="trials of another configuration"):
-        tune(config, tmp_path / "out", **{**task, "steps": 8})
+    for other in ({"steps": 8}, {"held_out": 3}):
+        with pytest.raises(NdLoraValueError, match="trials of another configuration"):
+            tune(config, tmp_path / "out", **{**task, **other})
 
 
 @pytest.mark.slow
@@ -73,6 +74,15 @@ def test_refused_before_anything_is_written(case, config, tmp_path):
     arguments, message = REFUSED[case]
     with pytest.raises(NdLoraValueError, match=message):
         tune(config, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_schedule_of_the_yaml_is_found_before_anything_is_written(config, tmp_path):
+    from ndlora_plugins.integrations.trl.tune import tune
+
+    config.write_text(config.read_text() + "schedules: nobody\n")
+    with pytest.raises(NdLoraValueError, match="nobody"):
+        tune(config, tmp_path / "out", held_out=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -107,7 +107,9 @@ def export_adapter(
     given = {"rank": rank, "energy": energy, "max_error": max_error}
     target = RankTarget(**given) if any(value is not None for value in given.values()) else None
     if nested or to == "ndlora":
-        return _export_first_units(adapter, output, to, rank, target, dtype, base, trust_remote_code)
+        return _export_first_units(
+            adapter, output, to, rank, target, dtype, base, trust_remote_code, any_size
+        )
     if to not in ("lora", "gguf") and target is not None:
         raise NdLoraValueError(
             f"rank, energy and max_error choose LoRA's rank; to={to!r} has none: leave them out."
@@ -166,6 +168,7 @@ def _export_first_units(
     dtype: torch.dtype | None,
     base: str | None,
     trust_remote_code: bool,
+    any_size: bool,
 ) -> ExportReport:
     if to not in ("ndlora", "lora"):
         raise NdLoraValueError(f"nested cuts to='ndlora' or 'lora': got to={to!r}.")
@@ -186,7 +189,7 @@ def _export_first_units(
     check_new(output)
     with tempfile.TemporaryDirectory() as scratch:
         cut = cut_adapter(adapter, Path(scratch, "cut"), rank, **more)
-        found = export_adapter(Path(scratch, "cut"), output, to, dtype=dtype, **more)
+        found = export_adapter(Path(scratch, "cut"), output, to, dtype=dtype, any_size=any_size, **more)
     lost = {layer.name: layer.error for layer in cut.layers}
     layers = tuple(replace(layer, error=max(layer.error, lost[layer.name])) for layer in found.layers)
     return replace(found, layers=layers)

@@ -78,7 +78,7 @@ def to_lora(
         any_size: also one that is larger than the layers' weights, or of a rank that vLLM does not serve.
     """
     tensors, ranks, layers, weights = reader.other_tensors(), {}, [], 0
-    parameters: dict[str, tuple[Tensor, Tensor]] = {}
+    parameters: dict[str, tuple[str, Tensor, Tensor]] = {}
     for path, layer in _layers(reader, files, all_kinds=True):
         kept = dtype or next(iter(layer.trained.values())).dtype
         try:
@@ -91,27 +91,25 @@ def to_lora(
         _check_finite(layer.name, down, up)
         weights += down.shape[1] * len(up)
         if reader.is_parameter(path):
-            parameters[path] = down, up
+            parameters[layer.name] = path, down, up
         else:
             tensors |= lora_pair(layer.name, reader.form(path), down, up)
         ranks[layer.name] = len(down)
         error = relative_error(layer.plan, layer.trained, layer.frozen, down, up, layer.plan.scaling)
         layers.append(ExportedLayer(layer.name, f"rank {len(down)}", down.numel() + up.numel(), error))
-    if not any_size:
-        _check_size(layers, max(ranks.values()), weights)
     largest = max(ranks.values())
-    named = {reader.name(path): path for path in parameters}
-    for name, path in named.items():
+    if not any_size:
+        _check_size(layers, largest, weights)
+    for name, (path, down, up) in parameters.items():
         shape = reader.form(path).shape
-        tensors |= _expert_pair(path, shape, *parameters[path], largest, _is_transposed(name, shape, files))
+        tensors |= _expert_pair(path, shape, down, up, largest, _is_transposed(name, shape, files))
         ranks[name] = largest  # filled up: PEFT tells a module's parameters apart by no pattern
-    transposed = files is not None and any(
-        isinstance(files.module(name), Conv1D) for name in ranks if name not in named
-    )
+    modules = ranks.keys() - parameters.keys()
+    transposed = files is not None and any(isinstance(files.module(name), Conv1D) for name in modules)
     config = lora_config(reader.config, ranks, transposed)
-    if named:
-        config.target_modules = sorted(set(ranks) - set(named))
-        config.target_parameters = sorted(named)
+    if parameters:
+        config.target_modules = sorted(modules)
+        config.target_parameters = sorted(parameters)
         config.lora_dropout = 0.0  # PEFT has none on parameters
     return StockAdapter(config, tensors, tuple(layers))
 
