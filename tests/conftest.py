@@ -26,7 +26,8 @@ NEEDED = {
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-if importlib.util.find_spec("axolotl"):  # they look at what is the same in both environments: torch and our own code
+if importlib.util.find_spec("axolotl"):
+    # they look at what is the same in both environments: torch and our own code
     collect_ignore = ["benchmarks", "core", "strangers", "test_demo.py", "trl/test_real_model.py"]
 
 

@@ -267,7 +267,9 @@ def test_a_rank_that_vllm_does_not_serve_is_written_only_when_asked_for(make_lla
     nested = {"rank": 516, "nested": True}
     with pytest.raises(NdLoraValueError, match="would be of rank 516"):
         export_adapter(tmp_path / "adapter", tmp_path / "nested", **nested)
-    assert export_adapter(tmp_path / "adapter", tmp_path / "nested", any_size=True, **nested).largest_rank == 516
+    assert (
+        export_adapter(tmp_path / "adapter", tmp_path / "nested", any_size=True, **nested).largest_rank == 516
+    )
 
 
 def test_low_rank_methods_can_be_made_smaller(make_llama, trained, tmp_path):

@@ -37,8 +37,6 @@ def but(*names):
 
 # a train of three modes, and the random network on some layers, have no low-rank form; shared modes no sum
 TRAINED = but("tensor_train")
-# their starts read the experts' weights, which the files hold one by one
-READS_WEIGHT = ("nlora", "inttune", "lora_xs", "lora_sb", "svfit", "loldu")
 STEPS = [
     "start",
     "train",
@@ -72,7 +70,7 @@ SUPPORT = {
     "convolution, 2-D": CONVOLUTION,
     "convolution, depthwise": [*OTHER[:5], ALL, *OTHER[6:]],
     "convolution, 3-D": CONVOLUTION,
-    "experts": [*[ALL] * 4, *[NONE] * 3, but("tensor_train", *READS_WEIGHT), NONE, NONE],
+    "experts": [*[ALL] * 4, *[NONE] * 3, but("tensor_train"), NONE, ALL],
 }
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -248,11 +248,8 @@ class AdapterReader:
             )
         return indices
 
-    def check_base(self, base: BaseFiles, every: bool = True) -> None:
-        """Hold a base model against the adapter's fingerprint.
-
-        Args:
-            every: else layers whose weights the files hold under another name, as experts one by one, are passed over.
+    def check_base(self, base: BaseFiles) -> None:
+        """Hold a base model against the adapter's fingerprint; what its files do not hold plainly is passed over.
 
         Raises:
             NdLoraValueError: it is another one.
@@ -263,9 +260,7 @@ class AdapterReader:
             if base.form(name) is not None:
                 try:
                     weight = base.weight(name)
-                except NotInFilesError:
-                    if every:
-                        raise
+                except NotInFilesError:  # whoever needs the weight raises it
                     del saved[name]
                     continue
                 kind = str(weight.dtype).removeprefix("torch.")
@@ -273,13 +268,8 @@ class AdapterReader:
         base_name = self.config.base_model_name_or_path
         compare_fingerprint(saved, layers, reads_weight=self.reads_base, base_name=base_name)
 
-    def open_base(
-        self, base: str | None, trust_remote_code: bool = False, *, every: bool = True
-    ) -> BaseFiles:
+    def open_base(self, base: str | None, trust_remote_code: bool = False) -> BaseFiles:
         """The base model `base`, else the one that the configuration names if it is on this machine; checked.
-
-        Args:
-            every: of `check_base`.
 
         Raises:
             NdLoraValueError: neither can be found, or it is another model than the adapter's.
@@ -298,7 +288,7 @@ class AdapterReader:
             if base:
                 raise
             raise NdLoraValueError(f"The adapter's base model: {error} Name it yourself (--base).") from error
-        self.check_base(found, every)
+        self.check_base(found)
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,8 +66,7 @@ class BaseFiles:
         return cls(directory, trust_remote_code=trust_remote_code)
 
     def full_name(self, name: str) -> str:
-        """The name of a module or parameter in `model`, of one that was adapted without the model's head, "
-        "say."""
+        """The name of a module or parameter in `model`, of one that was adapted without the model's head, say."""
         with_head = f"{self._head_prefix}.{name}"
         try:
             self.model.get_submodule(
@@ -115,34 +115,83 @@ class BaseFiles:
         return self._aliases.get(parameter, [parameter])
 
     def stored_name(self, parameter: str) -> str:
-        """Under which name the files hold a parameter of the model.
+        """Under which one name the files hold a parameter of the model.
 
         Raises:
-            NotInFilesError: under none that is known.
+            NotInFilesError: under none that is known, or in parts.
         """
+        stored = self.whole_name(parameter)
+        if stored is None:
+            raise self._not_in_files(parameter)
+        return stored
+
+    def whole_name(self, parameter: str) -> str | None:
+        """As `stored_name`, and None where it raises."""
         for name in self.same_tensor(parameter):
             # some checkpoints hold the model without its head, and so without the prefix
             for candidate in (name, name.removeprefix(f"{self._head_prefix}.")):
                 if candidate in self.shards:
                     return candidate
-        raise NotInFilesError(
+        return None
+
+    def as_stored(self, parameter: str, value: Tensor) -> dict[str, Tensor]:
+        """A tensor of a parameter's shape as the files hold it: name -> tensor, several for experts one by one.
+
+        Raises:
+            NotInFilesError: the files hold the parameter under no name that is known.
+        """
+        whole = self.whole_name(parameter)
+        if whole is not None:
+            return {whole: value}
+        try:
+            from transformers.core_model_loading import revert_weight_conversion
+        except ImportError:  # transformers 4 converts no weights
+            raise self._not_in_files(parameter) from None
+        parts = revert_weight_conversion(self.model, {self.full_name(parameter): value})
+        if not parts.keys() <= self.shards.keys() or sum(map(Tensor.numel, parts.values())) != value.numel():
+            raise self._not_in_files(parameter)
+        return parts
+
+    def parts(self, parameter: str) -> dict[str, Tensor]:
+        """The tensors in which the files hold a parameter: name -> one without numbers, on the "meta" device.
+
+        Raises:
+            NotInFilesError: as `as_stored`.
+        """
+        return self.as_stored(parameter, self.model.get_parameter(self.full_name(parameter)))
+
+    def _not_in_files(self, parameter: str) -> NotInFilesError:
+        return NotInFilesError(
             f"{self.directory} holds no tensor {parameter!r}, or under a name that transformers changes "
             f"when it loads the model. Load the model with its adapter and call merge_and_unload() instead."
         )
 
     def weight(self, name: str) -> Tensor:
         """The stored weight of a layer, or a bare parameter, as (out_features, in_features)."""
-        key = self.stored_name(self.parameter(name))
+        parameter, form = self.parameter(name), self.form(name)
+        whole = self.whole_name(parameter)
+        if whole is not None:
+            weight = self._read(whole)
+            self.check_plain(name, weight, form.shape)
+            return form.matrix(weight)
+        places = torch.arange(math.prod(form.shape)).view(form.shape)
+        weight = None
+        for key, part in self.as_stored(parameter, places).items():
+            stored = self._read(key)
+            self.check_plain(name, stored, part.shape)
+            weight = stored.new_empty(places.numel()) if weight is None else weight
+            weight[part.flatten()] = stored.flatten()
+        return form.matrix(weight.view(form.shape))
+
+    def _read(self, key: str) -> Tensor:
         with open_tensors(self.directory / self.shards[key]) as file:
             if key not in file.keys():
                 raise self.broken_index(key)
-            weight = file.get_tensor(key)
-        self.check_plain(name, weight.shape, weight.dtype)
-        return self.form(name).matrix(weight)
+            return file.get_tensor(key)
 
     def storage(self, name: str) -> str:
         """The dtype in which the weight of a layer, or a bare parameter, is stored: "float32"."""
-        key = self.stored_name(self.parameter(name))
+        key = next(iter(self.parts(self.parameter(name))))
         with open_tensors(self.directory / self.shards[key]) as file:
             return str(file.get_slice(key)[:0].dtype).removeprefix("torch.")
 
@@ -153,12 +202,12 @@ class BaseFiles:
             f"take the model from its source again."
         )
 
-    def check_plain(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
-        """Raise unless a stored weight is floating and as large as the layer: quantised ones are neither."""
-        expected = self.form(name).shape
-        if tuple(shape) != expected or not dtype.is_floating_point or dtype.itemsize < 2:
+    def check_plain(self, name: str, stored: Tensor, expected: Iterable[int]) -> None:
+        """Raise unless what is stored of a weight is floating and as large as expected: quantised ones are neither."""
+        dtype = stored.dtype
+        if stored.shape != tuple(expected) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise NotInFilesError(
-                f"The weight of layer {name!r} is stored as {dtype} {list(shape)} in {self.directory}, "
+                f"The weight of layer {name!r} is stored as {dtype} {list(stored.shape)} in {self.directory}, "
                 f"not as {list(expected)} in 16 or 32 bit: a quantised model? Name the model that it was made from."
             )
 

@@ -5,6 +5,7 @@ The base weights are read only where a method recomputes its start from them, an
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class ExportReport:
     Attributes:
         notes: sentences on what others will not take.
         largest_rank: of a LoRA's layers; None of other forms.
+        experts: whether a LoRA adapts experts, whose tensors vLLM takes in one piece only if it is told so.
     """
 
     directory: Path
@@ -52,6 +54,7 @@ class ExportReport:
     layers: tuple[ExportedLayer, ...]
     notes: tuple[str, ...]
     largest_rank: int | None = None
+    experts: bool = False
 
     @property
     def largest_error(self) -> float:
@@ -64,7 +67,12 @@ class ExportReport:
         if self.kind != "lora":
             return None
         rank = next((each for each in VLLM_RANKS if each >= self.largest_rank), None)
-        return rank and f"--enable-lora --max-lora-rank {rank} --lora-modules NAME={self.directory}"
+        if rank is None:
+            return None
+        if self.experts:
+            module = json.dumps({"name": "NAME", "path": str(self.directory), "is_3d_lora_weight": True})
+            return f"--enable-lora --max-lora-rank {rank} --enable-mixed-moe-lora-format --lora-modules '{module}'"
+        return f"--enable-lora --max-lora-rank {rank} --lora-modules NAME={self.directory}"
 
 
 def export_adapter(
@@ -124,9 +132,9 @@ def export_adapter(
             f"{reader.directory} does not say which model it was trained on: name it (--base)."
         )
     if to in ("merged", "gguf") or reader.reads_base or base is not None:
-        files = reader.open_base(base, trust_remote_code, every=to == "merged" or reader.reads_base)
+        files = reader.open_base(base, trust_remote_code)
     check_sound(reader, files)
-    probes, largest_rank = (), None
+    probes, largest_rank, experts = (), None, False
     if self_test:
         name = base or reader.config.base_model_name_or_path
         prompts = PROMPTS if self_test is True else self_test
@@ -146,6 +154,7 @@ def export_adapter(
             else:
                 stock = to_lora(reader, files, target, dtype, any_size=any_size)
             layers, notes, largest_rank = stock.layers, (), stock.config.r
+            experts = bool(getattr(stock.config, "target_parameters", None))
             if to == "gguf":
                 write_gguf(stock, files, directory / GGUF_FILE)
             elif to == "lycoris":
@@ -156,7 +165,7 @@ def export_adapter(
                 save_tensors(stock.tensors, directory / ADAPTER_FILE)
     for note in notes:
         warnings.warn(note, NdLoraWarning, stacklevel=2)
-    return ExportReport(Path(output), to, layers, notes, largest_rank)
+    return ExportReport(Path(output), to, layers, notes, largest_rank, experts)
 
 
 def _export_first_units(

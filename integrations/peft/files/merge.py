@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,7 +127,13 @@ def _plan(reader: AdapterReader, base: BaseFiles) -> _Plan:
         (shared if tied else own).append((parameter, _replacement(reader, key)))
     for path in reader.shapes:
         reader.plan(path, base)
-        own.append((base.parameter(reader.name(path)), _update(reader, base, path, plan.merged)))
+        parameter = base.parameter(reader.name(path))
+        update = _Update(reader, base, path, plan.merged)
+        whole = base.whole_name(parameter)
+        if whole is not None:
+            own.append((parameter, partial(update.add, whole)))
+        else:
+            plan.changes |= {name: [partial(update.add, name)] for name in base.parts(parameter)}
     for parameter, _ in own:
         _untie(base.full_name(parameter), base, plan)
     for parameter, change in shared:
@@ -155,26 +163,41 @@ def _written_name(parameter: str, base: BaseFiles, plan: _Plan) -> str:
     return parameter if parameter in plan.untied else base.stored_name(parameter)
 
 
-def _update(reader: AdapterReader, base: BaseFiles, path: str, merged: list[MergedLayer]) -> Change:
-    """W + scaling dW, added in at least float32 and rounded once, as `NdLoraLayer.merge` does."""
+class _Update:
+    """W + scaling dW of one layer, added in at least float32 and rounded once, as `NdLoraLayer.merge` does.
 
-    def change(stored: Tensor) -> Tensor:
-        layer = reader.read(path, base)
-        base.check_plain(layer.name, stored.shape, stored.dtype)
+    The files may hold the weight in parts, as experts one by one: dW is formed at the first and kept until the last.
+    """
+
+    def __init__(self, reader: AdapterReader, base: BaseFiles, path: str, merged: list[MergedLayer]):
+        self.reader, self.base, self.path, self.merged = reader, base, path, merged
+        self.name = reader.name(path)
+        self.parameters = math.prod(base.form(self.name).shape)
+        self.left: dict[str, Tensor] = {}  # stored tensor -> its part of dW
+        self.lost = self.norm = 0.0  # squared
+
+    def add(self, part: str, stored: Tensor) -> Tensor:
+        """What the files hold under `part` from now on."""
+        if not self.left:
+            self.left = self.base.as_stored(self.base.parameter(self.name), self._delta())
+        delta = self.left.pop(part)
+        self.base.check_plain(self.name, stored, delta.shape)
+        result = add_and_round(stored, delta)
+        dtype = delta.dtype
+        self.lost += float((result.to(dtype) - stored.to(dtype) - delta).norm()) ** 2
+        self.norm += float(delta.norm()) ** 2
+        if not self.left:
+            lost = math.sqrt(self.lost / max(self.norm, torch.finfo(dtype).tiny))
+            self.merged.append(MergedLayer(self.name, self.parameters, lost))
+        return result
+
+    def _delta(self) -> Tensor:
+        layer = self.reader.read(self.path, self.base)
         dtype = torch.promote_types(next(iter(layer.trained.values())).dtype, torch.float32)
         with torch.no_grad():
             trained, frozen = cast_factors(layer.trained, dtype), cast_factors(layer.frozen, dtype)
             delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
-            delta = base.form(layer.name).stored(delta)
-            result = add_and_round(stored, delta)
-            lost = float(
-                (result.to(dtype) - stored.to(dtype) - delta).norm()
-                / delta.norm().clamp(min=torch.finfo(dtype).tiny)
-            )
-        merged.append(MergedLayer(layer.name, result.numel(), lost))
-        return result
-
-    return change
+        return self.base.form(self.name).stored(delta)
 
 
 def _replacement(reader: AdapterReader, key: str) -> Change:
