@@ -1,15 +1,18 @@
 """A thousand adapters of SmolLM2-135M's shapes: what they cost on disk, in memory, to swap and to answer with.
 
 `python -m benchmarks.many_adapters benchmarks/many_adapters.json docs/many_adapters.md` measures and writes the page.
-The base model is random: none of this depends on the values.
+The base model is random: none of this depends on the values. With `--vllm .envs/vllm/bin/python`
+they are loaded into vLLM instead, and the page gains that section.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -28,11 +31,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_json
 from ndlora_plugins import NdLoraConfig, hotswap_adapter
+from ndlora_plugins.integrations.peft.files.export import export_adapter
 
 __all__ = ["KINDS", "page"]
 
 ALL = 1000
 SLOTS = 8
+IN_VLLM = 64  # loaded into one engine
 PROMPT, NEW = 16, 16
 SHAPES = {
     "hidden_size": 576,
@@ -58,13 +63,19 @@ def main(
     adapters: Annotated[int, typer.Option(help="How many files of each kind are made and swapped in.")] = 100,
     rounds: Annotated[int, typer.Option(help="Of generation; the kinds take turns.")] = 5,
     layers: Annotated[int, typer.Option(help="Of the model; fewer to see that everything runs.")] = 30,
+    vllm: Annotated[
+        Path | None, typer.Option(help="The interpreter of vLLM's environment: measure that alone.")
+    ] = None,
 ) -> None:
     """Measure all kinds in turns, and write the JSON and the page."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     scratch = Path(tempfile.mkdtemp())
     try:
-        found = measure(scratch, adapters, rounds, layers)
+        if vllm is None:
+            found = measure(scratch, adapters, rounds, layers)
+        else:
+            found = {**read(results), "vllm": measure_vllm(scratch, vllm.absolute(), layers)}
     finally:
         shutil.rmtree(scratch)
     write_json(found, results)
@@ -120,6 +131,39 @@ def measure(scratch: Path, adapters: int, rounds: int, layers: int) -> dict[str,
         "versions": {package: version(package) for package in ("torch", "peft", "transformers")},
         "kinds": kinds,
     }
+
+
+def measure_vllm(scratch: Path, python: Path, layers: int) -> dict[str, Any]:
+    """What all kinds cost in one vLLM engine each, exported as LoRA: see serving/many.py."""
+    base, kinds = scratch / "base", {}
+    _base(layers).save_pretrained(base)
+    for k, name in enumerate(KINDS):
+        made = _make(scratch / str(k), name, IN_VLLM, layers)
+        loras, rank = made, 8
+        if "LoRA" not in name:
+            loras = [scratch / f"lora-{k}" / path.name for path in made]
+            for path, lora in zip(made, loras, strict=True):
+                rank = export_adapter(path, lora, base=str(base)).largest_rank
+        given = {
+            "base": str(base),
+            "adapters": [str(path) for path in loras],
+            "rank": rank,
+            "slots": SLOTS,
+            "prompt": torch.arange(SLOTS * PROMPT).view(SLOTS, PROMPT).tolist(),
+            "new": NEW,
+        }
+        command = [str(python), str(Path(__file__).with_name("serving") / "many.py"), json.dumps(given)]
+        environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+        kinds[name] = {"rank": rank, **json.loads(said.splitlines()[-1])}
+    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    said = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return {"adapters": IN_VLLM, "version": said.strip(), "kinds": kinds}
 
 
 def _make(directory: Path, name: str, adapters: int, layers: int) -> list[Path]:
@@ -216,6 +260,7 @@ load the {SLOTS}th | speed of a batch, one adapter | {SLOTS} adapters |
   {found["rounds"]} rounds.
 - inttune's file holds its cores alone: each loaded adapter makes its sides again from the base weights and keeps
   them in memory.
+{_vllm(found.get("vllm"))}
 
 ```python
 from ndlora_plugins import hotswap_adapter
@@ -228,6 +273,39 @@ hotswap_adapter(model, "adapter-2", adapter_name="default")
 A swap changes no shape, so a compiled model is not compiled anew. An adapter of another method, rank or set of layers,
 one made on another base model, and one with trained heads or tokens is refused by name, before anything is changed.
 """
+
+
+def _vllm(found: dict[str, Any] | None) -> str:
+    """The section on vLLM, where it was measured."""
+    if found is None:
+        return ""
+    rows = []
+    for name, kind in found["kinds"].items():
+        each = kind["adapters"] / found["adapters"]
+        rows.append(
+            f"| {name} | {kind['rank']} | {_size(kind['empty'])} | {each / 1e6:.1f} MB | {_size(ALL * each)} | "
+            f"{1000 * kind['load']:.0f} ms | {_share(kind, 'one')} | {_share(kind, 'eight')} |"
+        )
+    columns = ("", "`--max-lora-rank`", "engine before", "one more adapter", f"{ALL:,} adapters", "load one")
+    columns += ("speed of a batch, one adapter", f"{SLOTS} adapters")
+    return f"""
+## In vLLM
+
+A server holds the LoRA that `ndlora export` writes, not the factors: an adapter takes as much of vLLM as any LoRA of
+its exported rank. vllm-cpu {found["version"]}, {found["adapters"]} adapters loaded into one engine in float32 on two
+threads, with `--max-loras {SLOTS} --max-cpu-loras {found["adapters"]}`; made by the same command with `--vllm
+.envs/vllm/bin/python`.
+
+| {" | ".join(columns)} |
+|---|{"---:|" * (len(columns) - 1)}
+{chr(10).join(rows)}
+
+- "Engine before" is the memory of its processes after {SLOTS} answers without an adapter: the model, its cache of 1 GB,
+  and the {SLOTS} places on the device, which are of `--max-lora-rank` for any adapter. {ALL:,} adapters are one more
+  adapter times {ALL:,}.
+- The speeds are over those of the same engine's base model, as above.
+
+## Swapping"""
 
 
 def _share(kind: dict[str, Any], way: str) -> str:

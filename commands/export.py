@@ -109,12 +109,13 @@ def export(
             self_test=_read_prompts(prompts) if prompts else self_test,
             trust_remote_code=trust_remote_code,
         )
+    notes = [str(entry.message) for entry in caught if issubclass(entry.category, NdLoraWarning)]
     if as_json:
         found = {
             "directory": str(report.directory),
             "kind": report.kind,
             "largest_error": report.largest_error,
-            "notes": [str(entry.message) for entry in caught],
+            "notes": notes,
             "layers": [asdict(layer) for layer in report.layers],
         }
         typer.echo(json.dumps(found, indent=2))
@@ -127,8 +128,8 @@ def export(
     for layer in report.layers:
         table.add_row(layer.name, layer.form, f"{layer.parameters:,}", _error(layer.error))
     console.print(table)
-    for entry in caught:
-        console.print(f"[yellow]Note:[/yellow] {escape(str(entry.message))}", highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(f"[yellow]Note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
     numbers = sum(layer.parameters for layer in report.layers)
     console.print(
         f"{len(report.layers)} layers, {numbers:,} numbers, {error} at most {_error(report.largest_error)}: "

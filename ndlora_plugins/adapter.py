@@ -106,13 +106,17 @@ class LayerAdapter:
     @property
     def num_saved(self) -> int:
         """Numbers of its own in the adapter file."""
-        return self.num_parameters + (0 if self.recomputed else self.num_frozen)
+        return self.num_parameters + self._count(self.frozen_in_file)
 
     @property
-    def shared_parameters(self) -> dict[str, int]:
-        """Key of each tensor that trains and that other layers share -> its numbers."""
+    def frozen_in_file(self) -> tuple[Factor, ...]:
+        """Those of `frozen` that the adapter file holds."""
+        return () if self.recomputed else self.frozen
+
+    def shared_sizes(self, factors: tuple[Factor, ...]) -> dict[str, int]:
+        """Key of each tensor of these that other layers share -> its numbers."""
         keys = dict(self.shared)
-        return {keys[factor.name]: factor.numel for factor in self.trained if factor.name in keys}
+        return {keys[factor.name]: factor.numel for factor in factors if factor.name in keys}
 
     def _count(self, factors: tuple[Factor, ...]) -> int:
         shared = {name for name, _ in self.shared}

@@ -61,22 +61,27 @@ class Budget:
     def layers(self) -> int:
         return sum(row.count for row in self.rows)
 
-    @property
-    def shared(self) -> int:
-        """Trainable numbers that layers share, each tensor once."""
-        return sum({key: n for row in self.rows for key, n in row.adapter.shared_parameters.items()}.values())
+    def _numbers(self, which: str) -> int:
+        """Of the factors of all layers that `which` names; a tensor that layers share counts once."""
+        shared, own = {}, 0
+        for row in self.rows:
+            factors = getattr(row.adapter, which)
+            sizes = row.adapter.shared_sizes(factors)
+            shared |= sizes
+            own += row.count * (sum(factor.numel for factor in factors) - sum(sizes.values()))
+        return own + sum(shared.values())
 
     @property
     def parameters(self) -> int:
-        return self.shared + sum(row.count * row.adapter.num_parameters for row in self.rows)
+        return self._numbers("trained")
 
     @property
     def saved(self) -> int:
-        return self.shared + sum(row.count * row.adapter.num_saved for row in self.rows)
+        return self.parameters + self._numbers("frozen_in_file")
 
     @property
     def frozen(self) -> int:
-        return sum(row.count * row.adapter.num_frozen for row in self.rows)
+        return self._numbers("frozen")
 
     @property
     def multiply_adds(self) -> int:
@@ -109,33 +114,18 @@ class Budget:
             f"LoRA r={self.lora_rank}'s",
             "note",
         )
-        rows = [
-            (
-                row.layer,
-                str(row.count),
-                row.shape,
-                row.modes,
-                f"{row.count * row.adapter.num_parameters:,}",
-                f"{row.count * row.lora_parameters:,}",
-                f"{row.count * row.adapter.multiply_adds:,}",
-                f"{row.count * row.lora_parameters:,}",
-                row.note,
+        rows = []
+        for row in self.rows:
+            own = (
+                row.adapter.num_parameters,
+                row.lora_parameters,
+                row.adapter.multiply_adds,
+                row.lora_parameters,
             )
-            for row in self.rows
-        ]
-        rows.append(
-            (
-                "total",
-                str(self.layers),
-                "",
-                "",
-                f"{self.parameters:,}",
-                f"{self.lora_parameters:,}",
-                f"{self.multiply_adds:,}",
-                f"{self.lora_parameters:,}",
-                "",
-            )
-        )
+            texts = [f"{row.count * number:,}" for number in own]
+            rows.append((row.layer, str(row.count), row.shape, row.modes, *texts, row.note))
+        totals = (self.parameters, self.lora_parameters, self.multiply_adds, self.lora_parameters)
+        rows.append(("total", str(self.layers), "", "", *(f"{number:,}" for number in totals), ""))
         return header, rows
 
 

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.common import write_json
-from benchmarks.speed import report
 from benchmarks.speed.cases import cases
+from benchmarks.speed.picture import draw
+from benchmarks.speed.report import bars_table
 
 
 def main(
@@ -62,8 +63,8 @@ def main(
             write_json(found, results)
             progress.advance(bar)
     if found["cases"]:
-        console.print(report.bars_table(found), markup=False)
-        report.draw(found, results.with_suffix(".png"))
+        console.print(bars_table(found), markup=False)
+        draw(found, results.with_suffix(".png"))
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.speed.cases import DTYPES, LAYERS, cases
-from benchmarks.speed.variants import BASELINE, KRONECKER, ON_CUDA, OURS, VARIANTS
+from benchmarks.speed.family import family_table
+from benchmarks.speed.variants import BASELINE, KRONECKER, OURS, VARIANTS
 
-__all__ = ["BARS", "PAGE", "Bar", "bars_table", "draw", "layers_table", "models_table", "write_docs"]
+__all__ = ["BARS", "LAYER", "PAGE", "Bar", "bars_table", "layers_table", "models_table", "write_docs"]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 RESULTS = Path(__file__).resolve().parent / "results"
-_LAYER = re.compile(
+LAYER = re.compile(
     r"layer, (?P<model>.+), (?P<shape>\d+ -> \d+), (?P<tokens>\d+) tokens, (?P<dtype>\w+)(, r=(?P<rank>\d+))?"
 )
 _LARGE = ("Qwen3-1.7B", "Llama-3-8B")
@@ -26,7 +27,7 @@ _GENERATED = re.compile(r"(<!-- speed: (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)
 
 def _layers(found: dict, *, models=tuple(LAYERS), dtypes=tuple(DTYPES), rank=None) -> Iterable[dict]:
     for name, case in found["cases"].items():
-        match = _LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         if match and match["model"] in models and match["dtype"] in dtypes and match["rank"] == rank:
             yield case
 
@@ -295,63 +296,19 @@ def _machine(found: dict) -> str:
     return sentence + f"\n<details><summary>Not measured</summary>\n\n{'; '.join(missing)}.\n</details>\n"
 
 
-_PARTS = {"machine": _machine, "bars": bars_table, "layers": layers_table, "models": models_table}
+_PARTS = {
+    "machine": _machine,
+    "bars": bars_table,
+    "layers": layers_table,
+    "models": models_table,
+    "family": family_table,
+}
 
 
 def write_docs(text: str) -> str:
     """The page with its tables made anew from the results."""
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     return _GENERATED.sub(lambda match: match[1] + _PARTS[match[2]](results[match[3]]) + match[4], text)
-
-
-def draw(found: dict, path: Path) -> None:
-    """Ratio to LoRA against tokens, one line a variant, mean over the shapes; a panel for model and dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        len(DTYPES), len(LAYERS), figsize=(13, 7), sharex=True, layout="constrained", squeeze=False
-    )
-    colours = dict(zip(VARIANTS, plt.get_cmap("tab20").colors, strict=False)) | dict.fromkeys(
-        ON_CUDA, "black"
-    )
-    for row, dtype in zip(panels, DTYPES, strict=True):
-        for panel, model in zip(row, LAYERS, strict=True):
-            points: dict[str, dict[int, list[float]]] = {}
-            for name, case in found["cases"].items():
-                match = _LAYER.fullmatch(name)
-                if match and (match["model"], match["dtype"], match["rank"]) == (model, dtype, None):
-                    for variant, figures in case["both"].items():
-                        points.setdefault(variant, {}).setdefault(int(match["tokens"]), []).append(
-                            figures["ratio"]
-                        )
-            for variant, values in points.items():
-                tokens = sorted(values)
-                panel.plot(
-                    tokens,
-                    [statistics.mean(values[count]) for count in tokens],
-                    marker="o",
-                    label=variant,
-                    color=colours[variant],
-                    linewidth=2.5 if variant in OURS else 1,
-                    linestyle="-" if variant in OURS else "--",
-                )
-            panel.set_title(f"{model}, {dtype}")
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log", base=2)
-            panel.grid(alpha=0.3)
-            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    figure.supxlabel("tokens")
-    figure.supylabel("time of forward + backward of the whole layer, ratio to LoRA r=8")
-    handles = {}
-    for panel in panels.flat:
-        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def check_start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
             method, layer_count, numbers = counted.get(adapter, (plan.method.name, 0, 0))
             counted[adapter] = (method, layer_count + 1, numbers + new)
             expected[adapter] = expected.get(adapter, 0) + plan.num_parameters
-            shared |= {(adapter, key): count for key, count in plan.shared_parameters.items()}
+            shared |= {(adapter, key): count for key, count in plan.shared_sizes(plan.trained).items()}
             if 0 < len(trainable) < len(factors):
                 partly.append(name)
     for (adapter, _), count in shared.items():

@@ -33,7 +33,7 @@ HOSTS = {
     "ms_swift": {"peft"},
 }
 MOST_LINES_OF_A_MODULE = 350
-MOST_LINES_OF_THE_CORE = 2490  # the aim is 1,800
+MOST_LINES_OF_THE_CORE = 2480  # the aim is 1,800
 RECORDS = ("methods", "starts", "schedules", "kernels")  # folders of the core that are not counted with it
 KNOW_METHODS = [
     *(CORE / name for name in ("methods", "starts", "structures", "builtin.py")),

@@ -4,9 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, MissConfig, PsoftConfig, VeraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.options import adapter_options
+from ndlora_plugins.registry import methods
 from ndlora_plugins.starts import Seen
 
 IN, OUT, RANK, LAYER = 24, 18, 4, "model.layers.3.q"
@@ -50,6 +53,32 @@ def pefts(config, weight):
     model.q.weight.data = weight.clone()
     model = get_peft_model(model.to(weight.dtype), config, autocast_adapter_dtype=False)
     return model.base_model.model.q, lambda: model(torch.eye(IN, dtype=weight.dtype)).T.detach() - weight
+
+
+class Sizes(TorchDispatchMode):
+    """How many numbers each tensor holds that is made in the meantime, but for views of one that was there."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.found = known.untyped_storage().data_ptr(), {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, tuple) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.known:
+                self.found[tensor.numel()] = function
+        return made
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_training_step_of_a_linear_layer_forms_no_update_of_the_weight(method, fields_of):
+    model = nn.Sequential()
+    model.add_module("q", nn.Linear(IN, OUT, bias=False))
+    config = NdLoraConfig(**{**fields_of(method), "r": 2, "target_modules": ["q"]})
+    model = get_peft_model(model, config)
+    with Sizes(model.get_submodule("base_model.model.q").base_layer.weight) as sizes:
+        model(torch.randn(5, IN)).sum().backward()
+    assert IN * OUT not in sizes.found
 
 
 def test_lora_xs_is_pefts_psoft():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,12 +21,14 @@ from ndlora_plugins import (
     register_plugin,
     unregister_plugin,
 )
+from ndlora_plugins.budget import make_budget
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft import targets, weights
+from ndlora_plugins.integrations.peft import plan_model, targets, weights
 from ndlora_plugins.integrations.peft.files.check import check_adapter
 from ndlora_plugins.integrations.peft.files.export import export_adapter
 from ndlora_plugins.methods import Method
 from ndlora_plugins.methods.slora import slora
+from ndlora_plugins.registry import methods
 from ndlora_plugins.structures import Chain
 from ndlora_plugins.structures.einsum import Einsum, Equation
 
@@ -220,3 +223,20 @@ def test_a_strangers_method_with_its_own_names_on_twenty_layers(
     with pytest.raises(NdLoraValueError, match="cannot become LoKr: method='own_names' is no Kronecker"):
         export_adapter(tmp_path / "adapter", tmp_path / "lokr", "lokr")
     assert not (tmp_path / "lokr").exists()
+
+
+@pytest.mark.parametrize("save_frozen", [None, True])
+@pytest.mark.parametrize("method", methods())
+def test_a_budget_counts_what_is_there(method, save_frozen, fields_of, make_llama, tmp_path):
+    config = NdLoraConfig(
+        **fields_of(method), save_frozen=save_frozen, target_modules=["q_proj", "k_proj", "v_proj"]
+    )
+    budget = make_budget(plan_model(make_llama(), config))
+    model = get_peft_model(make_llama(), config)
+    model.save_pretrained(tmp_path)
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    trained = {name: value.numel() for name, value in held.items() if value.requires_grad}
+    frozen = {name: value.numel() for name, value in held.items() if "ndlora" in name and name not in trained}
+    saved = sum(tensor.numel() for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
+    found = sum(trained.values()), sum(frozen.values()), saved
+    assert found == (budget.parameters, budget.frozen, budget.saved)

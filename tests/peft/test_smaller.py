@@ -152,6 +152,11 @@ REFUSED = {
         "method='einsum' has no rank axis",
     ),
     "tolerance": ({}, lambda adapter, out: prune_adapter(adapter, out, -1.0), "tolerance=-1.0: choose"),
+    "nested, with a self-test": (
+        {},
+        lambda adapter, out: export_adapter(adapter, out, "lora", rank=1, nested=True, self_test=True),
+        "A self-test is of the whole adapter",
+    ),
     "nested, merged": (
         {"r": 2},
         lambda adapter, out: export_adapter(adapter, out, "merged", rank=1, nested=True),

@@ -115,6 +115,11 @@ def export_adapter(
     given = {"rank": rank, "energy": energy, "max_error": max_error}
     target = RankTarget(**given) if any(value is not None for value in given.values()) else None
     if nested or to == "ndlora":
+        if self_test:
+            raise NdLoraValueError(
+                "A self-test is of the whole adapter, and nested and to='ndlora' cut it: export to='ndlora' first, and "
+                "what that writes with self_test (--self-test)."
+            )
         return _export_first_units(
             adapter, output, to, rank, target, dtype, base, trust_remote_code, any_size
         )

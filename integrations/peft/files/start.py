@@ -101,7 +101,9 @@ def init_adapter(
     config.base_fingerprint = make_fingerprint([_fingerprinted(each, files) for each in planned])
     with new_directory(output) as directory:
         numbers = write_adapter(directory, config, layers, {})
-    shared = {key: count for layer in layers for key, count in layer.plan.shared_parameters.items()}
+    shared = {
+        key: count for layer in layers for key, count in layer.plan.shared_sizes(layer.plan.trained).items()
+    }
     trainable = sum(layer.plan.num_parameters for layer in layers) + sum(shared.values())
     return InitReport(Path(output), config.method, len(layers), trainable, numbers)
 
