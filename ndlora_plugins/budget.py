@@ -109,7 +109,7 @@ class Budget:
             f"LoRA r={self.lora_rank}'s",
             "note",
         )
-        rows = [
+        rows: list[Sequence[str]] = [
             (
                 row.layer,
                 str(row.count),
