@@ -137,8 +137,7 @@ class BaseFiles:
             if key not in file.keys():
                 raise self.broken_index(key)
             weight = file.get_tensor(key)
-        self.check_plain(name, weight.shape, weight.dtype)
-        return self.form(name).matrix(weight)
+        return self.check_plain(name, weight.shape, weight.dtype).matrix(weight)
 
     def storage(self, name: str) -> str:
         """The dtype in which the weight of a layer, or a bare parameter, is stored: "float32"."""
@@ -153,14 +152,20 @@ class BaseFiles:
             f"take the model from its source again."
         )
 
-    def check_plain(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
-        """Raise unless a stored weight is floating and as large as the layer: quantised ones are neither."""
-        expected = self.form(name).shape
-        if tuple(shape) != expected or not dtype.is_floating_point or dtype.itemsize < 2:
+    def check_plain(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> WeightForm:
+        """Raise unless a stored weight is floating and as large as the layer: quantised ones are neither.
+
+        Returns:
+            the form of the weight.
+        """
+        form = self.form(name)
+        if form is None or tuple(shape) != form.shape or not dtype.is_floating_point or dtype.itemsize < 2:
+            expected = () if form is None else form.shape
             raise NotInFilesError(
                 f"The weight of layer {name!r} is stored as {dtype} {list(shape)} in {self.directory}, "
                 f"not as {list(expected)} in 16 or 32 bit: a quantised model? Name the model that it was made from."
             )
+        return form
 
 
 def _shards(directory: Path) -> dict[str, str]:

@@ -160,12 +160,12 @@ def _update(reader: AdapterReader, base: BaseFiles, path: str, merged: list[Merg
 
     def change(stored: Tensor) -> Tensor:
         layer = reader.read(path, base)
-        base.check_plain(layer.name, stored.shape, stored.dtype)
+        form = base.check_plain(layer.name, stored.shape, stored.dtype)
         dtype = torch.promote_types(next(iter(layer.trained.values())).dtype, torch.float32)
         with torch.no_grad():
             trained, frozen = cast_factors(layer.trained, dtype), cast_factors(layer.frozen, dtype)
             delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
-            delta = base.form(layer.name).stored(delta)
+            delta = form.stored(delta)
             result = add_and_round(stored, delta)
             lost = float(
                 (result.to(dtype) - stored.to(dtype) - delta).norm()
