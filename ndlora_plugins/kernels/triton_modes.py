@@ -10,8 +10,8 @@ product of matrices. Modes are padded with zeros to powers of two, of at least 1
 products numbers are rounded to x's dtype, as in the other form.
 """
 
-# Triton is not everywhere, and it alone knows what `kernel[grid]` is:
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton is not everywhere, and where it is, its types do not know how a kernel is called:
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 import math
