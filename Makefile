@@ -29,7 +29,7 @@ demo-axolotl: install-axolotl  ## the demo for one method through Axolotl: resul
 
 # Two environments: the newest PEFT, TRL and transformers with our code as it lies here, and Axolotl with what it
 # pins and our code as a wheel. Their versions are locked in environments/. They run side by side, one core each; each prints when it has finished.
-.PHONY: test test-newest test-axolotl test-swift lint install-axolotl
+.PHONY: test test-newest test-axolotl test-swift lint types install-axolotl
 test:  ## everything, in both environments
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync=target test-newest test-axolotl
 
@@ -52,6 +52,16 @@ chaos: $(NEWEST_ENV)/.complete  ## killed trainings and exports, full disks, rac
 
 lint: $(NEWEST_ENV)/.complete
 	$(NEWEST_ENV)/bin/ruff check .
+	$(MAKE) types
+
+# basedpyright knows no package-dir: it looks at links to the packages as they are installed. Half a minute.
+types: $(NEWEST_ENV)/.complete  ## the types of everything that is installed
+	rm -rf .envs/types
+	mkdir -p .envs/types/ndlora_plugins
+	ln -s $(CURDIR)/pyproject.toml $(CURDIR)/ndlora_autoload.py .envs/types
+	ln -s $(CURDIR)/ndlora_plugins/* $(CURDIR)/integrations $(CURDIR)/commands .envs/types/ndlora_plugins
+	cd .envs/types && $(abspath $(NEWEST_ENV))/bin/basedpyright --pythonpath $(abspath $(NEWEST_ENV))/bin/python \
+		ndlora_autoload.py ndlora_plugins ndlora_plugins/*/
 
 # Each environment holds exactly what its lock names, and our code: as it lies here, or as a wheel beside Axolotl.
 # torch comes first, with its own dependencies: a machine's own build of it may need others than the lock names.

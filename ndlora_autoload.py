@@ -106,7 +106,7 @@ class _NotifyingLoader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module):
-        module.__spec__.loader = self._loader
+        module.__spec__.loader = self._loader  # pyright: ignore[reportOptionalMemberAccess]  the importer set it
         module.__loader__ = self._loader
         self._loader.exec_module(module)
         _activate(self._name)

@@ -52,7 +52,7 @@ def choose_for_config(
     if parameters is not None:
         return choose_adapter(network, parameters=parse_number(parameters), **options)
     targets = {name: value for name, value in options.items() if name != "lora_rate"}
-    limit = lora_parameters(network, like_lora_r, **targets) * parse_fraction(fraction or "1")
+    limit = lora_parameters(network, like_lora_r or 0, **targets) * parse_fraction(fraction or "1")
     return choose_adapter(network, parameters=int(limit), **options)
 
 

@@ -95,7 +95,7 @@ def write_files(report: DemoReport, output: Path) -> None:
         title=f"{report.model}: loss while fine-tuning",
     )
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]  a MaxNLocator
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(output / "loss.png", dpi=120)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -140,7 +140,7 @@ def _run_method(
     model.unload()
     return MethodResult(
         method=method,
-        rank=config.r,
+        rank=cast(Any, config).r,
         learning_rate=LEARNING_RATE,
         trainable_parameters=trainable,
         bytes_on_disk=sum(file.stat().st_size for file in folder.glob("adapter_*")),

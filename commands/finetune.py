@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from ndlora_plugins.commands.problems import Problem, final_answer, generate
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "Bench",
@@ -44,7 +47,7 @@ class Bench:
     """What all methods share: the base model in float32, its tokenizer, the problems, and sizes."""
 
     name: str
-    model: torch.nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     batches: list[dict[str, torch.Tensor]]  # one a training step
     held_out: list[Problem]
@@ -116,7 +119,7 @@ def load_model(model: str | None) -> tuple[Any, Any, str]:
     loaded = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
     if options:  # transformers refuses to save what came from GGUF: move the weights to a plain model
         if hasattr(loaded.config, "quantization_config"):
-            del loaded.config.quantization_config
+            del cast(Any, loaded.config).quantization_config
         plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
         plain.load_state_dict(loaded.state_dict())
         plain.generation_config, plain.name_or_path = loaded.generation_config, ""  # no name loads it
@@ -218,7 +221,7 @@ def answers(bench: Bench, model: torch.nn.Module, problems: Sequence[Problem]) -
         padding=True,
         return_token_type_ids=False,
     )
-    tokens = model.generate(
+    tokens = cast(Any, model).generate(
         **prompts,
         max_new_tokens=bench.max_new_tokens,
         do_sample=False,

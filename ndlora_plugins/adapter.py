@@ -280,9 +280,8 @@ class LayerAdapter:
         """What of the factors this forward uses, of the start as of the change."""
         if ranks is None:
             return self.structure, trained, frozen
-        return self.structure.cut(ranks.seen), *(
-            seen_factors(self.structure, factors, ranks, self.trained) for factors in (trained, frozen)
-        )
+        trained, frozen = (seen_factors(self.structure, f, ranks, self.trained) for f in (trained, frozen))
+        return self.structure.cut(ranks.seen), trained, frozen
 
 
 def _planned(method: str, start: str, layout: Layout, *rest: Any) -> LayerAdapter:

@@ -63,7 +63,8 @@ class Budget:
 
     def _numbers(self, which: str) -> int:
         """Of the factors of all layers that `which` names; a tensor that layers share counts once."""
-        shared, own = {}, 0
+        shared: dict[str, int] = {}
+        own = 0
         for row in self.rows:
             factors = getattr(row.adapter, which)
             sizes = row.adapter.shared_sizes(factors)
@@ -114,7 +115,7 @@ class Budget:
             f"LoRA r={self.lora_rank}'s",
             "note",
         )
-        rows = []
+        rows: list[Sequence[str]] = []
         for row in self.rows:
             own = (
                 row.adapter.num_parameters,

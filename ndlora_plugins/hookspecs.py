@@ -19,13 +19,16 @@ hookimpl = pluggy.HookimplMarker("ndlora")
 @hookspec
 def ndlora_methods() -> Iterable[Method]:
     """Methods that `NdLoraConfig(method=...)` shall know."""
+    ...
 
 
 @hookspec
 def ndlora_starts() -> Iterable[Start]:
     """Starts that `NdLoraConfig(init_lora_weights=...)` shall know."""
+    ...
 
 
 @hookspec
 def ndlora_schedules() -> Iterable[Schedule]:
     """Schedules that `NdLoraConfig(schedules=...)` and `NdLoraCallback(schedules=...)` shall know."""
+    ...

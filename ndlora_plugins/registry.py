@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
 import pluggy
 
@@ -33,12 +33,14 @@ __all__ = [
 ENTRY_POINT_GROUP = "ndlora"
 
 _BROUGHT = {"ndlora_methods": Method, "ndlora_starts": Start, "ndlora_schedules": Schedule}
+Record = TypeVar("Record", Method, Start, Schedule)
 
 
-class Registered(NamedTuple):
+@dataclass(frozen=True)
+class Registered(Generic[Record]):
     """One of these, with the plugin (distribution and version if it has one) that brought it."""
 
-    value: Method | Start | Schedule
+    value: Record
     plugin: str
 
 
@@ -77,14 +79,14 @@ def unregister_plugin(plugin: object) -> None:
 
 
 @cache
-def _collect(hook: str) -> dict[str, Registered]:
+def _collect(hook: str) -> dict[str, Registered[Any]]:
     manager = _manager()
     versions = {
         plugin: f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()
     }
-    found: dict[str, Registered] = {}
+    found: dict[str, Registered[Any]] = {}
     for implementation in getattr(manager.hook, hook).get_hookimpls():  # built-ins are registered first
-        plugin = versions.get(implementation.plugin, implementation.plugin_name)
+        plugin = versions.get(implementation.plugin) or implementation.plugin_name
         for value in implementation.function():
             if not isinstance(value, _BROUGHT[hook]):
                 raise NdLoraValueError(
@@ -99,17 +101,17 @@ def _collect(hook: str) -> dict[str, Registered]:
     return found
 
 
-def methods() -> dict[str, Registered]:
+def methods() -> dict[str, Registered[Method]]:
     """Every known method by name, built-ins first."""
     return _collect("ndlora_methods")
 
 
-def starts() -> dict[str, Registered]:
+def starts() -> dict[str, Registered[Start]]:
     """Every known start by name, built-ins first."""
     return _collect("ndlora_starts")
 
 
-def schedules() -> dict[str, Registered]:
+def schedules() -> dict[str, Registered[Schedule]]:
     """Every known schedule by name, built-ins first."""
     return _collect("ndlora_schedules")
 
@@ -188,7 +190,7 @@ def _misfit(method: Method, start: Start, options: Any) -> str | None:
     return None
 
 
-def _look_up(known: dict[str, Registered], name: str, option: str, kind: str):
+def _look_up(known: dict[str, Registered[Record]], name: str, option: str, kind: str) -> Record:
     if isinstance(name, str) and name in known:
         return known[name].value
     listed = ", ".join(f"{n!r} ({r.plugin})" for n, r in known.items())

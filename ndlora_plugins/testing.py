@@ -119,7 +119,8 @@ def _check_start(plan: LayerAdapter, seen: Seen, moves: bool) -> None:
     for one, other in zip(first, again, strict=True):
         for name in one:
             assert torch.equal(one[name], other[name]), f"two starts with one generator differ in {name!r}"
-    assert moves or not plan.delta(*map(_wide, first)).any(), "the start moves the layer"
+    trained, frozen = map(_wide, first)
+    assert moves or not plan.delta(trained, frozen).any(), "the start moves the layer"
 
 
 def _check_views(plan: LayerAdapter, trained: Factors, frozen: Factors, generator: torch.Generator) -> None:
@@ -202,9 +203,9 @@ def _check_cut(plan: LayerAdapter, trained: Factors, frozen: Factors) -> None:
             assert found == factor.shape, f"{factor.name!r} cut to rank 1 is {found}, not {factor.shape}"
     if structure.rank_axes:
         half = Ranks(1, scale=2.0)
-        factors = [structure.cut_factors(group, 1) for group in (trained, frozen)]
+        first = (structure.cut_factors(trained, 1), structure.cut_factors(frozen, 1))
         cut = replace(plan, layout=replace(plan.layout, rank=1))
-        _equal(plan.delta(trained, frozen, half), 2 * cut.delta(*factors), "the first rank alone")
+        _equal(plan.delta(trained, frozen, half), 2 * cut.delta(*first), "the first rank alone")
 
 
 def _check_merge(

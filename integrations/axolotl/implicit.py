@@ -32,8 +32,8 @@ def activate() -> None:
             )
         return original(cfg, *args, **kwargs)
 
-    validate_config.brings_in_ndlora = True
-    module.validate_config = validate_config
+    vars(validate_config)["brings_in_ndlora"] = True
+    vars(module)["validate_config"] = validate_config
 
 
 def bring_in_plugin(cfg: Any) -> None:

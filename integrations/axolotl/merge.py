@@ -45,8 +45,8 @@ def enable(cfg: Any) -> None:
                 cfg.merge_method = "legacy"
         return original(cfg=cfg)
 
-    do_merge_lora.merges_ndlora = True
-    module.do_merge_lora = do_merge_lora
+    vars(do_merge_lora)["merges_ndlora"] = True
+    vars(module)["do_merge_lora"] = do_merge_lora
 
 
 def _merge(cfg: Any) -> None:

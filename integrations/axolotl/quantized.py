@@ -32,5 +32,5 @@ def _wrap(step):
         finally:
             cfg.adapter = "ndlora"
 
-    wrapped.quantises_ndlora = True
+    vars(wrapped)["quantises_ndlora"] = True
     return wrapped

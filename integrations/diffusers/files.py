@@ -85,9 +85,8 @@ def load_adapter(
         vars(component).pop("peft_config", None)
         vars(component).update(had)
         raise
-    component._hf_peft_config_loaded = (
-        True  # what diffusers and transformers look at before they touch adapters
-    )
+    # what diffusers and transformers look at before they touch adapters
+    vars(component)["_hf_peft_config_loaded"] = True
 
 
 def _check_layers(reader: AdapterReader, component: nn.Module) -> None:

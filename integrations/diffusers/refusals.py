@@ -42,7 +42,7 @@ def _stand_before(owner: type, name: str, check: Callable[..., None]) -> None:
         check(*args, **kwargs)
         return function(*args, **kwargs)
 
-    checked.looks_for_ndlora = True
+    vars(checked)["looks_for_ndlora"] = True
     setattr(owner, name, staticmethod(checked) if isinstance(original, staticmethod) else checked)
 
 

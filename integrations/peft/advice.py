@@ -18,7 +18,7 @@ __all__ = ["warn_of_lopsided", "warn_of_penalties", "warn_of_targets"]
 
 
 def warn_of_targets(
-    config: NdLoraConfig, model: nn.Module, asked: str | set[str] | None, names: list[str]
+    config: NdLoraConfig, model: nn.Module, asked: str | list[str] | None, names: list[str]
 ) -> None:
     """One warning for each entry that matches no adapted layer, and for each tower that is adapted by accident.
 

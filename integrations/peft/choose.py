@@ -111,7 +111,7 @@ def choose_adapter(
         raise NdLoraValueError(
             f"lora_rate={lora_rate!r}: give a learning rate between 0 and 1, such as 2e-4."
         )
-    limit = parameters if file_bytes is None else file_bytes // BYTES_A_NUMBER
+    limit = (parameters or 0) if file_bytes is None else file_bytes // BYTES_A_NUMBER
     size = _trained if file_bytes is None else _saved
     lora = lora_parameters(model, _LORA_RANK, **targets)
     best: Choice | None = None
@@ -216,7 +216,7 @@ def _saved(budget: Budget) -> int:
 
 @cache
 def _families() -> list[dict[str, Any]]:
-    return json.loads(files(__package__).joinpath("evidence.json").read_text())["families"]
+    return json.loads(files(__package__ or "").joinpath("evidence.json").read_text())["families"]
 
 
 def _smallest(model: nn.Module, options: Mapping[str, Any], size: Callable[[Budget], int]) -> int:

@@ -50,13 +50,13 @@ def _k_means(units: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
     """(label, sign) of each unit: the centre that is nearest to it or to its negative. No cluster is empty."""
     generator = torch.Generator().manual_seed(seed)
     centres = units[_spread(units, clusters, generator)]
-    labels = None
+    labels = signs = torch.empty(0, dtype=torch.long, device=units.device)
     for _ in range(_ROUNDS):
         inner = units @ centres.T  # (units, clusters)
         distance = centres.square().sum(1) - 2 * inner.abs()
         nearest = distance.argmin(1)
         signs = torch.where(inner.gather(1, nearest[:, None])[:, 0] < 0, -1.0, 1.0).to(units.dtype)
-        if labels is not None and torch.equal(nearest, labels):
+        if torch.equal(nearest, labels):
             break
         labels = nearest
         members = torch.nn.functional.one_hot(labels, len(centres)).to(units.dtype).T

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from peft.utils import merge_utils
@@ -94,11 +94,11 @@ class Combination:
 
     def __call__(self, updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The combined update of matrices of one shape."""
-        weights = torch.tensor(weights, dtype=updates[0].dtype, device=updates[0].device)
+        scales = torch.tensor(weights, dtype=updates[0].dtype, device=updates[0].device)
         if self.type == "svd":
-            return merge_utils.task_arithmetic(updates, weights)
+            return merge_utils.task_arithmetic(list(updates), scales)
         options = [self.majority_sign_method] if "ties" in self.type else []
-        return _PRUNED[self.type](updates, weights, self.density, *options)
+        return _PRUNED[self.type](updates, scales, self.density, *options)
 
 
 class Part(NamedTuple):
@@ -181,8 +181,9 @@ def _same_method(
 
 def _products(updates: Sequence[tuple[Structure, Mapping[str, Tensor]]]) -> Sum | None:
     """The sum of low-rank forms: sum_i B_i A_i = [B_1 B_2 ..] [A_1; A_2; ..]."""
-    forms = [structure.low_rank(factors) for structure, factors in updates]
-    if any(form is None for form in forms):
+    found = [structure.low_rank(factors) for structure, factors in updates]
+    forms = [form for form in found if form is not None]
+    if len(forms) < len(found):
         return None
     return _holding(torch.cat([down for down, _ in forms]), torch.cat([up for _, up in forms], dim=1))
 
@@ -205,7 +206,7 @@ def _of_forms(name: str, parts: Sequence[Part], combination: Combination) -> Sum
         # up = dW A^T (A A^T)^-1, the least squares of up A = dW = sum_i B_i A_i
         down = forms[0][0]
         inverse = torch.linalg.pinv(down)
-        up = sum(own_up @ (own_down @ inverse) for own_down, own_up in forms)
+        up = cast(Tensor, sum(own_up @ (own_down @ inverse) for own_down, own_up in forms))
     else:
         rank = combination.svd_rank or round(sum(len(down) for down, _ in forms) / len(forms))
         down, up = cluster_units(
@@ -303,7 +304,8 @@ def union_of_tokens(configs: Sequence[NdLoraConfig]) -> list[int] | dict[str, li
     Raises:
         NdLoraValueError: one gives a list and another a dict.
     """
-    given = [config.trainable_token_indices for config in configs if config.trainable_token_indices]
+    given: list[Any] = [config.trainable_token_indices for config in configs]
+    given = [indices for indices in given if indices]
     if not given:
         return None
     if all(isinstance(indices, list) for indices in given):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -16,6 +17,7 @@ from ndlora_plugins.integrations.peft.combination import (
     combine_configs,
     combine_parts,
 )
+from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.layer import NdLoraLayer
 
 __all__ = ["Combination", "add_weighted"]
@@ -42,9 +44,7 @@ def add_weighted(
         for name, layer in model.model.named_modules()
         if isinstance(layer, NdLoraLayer) and any(adapter in layer.ndlora_factors for adapter in adapters)
     }
-    model.peft_config[adapter_name] = combine_configs(
-        adapters, [model.peft_config[adapter] for adapter in adapters], sums
-    )
+    model.peft_config[adapter_name] = combine_configs(adapters, _configs(model, adapters), sums)
     model.inject_adapter(model.model, adapter_name)
     model.set_requires_grad(adapter_name, False)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def _check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], 
             raise NdLoraValueError(
                 f"Adapter {adapter} does not exist. There are: {', '.join(model.peft_config)}."
             )
-    check_configs(adapters, [model.peft_config[adapter] for adapter in adapters])
+    check_configs(adapters, _configs(model, adapters))
     shared = [
         wrapper for wrapper in _wrappers(model) if len(set(adapters) & set(wrapper.modules_to_save)) > 1
     ]
@@ -88,6 +88,10 @@ def _check(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], 
             f"Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(shared)} such instance(s)."
         )
+
+
+def _configs(model: BaseTuner, adapters: Sequence[str]) -> list[NdLoraConfig]:
+    return [cast(NdLoraConfig, model.peft_config[adapter]) for adapter in adapters]
 
 
 def _wrappers(model: BaseTuner) -> list[ModulesToSaveWrapper]:
@@ -99,7 +103,7 @@ def _sum_tokens(model: BaseTuner, weighted: Sequence[tuple[str, float]], adapter
         if not isinstance(wrapper, TrainableTokensWrapper) or wrapper.token_adapter.tied_adapter:
             continue
         layer = wrapper.token_adapter
-        indices, rows = layer.token_indices.get(adapter_name), layer.trainable_tokens_delta
+        indices, rows = layer.token_indices.get(adapter_name, []), layer.trainable_tokens_delta
         for adapter, weight in weighted:
             if adapter in layer.token_indices:
                 places = [indices.index(index) for index in layer.token_indices[adapter]]

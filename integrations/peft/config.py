@@ -272,7 +272,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
             self.init_lora_weights,
             self.r,
             self.lora_alpha,
-            self.use_rslora,
+            bool(self.use_rslora),
             self.anchor,
             self._method_options(modes),
             bool(self.save_frozen),
@@ -329,7 +329,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
         write_model_card(self, save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs) -> Any:
         """Load adapter_config.json. A tensor file beside it is checked too, so that a broken one changes no model.
 
         Raises:
@@ -347,4 +347,4 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
 
 def _of_pattern(pattern: Mapping[str, Any], layer: str) -> Any:
     """What a pattern says of a layer, or None."""
-    return pattern.get(get_pattern_key(pattern.keys(), layer))
+    return pattern.get(get_pattern_key(list(pattern), layer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftConfig
@@ -53,14 +53,15 @@ def hotswap_adapter(
     Raises:
         NdLoraValueError: the two do not fit each other; the message says in what. Nothing is changed then.
     """
+    configs = cast("dict[str, PeftConfig]", model.peft_config)
     kind = PeftConfig._get_peft_type(model_name_or_path, **_of_hub(kwargs))
     config = NdLoraConfig.from_pretrained(model_name_or_path, **kwargs) if kind == NAME else None
-    loaded = model.peft_config.get(adapter_name)
+    loaded = configs.get(adapter_name)
     if config is None or not isinstance(loaded, NdLoraConfig):
         raise NdLoraValueError(
             f"{model_name_or_path} is of type {kind}, and the adapter {adapter_name!r} of type "
             f"{getattr(loaded, 'peft_type', 'none')}: both must be {NAME}. The model has: "
-            f"{', '.join(model.peft_config)}."
+            f"{', '.join(configs)}."
         )
     state = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
     layers = {
@@ -98,7 +99,7 @@ def hotswap_adapter(
                 swap.layer.lora_alpha[adapter_name] = swap.alpha
                 swap.layer.scaling[adapter_name] = swap.plan.scaling
     config.inference_mode = loaded.inference_mode
-    model.peft_config[adapter_name] = config
+    configs[adapter_name] = config
 
 
 def _of_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def _copies(
 ) -> list[tuple[Tensor, Tensor]]:
     """(tensor of the model, that of the file), the shared ones too."""
     shared, copies = dict(plan.shared), []
-    held = {FACTORS: layer.trained_parameters(adapter)}
+    held: dict[str, Mapping[str, Tensor]] = {FACTORS: layer.trained_parameters(adapter)}
     if not plan.recomputed and plan.frozen:
         held[FROZEN] = layer.tensors(adapter)[1]
     for group, tensors in held.items():

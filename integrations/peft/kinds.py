@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ class NdLoraConvolution(NdLoraLayer):
 
     def _convolution(self, x: Tensor, weight: Tensor) -> Tensor:
         """As the base layer convolves, in as many groups as the shapes tell."""
-        base = self.get_base_layer()
+        base = cast(Any, self.get_base_layer())
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(base.kernel_size)]
         padding = base.padding
         if base.padding_mode != "zeros":
@@ -111,6 +111,8 @@ class ParamWrapper(NdLoraLayer):
     The module's own forward is called with W + dW in its place; dW is formed for it. PEFT nests wrappers where
     several parameters of one module are adapted, and knows them by the name of this class.
     """
+
+    parameter_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, on the updated parameter."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["NdLoraLayer"]
 
 
-class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
+class NdLoraLayer(nn.Module, Merging):
     """Adapters on one layer. `ndlora_factors[adapter][factor]` trains, `ndlora_frozen[adapter]` does not.
 
     Args:
@@ -33,6 +32,7 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
         clock: the training steps of the model.
     """
 
+    _modules: dict[str, Any]  # torch's type allows for modules that were set to None
     # what models read of a layer of this kind
     shown_of_base: tuple[str, ...] = ()
     # where PEFT looks for the tensors of an adapter, to freeze, move and delete them
@@ -138,7 +138,7 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
             return None
         weight = getattr(self.get_base_layer(), self.parameter_name or "weight", None)
         if weight is not None and hasattr(weight, "ds_id"):  # ZeRO-3 keeps a shard: gather the whole
-            import deepspeed
+            import deepspeed  # pyright: ignore[reportMissingImports]  is there where ZeRO-3 is
 
             with deepspeed.zero.GatheredParameters([weight]):
                 return self.form.matrix(weight.data.clone())
@@ -207,10 +207,8 @@ class NdLoraLayer(nn.Module, Merging, BaseTunerLayer):
 
     def trained_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The factors of one adapter that the method trains, by name, shared ones too."""
-        return {
-            **self.ndlora_factors[adapter]._parameters,
-            **self.bank.parameters(adapter, self.plan[adapter]),
-        }
+        own = cast("dict[str, nn.Parameter]", self.ndlora_factors[adapter]._parameters)
+        return {**own, **self.bank.parameters(adapter, self.plan[adapter])}
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the layer's output for the input x."""

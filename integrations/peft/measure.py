@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def start_from_gradients(model: nn.Module, adapter: str, step: Callable[[], Any]
             if distributed:
                 torch.distributed.all_reduce(gradient)
                 gradient /= torch.distributed.get_world_size()
-            seed = model.peft_config[adapter].random_seed
+            seed = cast(Any, model).peft_config[adapter].random_seed
             trained, frozen = layer._initialize(
                 adapter, layer.plan[adapter], gradient, layer_generator(seed, layer.name)
             )
@@ -116,7 +116,7 @@ def _measured(
             parameter.requires_grad_(False)
             undo.callback(parameter.requires_grad_, True)
         undo.callback(model.register_forward_pre_hook(count).remove)
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if embedding is not None:  # else gradient checkpointing would pass nothing on
             undo.callback(embedding.register_forward_hook(_let_output_need_gradient).remove)
         for name, module in modules.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 
@@ -18,8 +18,14 @@ def add_and_round(weight: Tensor, delta: Tensor) -> Tensor:
     return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
 
 
-class Merging:
+class Merging(BaseTunerLayer):
     """What an NDLORA layer does to merge; for `NdLoraLayer`."""
+
+    ndlora_factors: nn.ModuleDict
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the weight, as the base layer stores it."""
+        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight.

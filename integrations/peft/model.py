@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import __version__ as peft_version
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["NdLoraModel"]
 
 
-class NdLoraModel(Scheduled, BaseTuner):
+class NdLoraModel(Scheduled):
     """Adds NDLORA adapters to a model; made by `get_peft_model` and `PeftModel.from_pretrained`.
 
     Args:
@@ -57,6 +57,7 @@ class NdLoraModel(Scheduled, BaseTuner):
         adapter_name: of the adapter to add.
     """
 
+    peft_config: dict[str, NdLoraConfig]
     prefix = PREFIX
     tuner_layer_cls = NdLoraLayer
     target_module_mapping: dict = {}
@@ -168,7 +169,7 @@ class NdLoraModel(Scheduled, BaseTuner):
             )
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+        self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         generator = layer_generator(peft_config.random_seed, current_key)
@@ -215,7 +216,9 @@ class NdLoraModel(Scheduled, BaseTuner):
         def is_named(entry: str, *names: str) -> bool:
             return any(name == entry or name.endswith(f".{entry}") for name in names)
 
-        kept = [entry for entry in peft_config.modules_to_save if not is_named(entry, *tied_weight_keys)]
+        kept = [
+            entry for entry in peft_config.modules_to_save or () if not is_named(entry, *tied_weight_keys)
+        ]
         if not any(is_named(entry, name) for entry in kept):
             kept.append(name)
         peft_config.modules_to_save = kept

@@ -27,7 +27,8 @@ _OF_THE_LOSS = ("labels", "num_items_in_batch", "shift_labels")
 def watch_outputs(model: nn.Module, clock: Clock, penalty: Penalty) -> None:
     """Watch the training forwards of a model: the tuner, or a model whose layers are adapted without one."""
     if clock.outputs is None:
-        model = model.base_model if isinstance(getattr(model, "base_model", None), BaseTuner) else model
+        base = getattr(model, "base_model", None)
+        model = base if isinstance(base, BaseTuner) else model
         clock.outputs = OutputsWatch(clock, penalty)
         model.register_forward_hook(clock.outputs, with_kwargs=True)
 

@@ -28,7 +28,7 @@ def _register() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType, register_peft_method
 
-    existing = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
+    existing = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)  # pyright: ignore[reportArgumentType]  a member of the enum
     if existing is not None:
         module = getattr(existing, "__module__", "")
         if not module.startswith("ndlora_plugins."):
@@ -64,6 +64,6 @@ def _register_stub(error: Exception) -> None:
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(NAME, UnavailableConfig)
+        PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(NAME, UnavailableConfig)  # pyright: ignore[reportArgumentType]  a stub
     except Exception:  # not even the table is where it was: the warning above has to do
         pass

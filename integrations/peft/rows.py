@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, cast
 
 from torch import nn
 
@@ -23,7 +24,7 @@ def check_rows(config: NdLoraConfig, model: nn.Module, adapted: Collection[str])
     """
     rows = config.trainable_token_indices or {}
     if isinstance(rows, list):
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
         names = [name for name, module in model.named_modules() if module is embedding]
         rows = {name: rows for name in names[:1]}  # PEFT says so where there is none
     for ending, indices in rows.items():
@@ -47,6 +48,6 @@ def _check_layer(name: str, module: nn.Module, indices: list[int], is_adapted: b
         raise NdLoraValueError(
             f"{given}: PEFT leaves out the layer's bias where rows of it train. Name it in modules_to_save instead."
         )
-    count = len(module.weight)
+    count = len(cast(Any, module).weight)
     if max(indices) >= count:
         raise NdLoraValueError(f"{given}: it has {count} rows. Choose indices from 0 to {count - 1}.")

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-class Scheduled:
+class Scheduled(BaseTuner):
     """Of the tuner: schedules in a loop of one's own."""
 
     def set_schedules(
@@ -93,7 +94,7 @@ def set_schedules(model: nn.Module, adapter: str, schedules: Any) -> None:
         config.schedules = schedules
 
 
-def check_schedules(schedules: Any) -> dict[str, dict[str, Any]]:
+def check_schedules(schedules: Any) -> dict[str, dict[str, Any] | None]:
     """Schedules as names to options.
 
     Raises:
@@ -219,9 +220,11 @@ def add_penalty_gradients(model: nn.Module) -> None:
 def after_step(model: nn.Module, optimizer: Any = None) -> None:
     """As `Scheduled.after_step`, of any model with adapters."""
     clock = _clock(model)
+    if clock is None:
+        return
     groups = () if optimizer is None else optimizer.param_groups
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-    for adapter, chosen in () if clock is None else clock.chosen.items():
+    for adapter, chosen in clock.chosen.items():
         clock.penalty_settled |= all(each.schedule.penalty is None for each in chosen)
         for each in chosen:
             if each.schedule.after_step is None:
@@ -231,6 +234,6 @@ def after_step(model: nn.Module, optimizer: Any = None) -> None:
                 continue
             with torch.no_grad():
                 anew = each.schedule.after_step(each.options, training) or ()
-            for layer in anew if optimizer is not None else ():
-                for parameter in layer.trained.values():
+            if optimizer is not None:
+                for parameter in (value for layer in anew for value in layer.trained.values()):
                     optimizer.state.pop(parameter, None)

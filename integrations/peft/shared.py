@@ -26,6 +26,9 @@ class FrozenFactors(nn.Module):
     parameters.
     """
 
+    _parameters: dict[str, Any]  # torch's types allow for values that were set to None
+    _buffers: dict[str, Any]
+
     def __init__(self, factors: Tensors, recomputed: bool):
         super().__init__()
         for name, value in factors.items():
@@ -52,7 +55,9 @@ class Bank:
     """
 
     def __init__(self) -> None:
-        self.factors, self.frozen = nn.ModuleDict(), nn.ModuleDict()
+        # Any: torch does not say what a ModuleDict holds
+        self.factors: Any = nn.ModuleDict()
+        self.frozen: Any = nn.ModuleDict()
 
     def start_values(self, adapter: str, plan: LayerAdapter) -> dict[str, Tensor]:
         """Factor -> its start, of those that another layer has brought already."""
@@ -122,7 +127,7 @@ class Bank:
                     value.data = value.data.float()
 
     @staticmethod
-    def _held(holder: nn.ModuleDict, adapter: str) -> dict[str, Tensor]:
+    def _held(holder: Any, adapter: str) -> dict[str, Any]:
         return {**holder[adapter]._parameters, **holder[adapter]._buffers} if adapter in holder else {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -34,7 +34,7 @@ def config_of_model(directory: str, *, trust_remote_code: bool = False) -> Pretr
 
 
 def model_on_meta(
-    config: PretrainedConfig, *, auto_class: type | None = None, trust_remote_code: bool = False
+    config: PretrainedConfig, *, auto_class: Any = None, trust_remote_code: bool = False
 ) -> nn.Module:
     """The model of a configuration on the "meta" device, its weights tied as they will be.
 
@@ -50,7 +50,7 @@ def model_on_meta(
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if auto_class is None:
-            model = named(config)
+            model = cast(Any, named)(config)
         else:
             model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -101,7 +101,7 @@ def find_targets(model: nn.Module, config: NdLoraConfig) -> list[Target]:
     return list(matched_targets(config, model))
 
 
-def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> str | set[str] | None:
+def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> str | list[str] | None:
     """None, "all-linear", "language-linear" and "vision-linear" become the set of names; returns what was there.
 
     Raises:
@@ -115,28 +115,32 @@ def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> str | set[str] | 
         config.target_modules = "all-linear"
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
-    if all_linear:
-        whole = {*_HEADS.get(config.task_type, ()), *(config.modules_to_save or ())}
-        config.target_modules = {
-            name for name in config.target_modules if not any(f".{entry}." in f".{name}." for entry in whole)
-        }
-        if shorthand in SHORTHANDS:
-            config.target_modules = layers_of_part(shorthand, config.target_modules, model)
-        if not config.target_modules:
-            raise NdLoraValueError(
-                f"{type(model).__name__} has no linear layer, which target_modules='all-linear' (the default) takes: "
-                f"name the layers to adapt in target_modules; convolutions and embeddings can be too."
-            )
-    if all_linear and config.layers_to_transform is not None:
+    if not all_linear:
+        return asked
+    whole = {*_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ())}
+    names = {
+        name
+        for name in config.target_modules or ()
+        if not any(f".{entry}." in f".{name}." for entry in whole)
+    }
+    if shorthand in SHORTHANDS:
+        names = layers_of_part(shorthand, names, model)
+    if not names:
+        raise NdLoraValueError(
+            f"{type(model).__name__} has no linear layer, which target_modules='all-linear' (the default) takes: "
+            f"name the layers to adapt in target_modules; convolutions and embeddings can be too."
+        )
+    if config.layers_to_transform is not None:
         # the names are full ones, and for those PEFT does not look at the index of the layer
-        config.target_modules = {name for name in config.target_modules if _is_in_layers(config, name)}
+        names = {name for name in names if _is_in_layers(config, name)}
+    cast(Any, config).target_modules = names  # a set, as PEFT makes one
     return asked
 
 
 def _is_in_layers(config: NdLoraConfig, name: str) -> bool:
     """Whether `layers_to_transform` lets the module `name` have an adapter."""
     by_end = copy.copy(config)
-    by_end.target_modules = {name.rpartition(".")[2]}
+    by_end.target_modules = [name.rpartition(".")[2]]
     return bool(BaseTuner._check_target_module_exists(by_end, name))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -21,19 +22,20 @@ def find_parts(model: nn.Module) -> dict[str, str]:
 
     What lies between them, such as a projector, is in none.
     """
-    if not hasattr(model, "get_encoder") or not hasattr(model, "get_decoder"):
+    encoder, decoder = getattr(model, "get_encoder", None), getattr(model, "get_decoder", None)
+    if encoder is None or decoder is None:
         return {}
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
     for part, modality in _TOWERS.items():
         try:
-            tower = model.get_encoder(modality=modality)
+            tower = encoder(modality=modality)
         except (TypeError, AttributeError, ValueError):  # a model with an older or another such function
             continue
         name = names.get(id(tower), "")
         if name and tower is not getattr(model, "base_model", None):
             found[part] = name
-    language = names.get(id(model.get_decoder()), "") if found else ""
+    language = names.get(id(decoder()), "") if found else ""
     return {"language": language, **found} if language and language not in found.values() else found
 
 
@@ -63,7 +65,7 @@ def layers_of_part(shorthand: str, names: Iterable[str], model: nn.Module) -> se
     return {name for name in names if part_of(name, parts) == part or not parts}
 
 
-def warn_of_towers(model: nn.Module, asked: object, names: Iterable[str]) -> None:
+def warn_of_towers(model: nn.Module, asked: Any, names: Iterable[str]) -> None:
     """One warning where a tower is adapted and nobody named it.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from ndlora_plugins.integrations.peft.validation import Check
 
@@ -47,18 +47,18 @@ class TrainingFields:
         if self.schedules is None and method.schedules:
             self.schedules = list(method.schedules)
         if self.schedules is not None:
-            self.schedules = as_schedules(self.schedules)
+            self.schedules = schedules = as_schedules(self.schedules)
             if not loaded:  # what uses an adapter needs no plugin that trained it
-                chosen_schedules(self.schedules)
+                chosen_schedules(schedules)
 
     def chosen_schedules(self) -> tuple[Chosen, ...]:
         """Its schedules with their options; none of an adapter that does not train."""
         from ndlora_plugins.schedules.choose import chosen_schedules
 
-        return () if self.inference_mode else chosen_schedules(self.schedules or {})
+        return () if cast(Any, self).inference_mode else chosen_schedules(as_schedules(self.schedules or {}))
 
 
-def as_schedules(given: Mapping | Sequence[str] | str) -> dict[str, dict[str, Any]]:
+def as_schedules(given: Mapping | Sequence[str] | str) -> dict[str, dict[str, Any] | None]:
     """Schedules in any of the ways to write them, as names to options."""
     if isinstance(given, Mapping):
         return {name: dict(options or {}) for name, options in given.items()}

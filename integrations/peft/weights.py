@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ def weight_form(layer: nn.Module, parameter_name: str | None = None) -> WeightFo
         return WeightForm("convolution", _shape(layer.weight))
     backend = quantization_backend(layer)
     if backend is not None and backend.layer_type == "linear" and hasattr(layer, "in_features"):
-        return WeightForm("linear", (layer.out_features, layer.in_features))
+        quantised = cast(Any, layer)
+        return WeightForm("linear", (quantised.out_features, quantised.in_features))
     return None
 
 
@@ -101,7 +103,7 @@ def quantization_backend(layer: nn.Module, get_apply_tensor_subclass=None) -> Qu
     backend = resolve_quantization_backend(
         layer, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown
     )
-    if getattr(backend, "get_apply_tensor_subclass", None) is _unknown:
+    if backend is not None and getattr(backend, "get_apply_tensor_subclass", None) is _unknown:
         backend.supports_merge = False
     return backend
 
@@ -113,7 +115,7 @@ def _unknown():
 def base_weight(layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
     """The weight of a base layer, dequantised, as the layer stores it."""
     if backend is None:
-        return layer.weight.data
+        return cast(Any, layer).weight.data
     if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
         # bitsandbytes 4-bit: a forward in eval mode on the CPU has packed the weight in another order, which
         # dequantising does not know of; asking for the state dict brings the usual one back

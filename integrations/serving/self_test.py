@@ -6,12 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = [
     "PROMPTS",
@@ -143,7 +146,7 @@ def _read_probe(content: dict[str, Any]) -> Probe:
 
 
 @torch.inference_mode()
-def _probe(model: nn.Module, tokenizer: Any, prompt: str) -> Probe:
+def _probe(model: PeftModel, tokenizer: Any, prompt: str) -> Probe:
     tokens = tokenizer(prompt)["input_ids"]
     adapter, with_adapter = _answer(model, tokenizer, tokens)
     with model.disable_adapter():
@@ -160,7 +163,7 @@ def _probe(model: nn.Module, tokenizer: Any, prompt: str) -> Probe:
     return Probe(prompt, tuple(tokens), adapter, base, first)
 
 
-def _answer(model: nn.Module, tokenizer: Any, tokens: Sequence[int]) -> tuple[Answer, Tensor]:
+def _answer(model: PeftModel, tokenizer: Any, tokens: Sequence[int]) -> tuple[Answer, Tensor]:
     """The greedy answer, and the log-probabilities (vocabulary) of its first token."""
     prompt = torch.tensor([tokens])
     found = model.generate(

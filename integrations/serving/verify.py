@@ -161,7 +161,7 @@ def _judge(probes: Sequence[Probe], answers: Sequence[tuple[str, dict[Any, float
     for probe, (text, first) in zip(probes, answers, strict=True):
         by_text = {entry[0]: token for token, entry in probe.first.items()}
         for token, value in first.items():
-            known = probe.first.get(token if isinstance(token, int) else by_text.get(token))
+            known = probe.first.get(token if isinstance(token, int) else by_text.get(token, -1))
             if known is not None and math.isfinite(value):
                 to_adapter.append(value - known[1])
                 to_base.append(value - known[2])
@@ -180,7 +180,7 @@ def _judge(probes: Sequence[Probe], answers: Sequence[tuple[str, dict[Any, float
         )
     size = {"adapter": _root_mean_square(to_adapter), "base": _root_mean_square(to_base)}
     apart = _root_mean_square(between)
-    nearest = min(size, key=size.get)
+    nearest = min(size, key=lambda name: size[name])
     sure = size[nearest] <= _NEAR * apart and equal[nearest] >= _ALIKE * len(probes)
     serves = nearest if sure else "something else"
     return Verdict(serves, size["adapter"], size["base"], apart, equal["adapter"], len(probes), difference)

@@ -105,7 +105,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(
-        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
+        self, args, state, control, model: Any = None, optimizer=None, train_dataloader=None, **kwargs
     ):
         _put_first(self)
         sharded = _is_sharded(args)
@@ -155,7 +155,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
         ):
             logger.info("from step %d on only the cores train", state.global_step)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model: Any = None, **kwargs):
         if self._gradients_pending:
             report = check_gradients(self._layers)
             # nothing to see yet: all gradients zero, or fp16's loss scale still too high
@@ -167,7 +167,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
         if self.schedule is not None:
             self.schedule.drop_gradients()
 
-    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_optimizer_step(self, args, state, control, model: Any = None, optimizer=None, **kwargs):
         if self._scheduled:
             after_step(model, optimizer)
 
@@ -180,7 +180,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(norms)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         for clock in self._clocks():
             clock.driven = False
         if self.schedule is not None:

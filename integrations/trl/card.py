@@ -54,6 +54,6 @@ def keep_model_card(trainer: Trainer) -> None:
         config = (getattr(model, "peft_config", None) or {}).get("default")
         if trainer.is_world_process_zero() and isinstance(config, NdLoraConfig):
             note_recipe(model, trainer.args, trainer.state)
-            write_model_card(config, trainer.args.output_dir)
+            write_model_card(config, trainer.args.output_dir or ".")
 
     trainer.create_model_card = create_model_card

@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -72,12 +72,12 @@ class EndExport:
         Raises:
             NdLoraValueError: something is there already.
         """
-        return check_new(self.directory or Path(args.output_dir) / self.to)
+        return check_new(self.directory or Path(args.output_dir or ".") / self.to)
 
-    def __call__(self, model: nn.Module, args: TrainingArguments) -> None:
+    def __call__(self, model: Any, args: TrainingArguments) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             if isinstance(model, PeftModel):
-                model.save_pretrained(scratch, selected_adapters=[model.active_adapter])
+                model.save_pretrained(scratch, selected_adapters=cast("list[str]", [model.active_adapter]))
             else:  # transformers' add_adapter
                 model.save_pretrained(scratch)
             saved = next(Path(scratch).rglob("adapter_config.json")).parent  # below, if not called "default"

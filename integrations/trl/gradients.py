@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def measure_on_batches(model: nn.Module, batches: Any, sharded: bool) -> dict[st
             raise NdLoraValueError(
                 f"gradient_batches={count}: the trainer has no training data to measure them on."
             )
-        clock = model.base_model.clock
+        clock = cast(Any, model).base_model.clock
         try:
             clock.measuring = True
             with _untouched_generators():

@@ -53,4 +53,4 @@ def update_norms(
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that is sharded over processes (FSDP2), else the tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return getattr(tensor, "full_tensor", lambda: tensor)()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerState
 
@@ -25,7 +25,7 @@ def noted_schedules(clocks: Iterable[Clock]) -> dict[str, dict[str, Any]]:
 
 def check_resumed(state: TrainerState, now: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """What differs from the checkpoint that the trainer goes on from, one sentence each."""
-    saved = (state.stateful_callbacks or {}).get("NdLoraCallback")
+    saved = cast("dict[str, Any]", state.stateful_callbacks or {}).get("NdLoraCallback")
     if not state.global_step or not isinstance(saved, dict):
         return ()
     before = saved.get("attributes", {}).get("_noted", {})

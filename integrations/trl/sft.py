@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 from torch import nn
@@ -106,7 +106,7 @@ def read_run(argv: list[str], command: str) -> Run:
     """
     types = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig, NdLoraArguments)
     parser = trl.TrlParser(
-        types,
+        cast(Any, types),  # their annotation is a NewType of transformers that no class is of
         prog=command,
         description="Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block.",
         epilog="Example: ndlora sft --config run.yaml",
@@ -172,7 +172,7 @@ def _without_weights(model: trl.ModelConfig) -> nn.Module:
 
     trusted = getattr(model, "trust_remote_code", False)  # not in every version
     config = AutoConfig.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=trusted
+        cast(str, model.model_name_or_path), revision=model.model_revision, trust_remote_code=trusted
     )
     return model_on_meta(config, trust_remote_code=trusted)
 
@@ -229,10 +229,10 @@ def make_trainer(
         "trust_remote_code": training.trust_remote_code,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
+        **cast("dict[str, Any]", training.model_init_kwargs or {}),
     }
     return trl.SFTTrainer(
-        model=model.model_name_or_path,
+        model=cast(str, model.model_name_or_path),
         args=training,
         train_dataset=training_data,
         eval_dataset=held_out,

@@ -10,8 +10,7 @@ import functools
 import os
 import shutil
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from torch import Tensor
@@ -53,7 +52,7 @@ def sync_as_lora() -> None:
         _wrap(trainer)
 
 
-def _wrap(trainer: ModuleType) -> None:
+def _wrap(trainer: Any) -> None:
     validate, save = trainer.validate_lora_for_vllm_sync, trainer.save_lora_adapter
 
     @functools.wraps(validate)
@@ -88,7 +87,7 @@ def lora_of(model: PeftModel, adapter: str) -> tuple[LoraConfig, dict[str, Tenso
         NdLoraValueError: a method without an exact LoRA, a layer that is not linear, or trained parts that a LoRA
             has no place for.
     """
-    config = model.peft_config[adapter]
+    config = cast(NdLoraConfig, model.peft_config[adapter])
     held = [f"{field}={getattr(config, field)!r}" for field in _NO_PLACE if getattr(config, field)]
     if config.bias != "none":
         held.append(f"bias={config.bias!r}")
@@ -97,7 +96,7 @@ def lora_of(model: PeftModel, adapter: str) -> tuple[LoraConfig, dict[str, Tenso
             f"{', '.join(held)} of adapter {adapter!r} has no place in a LoRA that vLLM serves."
         )
     tensors, ranks, transposed = {}, {}, False
-    for name, layer in model.base_model.model.named_modules():
+    for name, layer in cast(Any, model).base_model.model.named_modules():
         if not isinstance(layer, NdLoraLayer) or adapter not in layer.plan:
             continue
         plan = layer.plan[adapter]

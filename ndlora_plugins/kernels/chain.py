@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.fused import Product, add_mm_
+from ndlora_plugins.fused import Gradients, Product, add_mm_
 
 __all__ = ["ChainProduct", "ChangedChainProduct", "through_core"]
 
@@ -51,14 +51,14 @@ class ChainProduct(Product):
 
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         down, core, up = _sides(_cast(tensors, grad.dtype))
-        grads = [None] * len(tensors)
+        grads: Gradients = [None] * len(tensors)
         needs_core = core is not None and needs[1]
         if needs[-1]:
             grads[-1] = _scaled(grad.T @ through_core(core, kept[-1]), scaling, tensors[-1])
         if needs_x or needs[0] or needs_core:
             grad_u = grad @ up  # of u = core h
         if needs_core:
-            core_grad = grad_u.T @ kept[-1] if core.dim() == 2 else (grad_u * kept[-1]).sum(0)
+            core_grad = grad_u.T @ kept[-1] if tensors[1].dim() == 2 else (grad_u * kept[-1]).sum(0)
             grads[1] = _scaled(core_grad, scaling, tensors[1])
         if needs_x or needs[0]:
             grad_h = through_core(core, grad_u, transposed=True)
@@ -118,7 +118,7 @@ class ChangedChainProduct(Product):
     def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
         downs, core, cores, ups = self._joined(tensors, grad.dtype)
         rank = len(core)
-        grads = [None] * len(tensors)
+        grads: Gradients = [None] * len(tensors)
         grad_u = grad @ ups  # (tokens, 2 rank)
         if needs[2]:
             grads[2] = _scaled(grad.T @ (kept[-1] @ core.T), scaling, tensors[2])

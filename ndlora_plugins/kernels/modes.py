@@ -7,9 +7,10 @@ A factor of mode k has shape (terms, out_mode_k, in_mode_k). `x` is read as a te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ class ModeProduct(Product):
     two_matrices: bool
 
     def plain(self, x, tensors):
-        total = None
+        total: Any = None
         for term, chain in enumerate(self.chains):
             y = x
             for step, matrix in zip(chain, self._matrices(chain, term, tensors, x.dtype), strict=True):
@@ -229,7 +230,8 @@ class ModeProduct(Product):
         if needs_x and grad_x is None:
             grad_x, beta = grad.new_empty(grad.shape[0], self.in_features), 0
         first = self._first(needs)
-        last = 0 if needs_x else first + 1  # the step whose gradient of the input is the last that is wanted
+        # the step whose gradient of the input is the last that is wanted
+        last = 0 if needs_x or first is None else first + 1
         gradients = [[] for _ in tensors]
         for term, chain in enumerate(self.chains):
             matrices = self._matrices(chain, term, tensors, grad.dtype)
@@ -257,7 +259,7 @@ class ModeProduct(Product):
             (torch.cat(terms) if len(terms) > 1 else terms[0]) if terms else None for terms in gradients
         ]
 
-    def _parts(self, first, *tensors):
+    def _parts(self, first, *tensors) -> Iterable[tuple[Any, ...]]:
         """Tensors (tokens, ...), as many tokens at a time as stay in cache; all if an intermediate is kept."""
         count = tensors[0].shape[0]
         if first or count <= self.tokens_at_a_time:

@@ -10,6 +10,8 @@ product of matrices. Modes are padded with zeros to powers of two, of at least 1
 products numbers are rounded to x's dtype, as in the other form.
 """
 
+# Triton is not everywhere, and where it is, its types do not know how a kernel is called:
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 import math
@@ -320,12 +322,12 @@ def _token_numbers(modes: tuple[int, int]) -> int:
 def _tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     # torch before 2.9 has the older name alone, from then on reading that one may raise
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else bool(matmul.allow_tf32)
 
 
 @cache
 def triton_mode_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int) -> Product | None:
     """The kernels where there are two modes and both are small enough, else None."""
-    if len(in_modes) != 2 or max(*in_modes, *out_modes) > _LARGEST_MODE:
+    if len(in_modes) != 2 or len(out_modes) != 2 or max(*in_modes, *out_modes) > _LARGEST_MODE:
         return None
     return TritonModeProduct(mode_product(in_modes, out_modes, terms), in_modes, out_modes, terms)

@@ -33,7 +33,7 @@ def balanced_modes(features: int, num_modes: int = 2) -> tuple[int, ...]:
     ((24, 24), (16, 16, 16), (1, 7))
     """
     _check_range(num_modes, features=features)
-    return _smallest_sum(features, num_modes, 1)
+    return _smallest_sum(features, num_modes, 1) or ()  # 1 divides all: there is one
 
 
 def _check_range(num_modes: int, **dimensions: int) -> None:

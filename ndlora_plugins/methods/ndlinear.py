@@ -86,7 +86,7 @@ def kronecker_sum(layout: Layout) -> KroneckerSum:
     rest = {side: features // math.prod((*first, *last)) for side, (features, first, last) in sides.items()}
     crossed = {}
     if options.crossed_modes is not None and given == {"in_modes": None, "out_modes": None}:
-        split = crossed_modes(*rest.values(), options.crossed_modes, num_modes)
+        split = crossed_modes(rest["in_modes"], rest["out_modes"], options.crossed_modes, num_modes)
         crossed = dict(zip(rest, split, strict=True))
     found = []
     for side, (features, first, last) in sides.items():

@@ -57,7 +57,9 @@ class CoreSharing(Sharing):
 
 def _wide_sides(layout: Layout, share: str) -> tuple[Factor, Factor]:
     """The sides, as wide as the widest layer that shares them."""
-    ins, outs = layout.largest if share == "all" else (layout.in_features, layout.out_features)
+    ins, outs = layout.in_features, layout.out_features
+    if share == "all" and layout.largest is not None:
+        ins, outs = layout.largest
     rank = layout.rank
     fan_in = 1 if layout.one_hot else layout.in_features
     return Factor("side_in", (rank, ins), fan_in), Factor("side_out", (outs, rank), rank)
@@ -238,7 +240,7 @@ class Bases:
 
 
 def _nola(layout: Layout) -> Composed:
-    ins, outs = layout.largest
+    ins, outs = layout.largest or (layout.in_features, layout.out_features)
     rank, count = layout.rank, layout.options.bases
     own = (
         Factor("down_mix", (count,)),

@@ -159,6 +159,8 @@ class Chosen(NamedTuple):
 
     def ranks(self, moment: Moment, place: Place) -> Ranks:
         """Which ranks a training forward of this layer sees, with their scale."""
+        if self.schedule.ranks is None:
+            return Ranks(place.rank)
         found = self.schedule.ranks(self.options, moment, place)
         return found._replace(scale=self.scale(place.rank, found.seen))
 
@@ -184,7 +186,7 @@ def check_number(name: str, value: Any, least: float = 0, whole: bool = False) -
         raise NdLoraValueError(f"{name}={value!r}: choose {kind} of at least {least}.")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str | bool, ...]) -> None:
     """Of an option.
 
     Raises:

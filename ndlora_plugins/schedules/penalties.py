@@ -6,6 +6,7 @@ Sources: SoRA, arXiv 2311.11696 (TsinghuaC3I/SoRA, src/sparse_optimizer.py); GS-
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def grouped(options, layers):
 
 def norms(members):
     """The norm of a group, or of each rank."""
-    squares = 0.0
+    squares: Any = 0.0
     for value, axis in members:
         square = value.square()
         squares = squares + (

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -34,8 +35,8 @@ class Seen:
         keys: factor -> the key under which layers share it.
     """
 
-    weight: Tensor | None = None
-    gradient: Tensor | None = None
+    weight: Tensor | Any = None  # Any: a start need not ask whether what it `reads` is there
+    gradient: Tensor | Any = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     layer: str = ""
@@ -72,13 +73,13 @@ class Start:
     name: str
     summary: str
     source: str
-    function: Callable[[Structure, frozenset[str], Seen, Generator | None], Values]
+    function: Callable[[Any, frozenset[str], Seen, Generator | None], Values]  # Any: one kind of Structure
     gives: tuple[str, ...] = ()
     zero: tuple[str, ...] | Callable[[tuple[str, ...], frozenset[str]], Sequence[str]] = ()
     reads: frozenset[str] = frozenset()
     recomputable: bool = True
     moves: bool = False
-    max_rank: Callable[[Structure], int] | None = None
+    max_rank: Callable[[Any], int] | None = None
     alpha: float | None = None
     implies: str | None = None
 

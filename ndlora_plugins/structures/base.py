@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ class Structure:
 
     def cut(self, rank: int) -> Structure:
         """The structure of a smaller rank, whose factors `cut_factors` gives."""
-        return replace(self, layout=replace(self.layout, rank=rank))
+        return replace(cast(Any, self), layout=replace(self.layout, rank=rank))
 
     def cut_factors(self, factors: Factors, rank: int) -> dict[str, Tensor]:
         """The factors of `cut`: the first `rank` along `rank_axes`."""

@@ -156,16 +156,15 @@ class Einsum(Structure):
         return delta.reshape(self.layout.out_features, self.layout.in_features)
 
     def low_rank(self, factors):
-        inner, left = (
-            min(
+        features = self.layout.in_features, self.layout.out_features
+        inner, left = min(
+            (
                 (self._cut_size(set(left)), left)
                 for count in range(1, len(self.names))
                 for left in itertools.combinations(range(len(self.names)), count)
-            )
-            if len(self.names) > 1
-            else (math.inf, ())
+            ),
+            default=(math.prod(features), ()),  # of one factor: too large, whatever the features
         )
-        features = self.layout.in_features, self.layout.out_features
         if inner * sum(features) > math.prod(features):
             return None
         bonds, ins_left, outs_right = self._cut_axes(set(left))

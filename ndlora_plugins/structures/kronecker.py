@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 import torch.nn.functional as F
@@ -120,20 +120,18 @@ class KroneckerSum(Structure):
 
     def norm(self, factors):
         # <kron(A_1, .., A_N), kron(B_1, .., B_N)> = prod_k <A_k, B_k>, for every pair of terms
-        products = 1
-        for mode in self._modes(factors):
-            flat = mode.flatten(1)  # (terms, out_mode, in_mode) -> (terms, out_mode in_mode)
-            products = products * (flat @ flat.T)
-        return products.sum().clamp(min=0).sqrt()
+        flats = [mode.flatten(1) for mode in self._modes(factors)]  # (terms, out_mode in_mode)
+        return reduce(torch.mul, [flat @ flat.T for flat in flats]).sum().clamp(min=0).sqrt()
 
     def lookup(self, factors, indices):
         # a column of a Kronecker product is the Kronecker product of columns
-        rows = None
         positions = torch.unravel_index(indices.reshape(-1), self.in_modes)
-        for mode, index in zip(self._modes(factors), positions, strict=True):
-            columns = F.embedding(index, mode.flatten(0, 1).T).view(-1, *mode.shape[:2])
-            # (tokens, terms, out so far, 1) * (tokens, terms, 1, out_mode)
-            rows = columns if rows is None else (rows.unsqueeze(3) * columns.unsqueeze(2)).flatten(2)
+        columns = (
+            F.embedding(index, mode.flatten(0, 1).T).view(-1, *mode.shape[:2])
+            for mode, index in zip(self._modes(factors), positions, strict=True)
+        )
+        # (tokens, terms, out so far, 1) * (tokens, terms, 1, out_mode)
+        rows = reduce(lambda rows, more: (rows.unsqueeze(3) * more.unsqueeze(2)).flatten(2), columns)
         return rows.sum(1).reshape(*indices.shape, self.layout.out_features)
 
     def convolve(self, factors, x, convolution):
@@ -148,12 +146,11 @@ class KroneckerSum(Structure):
         planes = convolution(planes, weights.reshape(self.terms, 1, *self.layout.trailing))
         planes = planes.view(*x.shape[:2], *planes.shape[1:])  # (batch, channels, terms, *size)
         product = mode_product(self.in_modes[:channels], self.out_modes[:channels])
-        y = None
-        for term in range(self.terms):
-            one = [mode[term : term + 1] for mode in modes[:channels]]
-            update = product.plain(planes[:, :, term].movedim(1, -1), one)
-            y = update if y is None else y + update
-        return y.movedim(-1, 1)
+        updates = (
+            product.plain(planes[:, :, k].movedim(1, -1), [mode[k : k + 1] for mode in modes[:channels]])
+            for k in range(self.terms)
+        )
+        return reduce(torch.add, updates).movedim(-1, 1)
 
     def added(self, count):
         return replace(self, copies=count * self.copies)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftConfig
@@ -119,11 +119,11 @@ class AdapterReader:
         form = self.form(path)
         return form is not None and form.kind == "parameter"
 
-    def plan(self, path: str, base: BaseFiles | None = None) -> LayerAdapter:
-        """The plan of one layer, of the base model's own weight if it is given.
+    def known_form(self, path: str, base: BaseFiles | None = None) -> WeightForm:
+        """Of the base weight, of the base model's own if it is given.
 
         Raises:
-            NdLoraValueError: the base model has no such layer, or a factor is missing, unknown or of another shape.
+            NdLoraValueError: the base model has no such layer, or neither it nor the tensors tell the form.
         """
         name, form = self.forms[path]
         if self.config.layers is not None and form is None:
@@ -135,8 +135,8 @@ class AdapterReader:
             found = base.form(name)
             kind = form.kind if form else "linear"
             # an old file says nothing of its linear layers but their names
-            told = self.config.layers is not None or kind != "linear"
-            if found is None or found.kind != kind or (told and found.matrix_shape != form.matrix_shape):
+            told = form if self.config.layers is not None or kind != "linear" else None
+            if found is None or found.kind != kind or (told and found.matrix_shape != told.matrix_shape):
                 raise NdLoraValueError(
                     f"The base model in {base.directory} has no {form.kind if form else 'linear'} layer {name!r}"
                     f"{f' of shape {list(form.shape)}' if form else ''}, which the adapter has. Name the model that "
@@ -148,6 +148,15 @@ class AdapterReader:
                 f"The tensors of layer {name!r} in {self.path} ({', '.join(self.shapes[path])}) do not "
                 f"say how wide the layer is. Name the base model."
             )
+        return form
+
+    def plan(self, path: str, base: BaseFiles | None = None) -> LayerAdapter:
+        """The plan of one layer, of the base model's own weight if it is given.
+
+        Raises:
+            NdLoraValueError: as `known_form`, or a factor is missing, unknown or of another shape.
+        """
+        name, form = self.name(path), self.known_form(path, base)
         plan = plan_form(self.config.options_for(name, self._resolved), name, form, self.largest)
         shared = dict(plan.shared)
         expected = {tensor_key(FACTORS, factor.name, shared): factor.shape for factor in plan.trained}
@@ -246,7 +255,7 @@ class AdapterReader:
                 f"{shorten(self.config.trainable_token_indices)} does not say which row of the embedding each of its "
                 f"rows is. Save the adapter again."
             )
-        return indices
+        return indices or []
 
     def check_base(self, base: BaseFiles) -> None:
         """Hold a base model against the adapter's fingerprint; what its files do not hold plainly is passed over.
@@ -264,7 +273,7 @@ class AdapterReader:
                     del saved[name]
                     continue
                 kind = str(weight.dtype).removeprefix("torch.")
-                layers.append(FingerprintedLayer(name, tuple(weight.shape), weight, kind))
+                layers.append(FingerprintedLayer(name, (weight.shape[0], weight.shape[1]), weight, kind))
         base_name = self.config.base_model_name_or_path
         compare_fingerprint(saved, layers, reads_weight=self.reads_base, base_name=base_name)
 
@@ -299,7 +308,7 @@ def _read_config(directory: Path) -> NdLoraConfig:
         raise NdLoraValueError(
             f"{directory} holds an adapter of type {kind}, not {NAME}: PEFT reads it by itself."
         )
-    config = PeftConfig.from_pretrained(str(directory))
+    config = cast(NdLoraConfig, PeftConfig.from_pretrained(str(directory)))
     if config.base_fingerprint is not None:
         check_fingerprint(config.base_fingerprint)
     return config

@@ -169,18 +169,19 @@ class BaseFiles:
     def weight(self, name: str) -> Tensor:
         """The stored weight of a layer, or a bare parameter, as (out_features, in_features)."""
         parameter, form = self.parameter(name), self.form(name)
+        if form is None:
+            raise self._not_in_files(parameter)
         whole = self.whole_name(parameter)
         if whole is not None:
             weight = self._read(whole)
             self.check_plain(name, weight, form.shape)
             return form.matrix(weight)
-        places = torch.arange(math.prod(form.shape)).view(form.shape)
-        weight = None
-        for key, part in self.as_stored(parameter, places).items():
-            stored = self._read(key)
-            self.check_plain(name, stored, part.shape)
-            weight = stored.new_empty(places.numel()) if weight is None else weight
-            weight[part.flatten()] = stored.flatten()
+        places = self.as_stored(parameter, torch.arange(math.prod(form.shape)).view(form.shape))
+        parts = {key: self._read(key) for key in places}
+        weight = next(iter(parts.values())).new_empty(math.prod(form.shape))
+        for key, stored in parts.items():
+            self.check_plain(name, stored, places[key].shape)
+            weight[places[key].flatten()] = stored.flatten()
         return form.matrix(weight.view(form.shape))
 
     def _read(self, key: str) -> Tensor:

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -19,10 +19,9 @@ from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE
 from ndlora_plugins.integrations.peft.names import METHOD_NAME, PREFIX
 from ndlora_plugins.integrations.peft.validation import fields_to_set
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
 __all__ = ["note_picture", "note_training", "write_model_card"]
+
+Config = Any  # an NdLoraConfig, whose module imports this one
 
 _BEGIN = "<!-- ndlora: this part is written anew at each save, all else is left as it is -->"
 _END = "<!-- end of ndlora -->"
@@ -89,17 +88,17 @@ _PICTURE = """\
 _PICTURE_FILE = "ndlora_training.png"
 
 
-def note_training(config: PeftConfig, values: Mapping[str, Any]) -> None:
+def note_training(config: Config, values: Mapping[str, Any]) -> None:
     """Let cards that are written later in this session name these too: learning rate, steps, and the like."""
     config.session.training = dict(values)
 
 
-def note_picture(config: PeftConfig, path: str | Path) -> None:
+def note_picture(config: Config, path: str | Path) -> None:
     """Let cards that are written later in this session show a PNG of the training; a copy is laid beside them."""
     config.session.picture = Path(path).absolute()
 
 
-def write_model_card(config: PeftConfig, directory: str | Path) -> None:
+def write_model_card(config: Config, directory: str | Path) -> None:
     """Put our part into `directory`/README.md, and there only: after the first heading, or where it stood before.
 
     The header gets `library_name` and our tags, and loses a base model that is a directory of
@@ -129,7 +128,7 @@ def write_model_card(config: PeftConfig, directory: str | Path) -> None:
         )
 
 
-def _complete_header(data: ModelCardData, config: PeftConfig) -> None:
+def _complete_header(data: Any, config: Config) -> None:
     data.library_name = "peft"  # as PEFT itself has it; TRL writes "transformers"
     tags = [
         tag
@@ -164,7 +163,7 @@ def _put_in(text: str, part: str) -> str:
     return f"{''.join(lines[:heading]).rstrip()}\n\n{part}\n\n{''.join(lines[heading:]).lstrip()}"
 
 
-def _our_part(config: PeftConfig, directory: Path) -> str:
+def _our_part(config: Config, directory: Path) -> str:
     from ndlora_plugins.registry import methods
 
     base, method = config.base_model_name_or_path, methods()[config.method].value
@@ -195,7 +194,7 @@ def _picture(path: Path | None, directory: Path) -> str:
     return _PICTURE.format(name=_PICTURE_FILE)
 
 
-def _options(config: PeftConfig) -> dict[str, Any]:
+def _options(config: Config) -> dict[str, Any]:
     """The options of an adapter, those that are off or empty left out."""
     return {
         field.name: getattr(config, field.name)

@@ -120,7 +120,7 @@ def check_adapter(
         remarks.append(f"{len(idle)} of {len(layers)} layers do nothing: {listed(idle)}.")
     return CheckReport(
         directory,
-        reader.config.method,
+        reader.config.resolved().method.name,
         tuple(problems),
         tuple(remarks),
         tuple(layers),

@@ -93,7 +93,7 @@ def combine_adapters(
     for name, reader, files, weight in zip(names, readers, bases, weights, strict=True):
         for path in reader.shapes:
             layer = reader.read(path, files)
-            form = reader.form(path) or files.form(layer.name)
+            form = reader.form(path) or reader.known_form(path, files)
             if forms.setdefault(layer.name, form).matrix_shape != form.matrix_shape:
                 raise NdLoraValueError(
                     f"Layer {layer.name!r} is {list(form.matrix_shape)} (out x in) in {name} and "
@@ -110,7 +110,10 @@ def combine_adapters(
     with new_directory(output) as directory:
         numbers = write_adapter(directory, config, layers, others)
     return CombineReport(
-        Path(output), config.method, {name: found.rank for name, found in sums.items()}, numbers
+        Path(output),
+        config.resolved().method.name,
+        {name: found.rank for name, found in sums.items()},
+        numbers,
     )
 
 
@@ -178,10 +181,11 @@ def _others(
                 owner[key], carried[key] = name, value
                 continue
             module = key.removeprefix(KEY_PREFIX).removesuffix(TOKEN_ROWS)
-            embedding = embeddings.setdefault(key, files.weight(module).T)  # (tokens, features)
+            if files is not None:  # it is: there are rows
+                embeddings.setdefault(key, files.weight(module).T)  # (tokens, features)
             rows = changes.setdefault(key, {})
             for index, row in zip(reader.token_indices(key), value, strict=True):
-                original = embedding[index].to(row.dtype)
+                original = embeddings[key][index].to(row.dtype)
                 rows[index] = rows.get(index, original) + weight * (row - original)
     for key, rows in changes.items():
         carried[key] = torch.stack([rows[index] for index in sorted(rows)])

@@ -74,7 +74,7 @@ class RankTarget:
         """
         if self.rank is not None:
             return self.rank if self.rank <= len(values) else None
-        lost = 1 - self.energy if self.energy is not None else self.max_error**2
+        lost = 1 - self.energy if self.energy is not None else (self.max_error or 0) ** 2
         # what rounding leaves of an exact zero
         enough = total - values.square().cumsum(0) <= (lost + 1e-14) * total
         return int(enough.int().argmax()) + 1 if enough.any() else None
@@ -98,8 +98,9 @@ def low_rank_form(
     with torch.no_grad():
         exact = plan.low_rank(trained, frozen)
         if exact is not None:
-            small_enough = target is None or (target.rank is not None and target.rank >= exact[0].shape[0])
-            return exact if small_enough else product_low_rank(*exact, target)
+            if target is None or (target.rank is not None and target.rank >= exact[0].shape[0]):
+                return exact
+            return product_low_rank(*exact, target)
         if target is None:
             raise NdLoraValueError(
                 f"method={plan.method.name!r} has no exact form of a small rank: choose a rank, an energy or a "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from peft import LoKrConfig, LoraConfig
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
@@ -64,9 +64,10 @@ class ExportReport:
     @property
     def server_flags(self) -> str | None:
         """What vLLM is started with to serve it; None if it cannot."""
-        if self.kind != "lora":
+        largest = self.largest_rank
+        if self.kind != "lora" or largest is None:
             return None
-        rank = next((each for each in VLLM_RANKS if each >= self.largest_rank), None)
+        rank = next((each for each in VLLM_RANKS if each >= largest), None)
         if rank is None:
             return None
         if self.experts:
@@ -131,8 +132,8 @@ def export_adapter(
         raise NdLoraValueError("to='merged' keeps the dtypes of the base model: leave dtype out.")
     check_new(output)
     reader = AdapterReader(adapter)
-    files = None
-    if self_test and base is None and not reader.config.base_model_name_or_path:
+    files, name = None, base or reader.config.base_model_name_or_path
+    if self_test and not name:
         raise NdLoraValueError(
             f"{reader.directory} does not say which model it was trained on: name it (--base)."
         )
@@ -140,14 +141,13 @@ def export_adapter(
         files = reader.open_base(base, trust_remote_code)
     check_sound(reader, files)
     probes, largest_rank, experts = (), None, False
-    if self_test:
-        name = base or reader.config.base_model_name_or_path
+    if self_test and name:
         prompts = PROMPTS if self_test is True else self_test
         probes = make_self_test(reader.directory, name, prompts, trust_remote_code=trust_remote_code)
     with new_directory(output) as directory:
         if probes:
             write_self_test(probes, directory)
-        if to == "merged":
+        if files is not None and to == "merged":
             merged = merge_files(reader, files, directory)
             layers = tuple(
                 ExportedLayer(layer.name, "merged", layer.parameters, layer.lost) for layer in merged
@@ -160,7 +160,7 @@ def export_adapter(
                 stock = to_lora(reader, files, target, dtype, any_size=any_size)
             layers, notes, largest_rank = stock.layers, (), stock.config.r
             experts = bool(getattr(stock.config, "target_parameters", None))
-            if to == "gguf":
+            if files is not None and to == "gguf":
                 write_gguf(stock, files, directory / GGUF_FILE)
             elif to == "lycoris":
                 save_tensors(to_lycoris(stock), directory / LYCORIS_FILE)
@@ -186,7 +186,7 @@ def _export_first_units(
 ) -> ExportReport:
     if to not in ("ndlora", "lora"):
         raise NdLoraValueError(f"nested cuts to='ndlora' or 'lora': got to={to!r}.")
-    if rank is None or target.rank is None:
+    if rank is None or target is None or target.rank is None:
         raise NdLoraValueError(
             f"to={to!r} of nested ranks keeps the first units: give rank, the number of them."
         )
@@ -209,11 +209,12 @@ def _export_first_units(
     return replace(found, layers=layers)
 
 
-def _notes(config: PeftConfig, reader: AdapterReader) -> tuple[str, ...]:
+def _notes(config: LoraConfig | LoKrConfig, reader: AdapterReader) -> tuple[str, ...]:
+    bias = getattr(config, "bias", "none")
     carried = {
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": getattr(config, "trainable_token_indices", None),
-        "bias": None if getattr(config, "bias", "none") == "none" else config.bias,
+        "bias": None if bias == "none" else bias,
     }
     notes = [
         f"{field}={value!r} is in the exported adapter and PEFT loads it; servers such as vLLM refuse it "

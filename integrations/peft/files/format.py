@@ -79,7 +79,7 @@ def layer_forms(config: NdLoraConfig, shapes: Shapes) -> dict[str, tuple[str, We
     if config.layers is None:
         return _forms_of_schema_1(config, shapes)
     check_layers(config.layers)
-    listed = {
+    listed: dict[str, tuple[str, WeightForm | None]] = {
         path: (name, WeightForm(kind, tuple(shape), transposed=kind == "embedding"))
         for path, (name, kind, shape) in config.layers.items()
     }
@@ -101,7 +101,7 @@ def _forms_of_schema_1(config: NdLoraConfig, shapes: Shapes) -> dict[str, tuple[
         by_factor = {name.partition(".")[2]: shape for name, shape in tensors.items()}
         modes = [shape for name, shape in by_factor.items() if name.startswith("mode_") and len(shape) == 3]
         known = (config.base_fingerprint or {}).get(path)
-        shape: tuple[int, int] | None = None
+        shape: tuple[int, ...] | None = None
         if modes:
             _, out_modes, in_modes = zip(*modes, strict=True)  # each (terms, out_mode, in_mode)
             shape = math.prod(out_modes), math.prod(in_modes)

@@ -6,7 +6,7 @@ Source: llama.cpp's convert_lora_to_gguf.py (names, metadata) and convert_hf_to_
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def write_gguf(stock: StockAdapter, base: BaseFiles, path: Path) -> None:
         raise MissingExtraError(
             'to="gguf" writes with the package gguf, which is not installed: pip install "ndlora-plugins[gguf]"'
         ) from error
-    config = base.model.config.get_text_config()
+    config = cast(Any, base.model).config.get_text_config()
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise NdLoraValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -151,5 +152,5 @@ def _is_shape(value: object, axes: tuple[int, ...]) -> bool:
     )
 
 
-def _is_float32(value: object) -> bool:
+def _is_float32(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= _LARGEST  # NaN is not

@@ -171,8 +171,7 @@ class _Update:
 
     def __init__(self, reader: AdapterReader, base: BaseFiles, path: str, merged: list[MergedLayer]):
         self.reader, self.base, self.path, self.merged = reader, base, path, merged
-        self.name = reader.name(path)
-        self.parameters = math.prod(base.form(self.name).shape)
+        self.name, self.form = reader.name(path), reader.known_form(path, base)
         self.left: dict[str, Tensor] = {}  # stored tensor -> its part of dW
         self.lost = self.norm = 0.0  # squared
 
@@ -188,7 +187,7 @@ class _Update:
         self.norm += float(delta.norm()) ** 2
         if not self.left:
             lost = math.sqrt(self.lost / max(self.norm, torch.finfo(dtype).tiny))
-            self.merged.append(MergedLayer(self.name, self.parameters, lost))
+            self.merged.append(MergedLayer(self.name, math.prod(self.form.shape), lost))
         return result
 
     def _delta(self) -> Tensor:
@@ -197,7 +196,7 @@ class _Update:
         with torch.no_grad():
             trained, frozen = cast_factors(layer.trained, dtype), cast_factors(layer.frozen, dtype)
             delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
-        return self.base.form(self.name).stored(delta)
+        return self.form.stored(delta)
 
 
 def _replacement(reader: AdapterReader, key: str) -> Change:

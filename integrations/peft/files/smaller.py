@@ -20,6 +20,7 @@ from ndlora_plugins.integrations.peft.files.directories import check_new, new_di
 from ndlora_plugins.integrations.peft.files.problems import check_sound
 from ndlora_plugins.integrations.peft.files.write import NewLayer, write_adapter
 from ndlora_plugins.integrations.peft.targets import plan_form
+from ndlora_plugins.integrations.peft.training_fields import as_schedules
 from ndlora_plugins.integrations.peft.units import UNRESOLVED, added_by, select_units
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.schedules.base import Ranks
@@ -99,7 +100,7 @@ def cut_adapter(
             f"rank={rank}: the adapter has at most rank {max(ranks.values())}, there is nothing to cut."
         )
     kept = {path: list(range(min(rank, own))) for path, own in ranks.items()}
-    chosen = chosen_schedules(reader.config.schedules or {})
+    chosen = chosen_schedules(as_schedules(reader.config.schedules or {}))
     scales = {
         path: math.prod(each.scale(own, len(kept[path])) for each in chosen) for path, own in ranks.items()
     }
@@ -273,7 +274,7 @@ def _select(
         if not units:
             continue
         old = reader.read(path, files)
-        form = files.form(old.name) if files is not None else reader.form(path)
+        form = reader.known_form(path, files)
         trained, frozen = (
             select_units(old.plan.structure, factors, units) for factors in (old.trained, old.frozen)
         )

@@ -105,7 +105,7 @@ def init_adapter(
         key: count for layer in layers for key, count in layer.plan.shared_sizes(layer.plan.trained).items()
     }
     trainable = sum(layer.plan.num_parameters for layer in layers) + sum(shared.values())
-    return InitReport(Path(output), config.method, len(layers), trainable, numbers)
+    return InitReport(Path(output), config.resolved().method.name, len(layers), trainable, numbers)
 
 
 def _open(model: str, config: NdLoraConfig, trust_remote_code: bool) -> tuple[BaseFiles | None, nn.Module]:
@@ -131,7 +131,7 @@ def _open(model: str, config: NdLoraConfig, trust_remote_code: bool) -> tuple[Ba
 def _start(planned: Planned, config: NdLoraConfig, files: BaseFiles | None, bank: Bank) -> NewLayer:
     plan: LayerAdapter = planned.plan
     target = planned.target
-    weight = files.weight(target.name) if "weight" in plan.start.reads else None
+    weight = files.weight(target.name) if files is not None and "weight" in plan.start.reads else None
     shared = bank.start_values(_NAME, plan)
     seen = Seen(weight, None, shared, config.random_seed or 0, target.name)
     trained, frozen = plan.initialize(seen, layer_generator(config.random_seed, target.path))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from peft import LoKrConfig, LoraConfig, PeftConfig
+from peft import LoKrConfig, LoraConfig
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -56,7 +56,7 @@ class ExportedLayer:
 class StockAdapter(NamedTuple):
     """What PEFT's `save_pretrained` would write: configuration and file, and the layers for a report."""
 
-    config: PeftConfig
+    config: LoraConfig | LoKrConfig
     tensors: dict[str, Tensor]
     layers: tuple[ExportedLayer, ...]
 
@@ -101,7 +101,7 @@ def to_lora(
     if not any_size:
         _check_size(layers, largest, weights)
     for name, (path, down, up) in parameters.items():
-        shape = reader.form(path).shape
+        shape = reader.known_form(path).shape
         tensors |= _expert_pair(path, shape, down, up, largest, _is_transposed(name, shape, files))
         ranks[name] = largest  # filled up: PEFT tells a module's parameters apart by no pattern
     modules = ranks.keys() - parameters.keys()
@@ -127,7 +127,7 @@ def lora_config(config: NdLoraConfig, ranks: Mapping[str, int], fan_in_fan_out: 
         bias="lora_only" if config.bias == "ndlora_only" else config.bias,
         fan_in_fan_out=fan_in_fan_out,
         trainable_token_indices=config.trainable_token_indices,
-        ensure_weight_tying=config.ensure_weight_tying,
+        ensure_weight_tying=bool(config.ensure_weight_tying),
         **_common_fields(config, ranks),
     )
 
@@ -254,7 +254,7 @@ def _kronecker_pair(layer: ReadLayer, files: BaseFiles | None) -> tuple[Tensor, 
         reason = f"{len(matrices)} modes, and LoKr has two"
     elif files is not None and isinstance(files.module(layer.name), Conv1D):
         reason = "it is a Conv1D, and PEFT's LoKr adapts nn.Linear only"
-    if reason is not None:
+    if reason is not None or matrices is None:
         raise NdLoraValueError(
             f"Layer {layer.name!r} cannot become LoKr: {reason}. Export to='lora' or 'merged'."
         )
@@ -303,7 +303,7 @@ def _layers(
         kind = "linear" if form is None else form.kind
         if kind == "convolution" and all_kinds:
             _check_ungrouped(name, files)
-        elif kind == "parameter" and all_kinds:
+        elif form is not None and kind == "parameter" and all_kinds:
             _is_transposed(name, form.shape, files)
         elif kind != "linear":
             raise NdLoraValueError(
