@@ -47,27 +47,26 @@ def main(
     loaded, end = TRACKS[track](data), time.monotonic() + 60 * (minutes or 1e9)
     path.parent.mkdir(parents=True, exist_ok=True)
     _mend(path)
-    while chosen:  # a run of each, then the next of each
-        for each in list(chosen):
-            runs = sweep.missing(each, sweep.of_setting(sweep.read_results(path), each.name))
-            if time.monotonic() > end:
-                return
-            if not runs:
-                chosen.remove(each)
-                continue
-            wanted = runs[0]
-            try:
-                result = loaded.run(wanted) if isinstance(loaded, Arithmetic) else run(loaded, wanted)
-            except Exception as error:  # one that cannot run does not end the night's queue
-                typer.echo(f"{each.name}: {type(error).__name__}: {error}", err=True)
-                chosen.remove(each)
-                continue
-            with path.open("a") as lines:
-                lines.write(json.dumps(result) + "\n")
-            typer.echo(
-                f"{each.name} lr {wanted.learning_rate:g} seed {wanted.seed}: {result['held_out_loss']}, "
-                f"{result['parameters']:,} parameters, {result['seconds']} s"
-            )
+    while chosen and time.monotonic() < end:
+        done = sweep.read_results(path)
+        each = min(chosen, key=lambda one: len(sweep.of_setting(done, one.name)))  # so that all get on alike
+        runs = sweep.missing(each, sweep.of_setting(done, each.name))
+        if not runs:
+            chosen.remove(each)
+            continue
+        wanted = runs[0]
+        try:
+            result = loaded.run(wanted) if isinstance(loaded, Arithmetic) else run(loaded, wanted)
+        except Exception as error:  # one that cannot run does not end the night's queue
+            typer.echo(f"{each.name}: {type(error).__name__}: {error}", err=True)
+            chosen.remove(each)
+            continue
+        with path.open("a") as lines:
+            lines.write(json.dumps(result) + "\n")
+        typer.echo(
+            f"{each.name} lr {wanted.learning_rate:g} seed {wanted.seed}: {result['held_out_loss']}, "
+            f"{result['parameters']:,} parameters, {result['seconds']} s"
+        )
 
 
 def _mend(path: Path) -> None:

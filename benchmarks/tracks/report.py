@@ -150,6 +150,8 @@ def reward_table(results: Sequence[dict[str, Any]]) -> str:
 def sweep_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: the validation loss of every setting at every learning rate, at the sweep's seed."""
     swept = [result for result in results if result["learning_rate"]]
+    if not swept:
+        return "Not run yet.\n"
     rates = sorted({result["learning_rate"] for result in swept})
     lines = [
         "| setting | " + " | ".join(f"{rate:g}" for rate in rates) + " |\n",

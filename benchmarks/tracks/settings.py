@@ -188,10 +188,10 @@ _FIELDS = {
         *(
             replace(each, tried=2, seeds=SEEDS[:3])
             for each in (
-                _lora("LoRA r=8", 8, 1e-3),
-                _ours("crossed", 1e-3),
+                _lora("LoRA r=8", 8, 3e-4),
+                _ours("crossed", 3e-4),
                 _lora("LoRA r=1", 1, 1e-3),
-                _ours("lora_xs r=8", 1e-3, method="lora_xs", r=8),
+                _ours("lora_xs r=8", 3e-4, method="lora_xs", r=8),
                 _ours("inttune r=8", 1e-3, method="inttune", r=8),
             )
         ),

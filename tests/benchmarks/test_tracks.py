@@ -117,6 +117,27 @@ def test_every_setting_runs(tracks):
     assert all(json.dumps(result) for result in found.values())
 
 
+def test_the_queue_gives_each_setting_a_run_in_turn_and_goes_on(tracks, monkeypatch, tmp_path):
+    from benchmarks.tracks import __main__ as command
+    from benchmarks.tracks.settings import Setting
+
+    rank = {"r": 1, "lora_alpha": 2}
+    settings = [Setting("none", "NONE", {}, 1e-3, seeds=(0,))]
+    settings += [Setting(name, "LORA", rank, 1e-3, tried=2, seeds=(0, 1)) for name in "ab"]
+    monkeypatch.setattr(command, "TRACKS", {"small": lambda data: SmallTrack()})
+    monkeypatch.setattr(command, "settings_for", lambda track: settings)
+    path = tmp_path / "small.jsonl"
+    command.main("small", tmp_path, tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["setting"]["name"] for line in lines] == ["none", *"ababab"]
+    path.write_text("".join(lines[:3]) + lines[3][:40])  # killed in the middle of a line
+    command.main("small", tmp_path, tmp_path)
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["learning_rate"], line["seed"]) for line in again] == [
+        (line["learning_rate"], line["seed"]) for line in map(json.loads, lines)
+    ]
+
+
 @pytest.fixture(scope="module")
 def sums(tracks, save_tiny_model, tmp_path_factory):
     """(function that makes the track of reinforcement learning with a tiny random model, its folder)."""
@@ -125,10 +146,8 @@ def sums(tracks, save_tiny_model, tmp_path_factory):
     from ndlora_plugins.commands.problems import generate
 
     texts = [f"Question: {problem.question}\nAnswer: {problem.answer}" for problem in generate(300, 0)]
-    model, data = (
-        str(save_tiny_model(tmp_path_factory.mktemp("tiny"), texts)),
-        tmp_path_factory.mktemp("data"),
-    )
+    model = str(save_tiny_model(tmp_path_factory.mktemp("tiny"), texts))
+    data = tmp_path_factory.mktemp("data")
     sizes = Sizes(
         warm_up=4, warm_up_rate=1e-2, steps=2, prompts=2, generations=2, tokens=6, validation=4, held_out=4
     )
@@ -143,15 +162,13 @@ def test_reinforcement_runs_with_every_setting_and_leaves_the_base_as_it_was(sum
     before = {name: value.clone() for name, value in track.model.state_dict().items()}
     found = {each.name: track.run(Run(each, 1e-2, 0)) for each in settings_for("rl")}
     assert all(json.dumps(result) and 0 <= result["held_out_loss"] <= 1 for result in found.values())
-    assert {name: len(result["rewards"]) for name, result in found.items() if result["parameters"] == 0} == {
-        "no training": 0
-    }
-    assert {len(result["rewards"]) for result in found.values() if result["parameters"]} == {2}
+    steps = {name: len(result["rewards"]) for name, result in found.items()}
+    assert steps == {name: 2 * (name != "no training") for name in found}
     assert found["no training"]["forgetting"] == 0
     assert all(torch.equal(value, before[name]) for name, value in track.model.state_dict().items())
 
 
-def test_reinforcement_is_the_same_again_in_another_process(sums, monkeypatch):
+def test_reinforcement_is_the_same_again_with_the_same_seed(sums, monkeypatch):
     from benchmarks.tracks import rl
     from benchmarks.tracks.settings import settings_for
     from benchmarks.tracks.track import Run
@@ -169,9 +186,8 @@ def test_reinforcement_is_the_same_again_in_another_process(sums, monkeypatch):
 def test_rewards_are_shown_as_far_as_they_are_there(tracks):
     from benchmarks.tracks.report import reward_table
 
-    results = made({(1e-3, 0): 0.25, (1e-3, 1): 0.75}, "LoRA r=8", 800, "LORA") + made(
-        {(1e-3, 0): 0.5}, "crossed", 100
-    )
+    results = made({(1e-3, 0): 0.25, (1e-3, 1): 0.75}, "LoRA r=8", 800, "LORA")
+    results += made({(1e-3, 0): 0.5}, "crossed", 100)
     line = next(line for line in reward_table(results).splitlines() if "**crossed**" in line)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1:7] == ["100", "1/8", "0.001", "1", "0.500", "-0.250"]
