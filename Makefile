@@ -170,6 +170,6 @@ $(TRACKS_DATA)/.complete: $(NEWEST_ENV)/.complete
 	@touch $@
 
 benchmark-tracks: $(TRACKS_DATA)/.complete  ## which method for which budget: results in benchmarks/tracks/results/
-	for track in sentences images; do PYTHONPATH=$(CURDIR):$(TRACKS_DATA)/site OMP_NUM_THREADS=1 $(NEWEST_ENV)/bin/python -P -m benchmarks.tracks \
+	for track in sentences images rl; do PYTHONPATH=$(CURDIR):$(TRACKS_DATA)/site OMP_NUM_THREADS=1 $(NEWEST_ENV)/bin/python -P -m benchmarks.tracks \
 		$$track --data $(TRACKS_DATA) --results benchmarks/tracks/results $(BENCHMARK_OPTIONS) || exit 1; done
 	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -P -m benchmarks.tracks.report

@@ -13,7 +13,7 @@ from benchmarks.tracks.fronts import draw_fronts
 from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within, difference, rows
 from benchmarks.tracks.settings import settings_for
 
-__all__ = ["bars", "budget_table", "page", "sweep_table", "table"]
+__all__ = ["bars", "budget_table", "field_results", "page", "reward_table", "sweep_table", "table"]
 
 RESULTS = Path(__file__).parent / "results"
 LANGUAGE = Path(__file__).parents[1] / "quality" / "results" / "gsm8k"
@@ -114,9 +114,44 @@ def bars(results: Sequence[dict[str, Any]]) -> str:
     return "".join(lines)
 
 
+def reward_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one line a setting, of the seeds that are there so far."""
+    found = rows(results, seeds=sweep.SEEDS[:1])
+    baseline = _split(found)[0]
+    if baseline is None:
+        return "Not run yet.\n"
+    header = ["setting", "parameters", "of LoRA r=8's", "rate", "seeds", "reward", "less LoRA r=8's"]
+    header += ["greedy", "first quarter", "last quarter", "forgetting"]
+    lines = [f"| {' | '.join(header)} |\n", "|---|" + "---:|" * (len(header) - 1) + "\n"]
+    for row in found:
+        mean, error = difference(row, baseline)
+        trained = row.parameters > 0
+        cells = [
+            f"**{row.setting}**" if row.ours else row.setting,
+            f"{row.parameters:,}",
+            f"1/{baseline.parameters / row.parameters:.3g}" if trained else "",
+            f"{row.learning_rate:g}" if trained else "",
+            f"{len(row.losses)}" if trained else "",
+            plus_minus(1 - row.loss, row.error),
+            plus_minus(-mean, error, signed=True) if trained and row is not baseline else "",
+            *(
+                "" if (value := row.mean(name)) is None else f"{value:.3f}"
+                for name in ("held_out_score", "reward_first", "reward_last", "forgetting")
+            ),
+        ]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    done = {row.setting for row in found}
+    missing = [each.name for each in settings_for("rl") if each.name not in done]
+    if missing:
+        lines.append(f"\nNot run yet: {'; '.join(missing)}.\n")
+    return "".join(lines)
+
+
 def sweep_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: the validation loss of every setting at every learning rate, at the sweep's seed."""
     swept = [result for result in results if result["learning_rate"]]
+    if not swept:
+        return "Not run yet.\n"
     rates = sorted({result["learning_rate"] for result in swept})
     lines = [
         "| setting | " + " | ".join(f"{rate:g}" for rate in rates) + " |\n",
@@ -150,7 +185,13 @@ def plus_minus(mean: float, error: float | None, signed: bool = False) -> str:
     return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-_PARTS = {"table": table, "budgets": budget_table, "bars": bars, "sweep": sweep_table}
+_PARTS = {
+    "table": table,
+    "budgets": budget_table,
+    "bars": bars,
+    "sweep": sweep_table,
+    "rewards": reward_table,
+}
 
 
 def page(text: str) -> str:
@@ -162,9 +203,14 @@ def page(text: str) -> str:
     return _GENERATED.sub(made, text)
 
 
+def field_results() -> dict[str, list[dict[str, Any]]]:
+    """The results of the tracks that carry the whole field."""
+    return {track: sweep.read_results(RESULTS / f"{track}.jsonl") for track in ("images", "sentences")}
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text()))
-    files = {path.stem: sweep.read_results(path) for path in sorted(RESULTS.glob("*.jsonl"))}
+    files = field_results()
     write_json(known.known(files, LANGUAGE), known.FILE)
     found = {track: rows(results) for track, results in files.items()}
     for track, each in found.items():

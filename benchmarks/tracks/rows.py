@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from benchmarks.tracks import sweep
 __all__ = ["BASELINE", "BUDGETS", "NOTHING", "Row", "best_within", "difference", "rows", "standard_error"]
 
 BASELINE, NOTHING = "LoRA r=8", "head alone"
+_MEASURES = ("held_out_score", "transfer_loss", "forgetting", "reward_first", "reward_last")
 BUDGETS = (128, 64, 32, 16, 8, 4)  # one of so many parts of the baseline's parameters
 
 
@@ -57,8 +58,12 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
-    """A row for each setting whose sweep and seeds are done, by number of parameters."""
+def rows(results: Sequence[dict[str, Any]], seeds: Collection[int] = sweep.SEEDS) -> list[Row]:
+    """A row for each setting whose sweep and seeds are done, by number of parameters.
+
+    Args:
+        seeds: those that must be done.
+    """
     found = []
     for name in dict.fromkeys(result["setting"]["name"] for result in results):
         own = sweep.of_setting(results, name)
@@ -66,7 +71,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
         runs = [r for r in own if r["learning_rate"] == best and r["held_out_loss"] is not None]
         rates = sorted({result["learning_rate"] for result in own if result["seed"] == sweep.SEEDS[0]})
         edge = best in (rates[0], rates[-1]) and name != NOTHING
-        if best is None or {r["seed"] for r in runs} != set(sweep.SEEDS):
+        if best is None or not set(seeds) <= {r["seed"] for r in runs}:
             continue
         found.append(
             Row(
@@ -80,7 +85,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
                 validation={r["seed"]: r["validation_loss"] for r in runs},
                 measures={
                     measure: {r["seed"]: r[measure] for r in runs}
-                    for measure in ("held_out_score", "transfer_loss", "forgetting")
+                    for measure in _MEASURES
                     if measure in runs[0]
                 },
             )
@@ -88,10 +93,10 @@ def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
     return sorted(found, key=lambda row: (row.parameters, row.setting))
 
 
-def difference(row: Row, other: Row, measure: str | None = None) -> tuple[float, float]:
+def difference(row: Row, other: Row, measure: str | None = None) -> tuple[float, float | None]:
     """Mean and standard error of the row's value less the other's, seed by seed: both saw the same data in turn."""
     left, right = (r.losses if measure is None else r.measures[measure] for r in (row, other))
-    differences = [left[seed] - right[seed] for seed in left]
+    differences = [left[seed] - right[seed] for seed in left if seed in right]
     return statistics.mean(differences), standard_error(differences)
 
 

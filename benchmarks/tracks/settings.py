@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-__all__ = ["GRID", "Setting", "peft_config", "settings_for"]
+__all__ = ["GRID", "SEEDS", "Setting", "peft_config", "settings_for"]
 
+SEEDS = (0, 1, 2, 3, 4)
 # learning rates, a factor of about 3 apart
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
@@ -22,10 +23,12 @@ class Setting:
 
     Attributes:
         name: as the tables show it.
-        peft_type: of PEFT's table, or "NONE": the head alone.
+        peft_type: of PEFT's table, or "NONE": the head alone, or the model as it was.
         options: of that type's PeftConfig.
-        lowest: the lowest learning rate of the sweep's first four; it goes on from there as the results ask.
+        lowest: the lowest learning rate of the sweep's first ones; it goes on from there as the results ask.
         ratios: the end of a parameter's name to how many times the rate it learns at, where its authors say so.
+        tried: how many rates the sweep begins with; of two it takes the better and goes no further.
+        seeds: the sweep runs at the first.
     """
 
     name: str
@@ -34,11 +37,13 @@ class Setting:
     lowest: float
     ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
     reads_gradient: bool = False
+    tried: int = 4
+    seeds: tuple[int, ...] = SEEDS
 
     @property
     def first_rates(self) -> tuple[float, ...]:
         start = GRID.index(self.lowest)
-        return GRID[start : start + 4]
+        return GRID[start : start + self.tried]
 
     @property
     def ours(self) -> bool:
@@ -177,11 +182,25 @@ _FIELDS = {
         core=(4, 8, 16), psoft=(8, 16), length=(576, 2304), waves=(48, 192), values=(16, 128, 48), tiny=(24, 96),
         blocks=(128, 64), vera=64, bank=64, nola=16,
     ),
+    # a run takes minutes: two rates, three seeds
+    "rl": (
+        Setting("no training", "NONE", {}, 1e-3, seeds=(0,)),
+        *(
+            replace(each, tried=2, seeds=SEEDS[:3])
+            for each in (
+                _lora("LoRA r=8", 8, 3e-4),
+                _ours("crossed", 3e-4),
+                _lora("LoRA r=1", 1, 1e-3),
+                _ours("lora_xs r=8", 3e-4, method="lora_xs", r=8),
+                _ours("inttune r=8", 1e-3, method="inttune", r=8),
+            )
+        ),
+    ),
 }  # fmt: skip
 
 
 def settings_for(track: str) -> tuple[Setting, ...]:
-    """The field of one track, in the order in which the queue takes it."""
+    """What one track compares, in the order in which the queue takes it."""
     return _FIELDS[track]
 
 

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tracks.settings import GRID, Setting
+from benchmarks.tracks.settings import GRID, SEEDS, Setting
 from benchmarks.tracks.track import Run
 
 __all__ = ["SEEDS", "best_rate", "missing", "of_setting", "read_results"]
-
-SEEDS = (0, 1, 2, 3, 4)  # the sweep runs at the first
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -40,20 +38,18 @@ def best_rate(results: Sequence[dict[str, Any]]) -> float | None:
 def missing(setting: Setting, results: Sequence[dict[str, Any]]) -> list[Run]:
     """The runs of one setting that are known to be missing; after them there may be more.
 
-    First the sweep's four rates; then one rate beyond while the best is at an edge; then the other seeds at the best.
+    First the sweep's rates; then one rate beyond while the best is at an edge, unless only two are tried; then the
+    other seeds at the best.
     """
     done = {(result["learning_rate"], result["seed"]) for result in results}
     if setting.peft_type == "NONE":
-        return [Run(setting, 0.0, seed) for seed in SEEDS if (0.0, seed) not in done]
+        return [Run(setting, 0.0, seed) for seed in setting.seeds if (0.0, seed) not in done]
     swept = sorted({rate for rate, seed in done if seed == SEEDS[0]})
     first = [rate for rate in setting.first_rates if rate not in swept]
     if first:
         return [Run(setting, rate, SEEDS[0]) for rate in first]
     best = best_rate(results)
-    if best is None or best == swept[0]:
-        beyond = GRID.index(swept[0]) - 1
-    elif best == swept[-1]:
-        beyond = GRID.index(best) + 1
-    else:
-        return [Run(setting, best, seed) for seed in SEEDS[1:] if (best, seed) not in done]
+    if best is not None and (setting.tried == 2 or swept[0] < best < swept[-1]):
+        return [Run(setting, best, seed) for seed in setting.seeds[1:] if (best, seed) not in done]
+    beyond = GRID.index(best) + 1 if best == swept[-1] else GRID.index(swept[0]) - 1
     return [Run(setting, GRID[beyond], SEEDS[0])] if 0 <= beyond < len(GRID) else []

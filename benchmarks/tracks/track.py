@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.tracks.settings import Setting, peft_config
 from ndlora_plugins import NdLoraConfig, measure_gradients
 
-__all__ = ["HEAD_RATE", "Run", "Track", "linear_layers", "run"]
+__all__ = ["HEAD_RATE", "Run", "Track", "line", "linear_layers", "run"]
 
 HEAD_RATE = 1e-2  # of the head, the same for every setting: only the adapter's rate is swept
 _PACKAGES = ("ndlora-plugins", "torch", "peft", "transformers")
@@ -81,13 +81,25 @@ def run(track: Track, wanted: Run) -> dict[str, Any]:
     model.eval()
     with torch.inference_mode():
         found = track.evaluate(model) if finite else {"validation_loss": None, "held_out_loss": None}
+    return line(track, wanted, sum(parameter.numel() for _, parameter in adapter), found, started)
+
+
+def line(
+    track: Any, wanted: Run, parameters: int, found: Mapping[str, float | None], started: float
+) -> dict[str, Any]:
+    """One line of the results.
+
+    Args:
+        track: its name and what it is about.
+        started: of `time.perf_counter`.
+    """
     return {
         "track": track.name,
         "about": track.about,
         "setting": wanted.setting.described(),
         "learning_rate": wanted.learning_rate,
         "seed": wanted.seed,
-        "parameters": sum(parameter.numel() for _, parameter in adapter),
+        "parameters": parameters,
         **{name: _rounded(value) for name, value in found.items()},
         "seconds": round(time.perf_counter() - started, 2),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
