@@ -104,7 +104,8 @@ class NdLoraLayer(nn.Module, Merging):
             {name: nn.Parameter(value) for name, value in trained.items()}
         )
         if frozen:
-            self.ndlora_frozen[adapter_name] = FrozenFactors(frozen, plan.recomputed)
+            limits = {factor.name: factor.indices for factor in plan.frozen if factor.indices is not None}
+            self.ndlora_frozen[adapter_name] = FrozenFactors(frozen, plan.recomputed, limits)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

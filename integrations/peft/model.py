@@ -1,6 +1,6 @@
 """The tuner: plans and checks everything, then puts the adapters in.
 
-The core is imported when it is first used: registration, which runs at `import peft`, is to cost under 5 ms.
+The core is imported when it is first used: registration runs at every `import peft`, so it loads little.
 """
 
 from __future__ import annotations

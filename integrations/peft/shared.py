@@ -8,15 +8,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ndlora_plugins.errors import NdLoraValueError
+
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.schedules.base import Chosen, Moment, Place, Ranks
 
-__all__ = ["SHARED", "Bank", "Clock", "FrozenFactors"]
+__all__ = ["SHARED", "Bank", "Clock", "FrozenFactors", "index_problem"]
 
 SHARED = "ndlora_shared"  # how the keys of shared tensors begin, behind the model's
 
 Tensors = Mapping[str, Tensor]
+
+
+def index_problem(name: str, value: Tensor, limit: int) -> str | None:
+    """What is wrong with stored indices of features, if anything is."""
+    if value.is_meta or (value.dtype == torch.int64 and bool(((value >= 0) & (value < limit)).all())):
+        return None
+    return f"{name!r} chooses features: it must be of dtype int64, from 0 to below {limit}."
 
 
 class FrozenFactors(nn.Module):
@@ -29,10 +38,20 @@ class FrozenFactors(nn.Module):
     _parameters: dict[str, Any]  # torch's types allow for values that were set to None
     _buffers: dict[str, Any]
 
-    def __init__(self, factors: Tensors, recomputed: bool):
+    def __init__(self, factors: Tensors, recomputed: bool, limits: Mapping[str, int] | None = None):
+        """Hold them; `limits` says of how many features those that are indices choose."""
         super().__init__()
+        self.limits = limits or {}
         for name, value in factors.items():
             self.add(name, value, recomputed)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name, limit in self.limits.items():
+            if prefix + name in state_dict:
+                problem = index_problem(prefix + name, state_dict[prefix + name], limit)
+                if problem:
+                    raise NdLoraValueError(problem)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def add(self, name: str, value: Tensor, recomputed: bool) -> None:
         """Hold one more."""

@@ -1,13 +1,18 @@
 """The family's updates are what others make of the same numbers: PEFT's tuners, dense products, papers' formulas."""
 
+import json
+from collections import OrderedDict
+
 import pytest
 import torch
-from peft import LoraConfig, MissConfig, PsoftConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeftModel, PsoftConfig, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.adapter import plan_layer
+from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.options import adapter_options
 from ndlora_plugins.registry import methods
 from ndlora_plugins.starts import Seen
@@ -226,6 +231,42 @@ def test_nola_is_the_sum_of_its_bases():
 
 # method -> which index of dW the chosen features are
 CHOSEN = {"rows": 0, "columns": 1}
+
+
+# what becomes of the stored indices
+WRONG = {
+    "above": lambda indices: indices + OUT,
+    "below zero": lambda indices: indices - OUT,
+    "floating": lambda indices: indices.float(),
+}
+
+
+def base():
+    return nn.Sequential(OrderedDict(q=nn.Linear(IN, OUT)))
+
+
+@pytest.mark.parametrize("method", ["rows", "ffa_lora", "nola"])
+def test_what_a_seed_makes_otherwise_than_in_training_is_not_loaded(method, tmp_path, fields_of):
+    config = NdLoraConfig(**{**fields_of(method), "target_modules": ["q"], "random_seed": 1})
+    get_peft_model(base(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "random_seed": 2}))
+    with pytest.raises(
+        NdLoraValueError, match=r"is made again at load, and comes out as another one .* save_frozen=True"
+    ):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_indices_out_of_range_are_not_loaded(wrong, tmp_path):
+    config = NdLoraConfig(method="rows", r=2, target_modules=["q"], save_frozen=True)
+    get_peft_model(base(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.q.ndlora_frozen.rows"
+    save_file({**tensors, name: WRONG[wrong](tensors[name])}, file, {"format": "pt"})
+    with pytest.raises(NdLoraValueError, match=f"must be of dtype int64, from 0 to below {OUT}"):
+        PeftModel.from_pretrained(base(), tmp_path)
 
 
 @pytest.mark.parametrize("method", CHOSEN)

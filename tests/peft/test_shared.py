@@ -504,3 +504,16 @@ def test_two_processes_give_the_result_of_one(file, processes):
     for key, value in one.items():
         assert torch.equal(first[key], second[key])
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_two_shapes_under_one_key_are_refused_by_name():
+    model = nn.ModuleDict(
+        {name: nn.ModuleDict({"proj": nn.Linear(24, size)}) for name, size in (("a", 18), ("b", 12))}
+    )
+    modules = list(model.modules())
+    options = {"method": "shared_core", "options": {"share": "kind"}, "target_modules": ["proj"]}
+    with pytest.raises(
+        NdLoraValueError, match=r"\[18, 16\] on layer 'a.proj' and \[12, 16\] on layer 'b.proj'. Adapt"
+    ):
+        get_peft_model(model, NdLoraConfig(**options))
+    assert list(model.modules()) == modules

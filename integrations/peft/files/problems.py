@@ -17,6 +17,7 @@ from ndlora_plugins.integrations.peft.config import NdLoraConfig
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, listed
 from ndlora_plugins.integrations.peft.files.base import BaseFiles
 from ndlora_plugins.integrations.peft.files.format import FROZEN, KEY_PREFIX, TOKEN_ROWS
+from ndlora_plugins.integrations.peft.shared import index_problem
 from ndlora_plugins.integrations.peft.targets import plan_model
 
 __all__ = ["Problem", "check_sound", "find_problems"]
@@ -141,9 +142,9 @@ def _of_layer(
     except NdLoraError as error:
         yield str(error)
     for name in chosen.keys() & tensors.keys():
-        value = tensors[name]
-        if value.dtype != torch.int64 or not ((value >= 0) & (value < chosen[name])).all():
-            yield f"'{path}.{name}' chooses features: it must be of dtype int64, from 0 to below {chosen[name]}."
+        problem = index_problem(f"{path}.{name}", tensors[name], chosen[name])
+        if problem:
+            yield problem
     yield from _values({f"{path}.{name}": value for name, value in tensors.items() if name not in chosen})
 
 
