@@ -52,6 +52,7 @@ chaos: $(NEWEST_ENV)/.complete  ## killed trainings and exports, full disks, rac
 
 lint: $(NEWEST_ENV)/.complete
 	$(NEWEST_ENV)/bin/ruff check .
+	$(NEWEST_ENV)/bin/ruff format --check --quiet commands integrations ndlora_plugins tests benchmarks examples
 	$(MAKE) types
 
 # basedpyright knows no package-dir: it looks at links to the packages as they are installed. Half a minute.

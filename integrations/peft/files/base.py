@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.files.directories import local_directory
@@ -143,10 +145,8 @@ class BaseFiles:
         whole = self.whole_name(parameter)
         if whole is not None:
             return {whole: value}
-        try:
-            from transformers.core_model_loading import revert_weight_conversion
-        except ImportError:  # transformers 4 converts no weights
-            raise self._not_in_files(parameter) from None
+        if not isinstance(self.model, PreTrainedModel):  # diffusers' are stored as they are
+            raise self._not_in_files(parameter)
         parts = revert_weight_conversion(self.model, {self.full_name(parameter): value})
         if not parts.keys() <= self.shards.keys() or sum(map(Tensor.numel, parts.values())) != value.numel():
             raise self._not_in_files(parameter)
