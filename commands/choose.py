@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from ndlora_plugins.commands.plan import model_from_config
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS
 from ndlora_plugins.integrations.peft.choose import (
@@ -17,6 +16,8 @@ from ndlora_plugins.integrations.peft.choose import (
     lora_parameters,
     parse_number,
 )
+
+from .plan import model_from_config
 
 __all__ = ["as_axolotl", "as_dict", "as_text", "choose_for_config"]
 

@@ -44,8 +44,8 @@ def demo(
     """
     from transformers.utils import logging as transformers_logging
 
-    from ndlora_plugins.commands import demo_report
-    from ndlora_plugins.commands.demo_run import METHODS, run_demo
+    from . import demo_report
+    from .demo_run import METHODS, run_demo
 
     transformers_logging.disable_progress_bar()  # they would break into ours
     warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do

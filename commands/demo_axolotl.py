@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ndlora_plugins.commands.finetune import prepare as load_model_and_problems
-from ndlora_plugins.commands.problems import generate
 from ndlora_plugins.errors import NdLoraValueError
+
+from .finetune import prepare as load_model_and_problems
+from .problems import generate
 
 __all__ = ["app", "prepare", "show"]
 

@@ -19,12 +19,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ndlora_plugins.commands import demo_report, finetune
-from ndlora_plugins.commands.demo_progress import Bars
-from ndlora_plugins.commands.demo_report import DemoReport, MethodResult
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 from ndlora_plugins.registry import method_and_start
 from ndlora_plugins.registry import methods as registered
+
+from . import demo_report, finetune
+from .demo_progress import Bars
+from .demo_report import DemoReport, MethodResult
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ndlora_plugins.commands.problems import Problem, final_answer, generate
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+
+from .problems import Problem, final_answer, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -37,11 +37,12 @@ def init(
 
     Example: ndlora init Qwen/Qwen3-1.7B --output fresh --method metatt --r 16
     """
-    from ndlora_plugins.commands.plan import parse_options
     from ndlora_plugins.errors import NdLoraValueError
     from ndlora_plugins.integrations.peft.config import NdLoraConfig
     from ndlora_plugins.integrations.peft.files.start import init_adapter
     from ndlora_plugins.integrations.peft.validation import fields_to_set
+
+    from .plan import parse_options
 
     fields = {
         "method": method,

@@ -13,17 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ndlora_plugins.commands.check import check
-from ndlora_plugins.commands.combine import combine
-from ndlora_plugins.commands.demo import demo
-from ndlora_plugins.commands.diff import diff
-from ndlora_plugins.commands.doctor import doctor
-from ndlora_plugins.commands.export import export
-from ndlora_plugins.commands.init import init
-from ndlora_plugins.commands.prune import prune
-from ndlora_plugins.commands.tune import tune
-from ndlora_plugins.commands.verify import verify
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError
+
+from .check import check
+from .combine import combine
+from .demo import demo
+from .diff import diff
+from .doctor import doctor
+from .export import export
+from .init import init
+from .prune import prune
+from .tune import tune
+from .verify import verify
 
 app = typer.Typer(
     help="Adapters with fewer parameters than LoRA, for PEFT, TRL and Axolotl. "
@@ -124,8 +125,8 @@ def plan(
 
     Example: ndlora plan Qwen/Qwen3-1.7B --parameters 1M
     """
-    from ndlora_plugins.commands.choose import as_dict, as_text, choose_for_config
-    from ndlora_plugins.commands.plan import parse_options, plan_from_model_config
+    from .choose import as_dict, as_text, choose_for_config
+    from .plan import parse_options, plan_from_model_config
 
     if not (parameters is None and file_bytes is None and like_lora_r is None and fraction is None):
         if any((method, r, init, anchor, num_modes != 2, crossed_modes, option)):
@@ -192,8 +193,8 @@ def methods(
 
     Example: ndlora methods --json
     """
-    from ndlora_plugins.commands.methods import describe_methods, describe_schedules, describe_starts
-    from ndlora_plugins.commands.plan import versions
+    from .methods import describe_methods, describe_schedules, describe_starts
+    from .plan import versions
 
     tables = {
         "methods": describe_methods(),

@@ -117,12 +117,8 @@ class Budget:
         )
         rows: list[Sequence[str]] = []
         for row in self.rows:
-            own = (
-                row.adapter.num_parameters,
-                row.lora_parameters,
-                row.adapter.multiply_adds,
-                row.lora_parameters,
-            )
+            adapter, lora = row.adapter, row.lora_parameters
+            own = (adapter.num_parameters, lora, adapter.multiply_adds, lora)
             texts = [f"{row.count * number:,}" for number in own]
             rows.append((row.layer, str(row.count), row.shape, row.modes, *texts, row.note))
         totals = (self.parameters, self.lora_parameters, self.multiply_adds, self.lora_parameters)

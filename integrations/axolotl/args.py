@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS, build_callback, build_config
-from ndlora_plugins.integrations.peft import NdLoraConfig
+
+from ..peft import NdLoraConfig
+from .keys import YAML_KEYS, build_callback, build_config
 
 __all__ = ["NdLoraArgs", "NdLoraBlock"]
 

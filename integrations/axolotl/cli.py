@@ -34,10 +34,11 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
 
     from ndlora_plugins.budget import make_budget
     from ndlora_plugins.errors import NdLoraValueError
-    from ndlora_plugins.integrations.axolotl import implicit
-    from ndlora_plugins.integrations.axolotl.keys import build_config
-    from ndlora_plugins.integrations.peft.skeleton import model_on_meta
-    from ndlora_plugins.integrations.peft.targets import plan_model
+
+    from ..peft.skeleton import model_on_meta
+    from ..peft.targets import plan_model
+    from . import implicit
+    from .keys import build_config
 
     written = DictDefault(yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     if written.adapter != "ndlora":

@@ -40,7 +40,7 @@ def bring_in_plugin(cfg: Any) -> None:
     """Add our plugin to the configuration and to Axolotl's manager, unless it is listed already."""
     from axolotl.integrations.base import PluginManager
 
-    from ndlora_plugins.integrations.axolotl.plugin import NdLoraPlugin
+    from .plugin import NdLoraPlugin
 
     manager = PluginManager.get_instance()
     listed = list(cfg.get("plugins") or [])

@@ -153,7 +153,7 @@ def build_callback(cfg: Any) -> Any | None:
     Raises:
         NdLoraValueError: an unknown argument, or a value that cannot work.
     """
-    from ndlora_plugins.integrations.trl.callback import make_callback
+    from ..trl.callback import make_callback
 
     asked = _plain(getattr(getattr(cfg, "ndlora", None), "callback", None))
     if asked is None or asked is False:
@@ -186,8 +186,8 @@ def build_config(cfg: Any, model: Any | None = None):
     Raises:
         NdLoraValueError: a value that cannot work; names the YAML's key.
     """
-    from ndlora_plugins.integrations.peft import NdLoraConfig
-    from ndlora_plugins.integrations.peft.choose import fields_within
+    from ..peft import NdLoraConfig
+    from ..peft.choose import fields_within
 
     fields = {"target_modules": _targets(cfg, model), "task_type": _task(model), **written_fields(cfg)}
     parameters = _block(cfg).get("parameters")
@@ -220,8 +220,8 @@ def _task(model: Any | None) -> str:
 
 def _in_the_yaml(message: str) -> str:
     """ " (in the YAML: r is lora_r)" for the fields that a message names by another name than the YAML's."""
-    from ndlora_plugins.integrations.peft import NdLoraConfig
-    from ndlora_plugins.integrations.peft.validation import fields_to_set
+    from ..peft import NdLoraConfig
+    from ..peft.validation import fields_to_set
 
     names = {
         field.name: YAML_KEYS.get(field.name, f"ndlora.{field.name}") for field in fields_to_set(NdLoraConfig)

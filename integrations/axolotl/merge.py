@@ -13,11 +13,11 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
-from ndlora_plugins.integrations.peft.files.base import BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.files.directories import new_directory
-from ndlora_plugins.integrations.peft.files.merge import merge_files
-from ndlora_plugins.integrations.peft.files.problems import check_sound
+from ..peft.files.adapter import AdapterReader
+from ..peft.files.base import BaseFiles, NotInFilesError
+from ..peft.files.directories import new_directory
+from ..peft.files.merge import merge_files
+from ..peft.files.problems import check_sound
 
 __all__ = ["enable", "merge_by_shard"]
 

@@ -10,17 +10,18 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.axolotl import merge, quantized
-from ndlora_plugins.integrations.axolotl.keys import (
+
+from ..peft.names import NAME
+from ..peft.registration import activate
+from ..trl.card import keep_model_card
+from . import merge, quantized
+from .keys import (
     YAML_KEYS,
     build_callback,
     build_config,
     refuse_what_cannot_apply,
     written_fields,
 )
-from ndlora_plugins.integrations.peft.names import NAME
-from ndlora_plugins.integrations.peft.registration import activate
-from ndlora_plugins.integrations.trl.card import keep_model_card
 
 __all__ = ["NdLoraPlugin"]
 

@@ -7,7 +7,7 @@
     export_lora({"unet": "my-adapter"}, "plain-lora")  # pipe.load_lora_weights("plain-lora") needs no ndlora_plugins
 """
 
-from ndlora_plugins.integrations.diffusers.files import load_adapter, save_adapter
-from ndlora_plugins.integrations.diffusers.stock import LORA_FILE, export_lora
+from .files import load_adapter, save_adapter
+from .stock import LORA_FILE, export_lora
 
 __all__ = ["LORA_FILE", "export_lora", "load_adapter", "save_adapter"]

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, listed
-from ndlora_plugins.integrations.peft.files.directories import new_directory
-from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
-from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
-from ndlora_plugins.integrations.peft.names import NAME
-from ndlora_plugins.integrations.peft.undo import undone_on_failure
+
+from ..peft.files.adapter import AdapterReader, listed
+from ..peft.files.directories import new_directory
+from ..peft.files.format import KEY_PREFIX
+from ..peft.files.tensors import ADAPTER_FILE, save_tensors
+from ..peft.names import NAME
+from ..peft.undo import undone_on_failure
 
 __all__ = ["load_adapter", "save_adapter"]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.names import NAME, PREFIX
+
+from ..peft.names import NAME, PREFIX
 
 __all__ = ["activate"]
 

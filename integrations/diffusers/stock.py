@@ -12,10 +12,11 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.directories import new_directory
-from ndlora_plugins.integrations.peft.files.export import ExportReport, export_adapter
-from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
-from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
+
+from ..peft.files.directories import new_directory
+from ..peft.files.export import ExportReport, export_adapter
+from ..peft.files.format import KEY_PREFIX
+from ..peft.files.tensors import ADAPTER_FILE, save_tensors
 
 __all__ = ["LORA_FILE", "export_lora"]
 

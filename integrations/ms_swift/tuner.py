@@ -10,13 +10,14 @@ import os
 from typing import Any
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraError, NdLoraValueError
-from ndlora_plugins.integrations.ms_swift.flags import (
+
+from ..peft.names import METHOD_NAME
+from .flags import (
     CONFIG_VARIABLE,
     FLAGS,
     config_fields,
     refuse_what_cannot_apply,
 )
-from ndlora_plugins.integrations.peft.names import METHOD_NAME
 
 __all__ = ["activate"]
 
@@ -77,7 +78,7 @@ def build_config(args: Any, model: Any) -> Any:
     """
     from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
 
-    from ndlora_plugins.integrations.peft.config import NdLoraConfig
+    from ..peft.config import NdLoraConfig
 
     refuse_what_cannot_apply(args)
     task = (args.task_type or "").upper()

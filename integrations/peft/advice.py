@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from ndlora_plugins.errors import LopsidedModesWarning, NdLoraWarning, UnmatchedTargetWarning
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.peft.targets import Planned
-from ndlora_plugins.integrations.peft.towers import warn_of_towers
+
+from .config import NdLoraConfig
+from .layer import NdLoraLayer
+from .targets import Planned
+from .towers import warn_of_towers
 
 __all__ = ["warn_of_lopsided", "warn_of_penalties", "warn_of_targets"]
 

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.peft.targets import Planned
-from ndlora_plugins.integrations.peft.weights import base_weight
+
+from .config import NdLoraConfig
+from .layer import NdLoraLayer
+from .targets import Planned
+from .weights import base_weight
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
@@ -25,7 +26,7 @@ __all__ = ["check_bases", "check_gradients", "check_recomputed", "check_shared"]
 
 def check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
     """Compare the model with the fingerprint that a loaded adapter brings, or take one for the next save."""
-    from ndlora_plugins.integrations.peft.fingerprint import (
+    from .fingerprint import (
         FingerprintedLayer,
         compare_fingerprint,
         make_fingerprint,
@@ -141,7 +142,7 @@ def check_recomputed(model: nn.Module, config: NdLoraConfig, adapter: str) -> No
     Raises:
         NdLoraValueError: a factor comes out as another one than in training.
     """
-    from ndlora_plugins.integrations.peft.fingerprint import checksum, compare_checksum
+    from .fingerprint import checksum, compare_checksum
 
     found = {}
     for module in model.modules():

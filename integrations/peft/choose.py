@@ -17,8 +17,9 @@ from torch import nn
 
 from ndlora_plugins.budget import Budget, make_budget
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.targets import plan_model
+
+from .config import NdLoraConfig
+from .targets import plan_model
 
 __all__ = ["BYTES_A_NUMBER", "Choice", "choose_adapter", "fields_within", "lora_parameters", "parse_number"]
 

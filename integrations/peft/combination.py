@@ -20,14 +20,16 @@ from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.cluster import cluster_units
 from ndlora_plugins.registry import product_method
+
+from .cluster import cluster_units
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
-    from ndlora_plugins.integrations.peft.config import NdLoraConfig
     from ndlora_plugins.methods import Method
     from ndlora_plugins.structures import Structure
+
+    from .config import NdLoraConfig
 
 __all__ = ["COMBINATIONS", "Combination", "Part", "Sum", "check_configs", "combine_configs", "combine_parts"]
 

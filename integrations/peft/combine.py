@@ -10,15 +10,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.combination import (
+
+from .combination import (
     Combination,
     Part,
     check_configs,
     combine_configs,
     combine_parts,
 )
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from .config import NdLoraConfig
+from .layer import NdLoraLayer
 
 __all__ = ["Combination", "add_weighted"]
 

@@ -6,7 +6,6 @@ The core is imported when it is first used: registration runs at every `import p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.lora_keywords import LoraKeywords, refuse_keywords
-from ndlora_plugins.integrations.peft.names import NAME, extend_enum
-from ndlora_plugins.integrations.peft.session import Session
-from ndlora_plugins.integrations.peft.training_fields import TrainingFields
-from ndlora_plugins.integrations.peft.validation import (
+
+from .lora_keywords import LoraKeywords, refuse_keywords
+from .names import NAME, extend_enum
+from .session import Session
+from .training_fields import TrainingFields
+from .validation import (
     Alpha,
     Bias,
     CrossedModes,
@@ -319,7 +319,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As PEFT's, but patterns keep their order; beside an adapter's file README.md is brought up to date too."""
-        from ndlora_plugins.integrations.peft.files.card import write_model_card
+        from .files.card import write_model_card
 
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory, CONFIG_NAME)
@@ -336,12 +336,12 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
             NdLoraValueError: the tensor file is truncated, empty, or no safetensors file.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        directory = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, check_adapter_file
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        from .files.tensors import ADAPTER_FILE, check_adapter_file
 
         # a configuration may stand alone, and a pickle file is PEFT's affair: it loads tensors only from one
-        if os.path.isfile(os.path.join(directory, ADAPTER_FILE)):
-            check_adapter_file(directory)
+        if (directory / ADAPTER_FILE).is_file():
+            check_adapter_file(str(directory))
         return config
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
-from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint
+
+from .files.json_files import check_fingerprint
 
 __all__ = [
     "FingerprintedLayer",

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
-from ndlora_plugins.integrations.peft.fingerprint import checksum, compare_checksum, other_weights
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.peft.names import NAME
-from ndlora_plugins.integrations.peft.targets import largest, plan_form
+
+from .config import NdLoraConfig
+from .files.format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
+from .fingerprint import checksum, compare_checksum, other_weights
+from .layer import NdLoraLayer
+from .names import NAME
+from .targets import largest, plan_form
 
 __all__ = ["hotswap_adapter"]
 

@@ -11,7 +11,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+
+from .layer import NdLoraLayer
 
 __all__ = ["LAYER_KINDS", "NdLoraConvolution", "NdLoraEmbedding", "NdLoraLinear", "ParamWrapper"]
 

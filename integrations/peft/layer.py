@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.merging import Merging
-from ndlora_plugins.integrations.peft.shared import Bank, Clock, FrozenFactors
-from ndlora_plugins.integrations.peft.weights import base_weight
+
+from .merging import Merging
+from .shared import Bank, Clock, FrozenFactors
+from .weights import base_weight
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
-    from ndlora_plugins.integrations.peft.targets import Planned
     from ndlora_plugins.schedules.base import Ranks
+
+    from .targets import Planned
 
 __all__ = ["NdLoraLayer"]
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.peft.targets import find_targets, layer_generator
-from ndlora_plugins.integrations.peft.weights import weight_form
+
+from .config import NdLoraConfig
+from .layer import NdLoraLayer
+from .targets import find_targets, layer_generator
+from .weights import weight_form
 
 __all__ = ["measure_gradients", "start_from_gradients", "waits_for_gradients"]
 

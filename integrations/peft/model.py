@@ -17,22 +17,23 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.advice import warn_of_lopsided, warn_of_penalties, warn_of_targets
-from ndlora_plugins.integrations.peft.checks import (
+
+from .advice import warn_of_lopsided, warn_of_penalties, warn_of_targets
+from .checks import (
     check_bases,
     check_gradients,
     check_recomputed,
     check_shared,
 )
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.kinds import LAYER_KINDS
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.peft.measure import waits_for_gradients
-from ndlora_plugins.integrations.peft.names import PREFIX
-from ndlora_plugins.integrations.peft.rows import check_rows
-from ndlora_plugins.integrations.peft.schedules import Scheduled, check_plans, install
-from ndlora_plugins.integrations.peft.shared import SHARED, Bank, Clock
-from ndlora_plugins.integrations.peft.targets import (
+from .config import NdLoraConfig
+from .kinds import LAYER_KINDS
+from .layer import NdLoraLayer
+from .measure import waits_for_gradients
+from .names import PREFIX
+from .rows import check_rows
+from .schedules import Scheduled, check_plans, install
+from .shared import SHARED, Bank, Clock
+from .targets import (
     Planned,
     Target,
     fill_in_targets,
@@ -40,7 +41,7 @@ from ndlora_plugins.integrations.peft.targets import (
     matched_targets,
     plan_targets,
 )
-from ndlora_plugins.integrations.peft.undo import undone_on_failure
+from .undo import undone_on_failure
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
@@ -309,7 +310,7 @@ class NdLoraModel(Scheduled):
         Raises:
             NdLoraValueError: another combination type, or a sum that cannot be one adapter.
         """
-        from ndlora_plugins.integrations.peft.combine import Combination, add_weighted
+        from .combine import Combination, add_weighted
 
         combination = Combination(combination_type, svd_rank, density, majority_sign_method)
         add_weighted(self, adapters, weights, adapter_name, combination)

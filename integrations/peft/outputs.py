@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ndlora_plugins.errors import NdLoraValueError
 
 if TYPE_CHECKING:
-    from ndlora_plugins.integrations.peft.shared import Clock
     from ndlora_plugins.schedules.base import Outputs
+
+    from .shared import Clock
 
 __all__ = ["OutputsWatch", "watch_outputs"]
 

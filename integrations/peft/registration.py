@@ -5,7 +5,7 @@
 
 import warnings
 
-from ndlora_plugins.integrations.peft.names import METHOD_NAME, NAME, PREFIX, extend_enum
+from .names import METHOD_NAME, NAME, PREFIX, extend_enum
 
 __all__ = ["activate"]
 
@@ -39,8 +39,8 @@ def _register() -> None:
                 stacklevel=3,
             )
         return
-    from ndlora_plugins.integrations.peft.config import NdLoraConfig
-    from ndlora_plugins.integrations.peft.model import NdLoraModel
+    from .config import NdLoraConfig
+    from .model import NdLoraModel
 
     extend_enum(PeftType, NAME, NAME)
     register_peft_method(name=METHOD_NAME, config_cls=NdLoraConfig, model_cls=NdLoraModel, prefix=PREFIX)

@@ -8,7 +8,8 @@ from typing import Any, cast
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
+
+from .config import NdLoraConfig
 
 __all__ = ["check_rows"]
 

@@ -14,9 +14,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.peft.outputs import watch_outputs
-from ndlora_plugins.integrations.peft.training_fields import as_schedules
+
+from .layer import NdLoraLayer
+from .outputs import watch_outputs
+from .training_fields import as_schedules
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter

@@ -16,9 +16,10 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.towers import SHORTHANDS, layers_of_part
-from ndlora_plugins.integrations.peft.weights import (
+
+from .config import NdLoraConfig
+from .towers import SHORTHANDS, layers_of_part
+from .weights import (
     WeightForm,
     quantization_backend,
     weight_form,

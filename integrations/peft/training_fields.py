@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from ndlora_plugins.integrations.peft.validation import Check
+from .validation import Check
 
 if TYPE_CHECKING:
     from ndlora_plugins.methods import Method

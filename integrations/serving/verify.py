@@ -13,7 +13,8 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.serving.self_test import Probe, read_self_test
+
+from .self_test import Probe, read_self_test
 
 __all__ = ["Verdict", "verify_server"]
 

@@ -16,26 +16,27 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.schedules import (
+
+from ..peft.schedules import (
     add_penalty_gradients,
     after_step,
     check_schedules,
     set_schedules,
 )
-from ndlora_plugins.integrations.peft.shared import Clock
-from ndlora_plugins.integrations.trl.card import note_plot, note_recipe
-from ndlora_plugins.integrations.trl.checks import (
+from ..peft.shared import Clock
+from .card import note_plot, note_recipe
+from .checks import (
     adapted_layers,
     check_gradients,
     check_start,
     trained_factors,
 )
-from ndlora_plugins.integrations.trl.export import EndExport, make_export
-from ndlora_plugins.integrations.trl.gradients import measure_on_batches
-from ndlora_plugins.integrations.trl.norms import base_norm, update_norms
-from ndlora_plugins.integrations.trl.plot import check_matplotlib, draw_history
-from ndlora_plugins.integrations.trl.resume import check_resumed, noted_schedules
-from ndlora_plugins.integrations.trl.schedule import CoreOnly
+from .export import EndExport, make_export
+from .gradients import measure_on_batches
+from .norms import base_norm, update_norms
+from .plot import check_matplotlib, draw_history
+from .resume import check_resumed, noted_schedules
+from .schedule import CoreOnly
 
 __all__ = ["NdLoraCallback", "make_callback"]
 

@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.card import note_picture, note_training, write_model_card
+from ..peft.config import NdLoraConfig
+from ..peft.files.card import note_picture, note_training, write_model_card
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerState, TrainingArguments

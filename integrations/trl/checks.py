@@ -9,8 +9,8 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.trl.norms import whole
+from ..peft.layer import NdLoraLayer
+from .norms import whole
 
 __all__ = [
     "GradientReport",

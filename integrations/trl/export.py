@@ -14,8 +14,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
-from ndlora_plugins.integrations.peft.files.directories import check_new
-from ndlora_plugins.integrations.peft.files.export import EXPORT_KINDS, export_adapter
+
+from ..peft.files.directories import check_new
+from ..peft.files.export import EXPORT_KINDS, export_adapter
 
 __all__ = ["EndExport", "make_export"]
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.measure import start_from_gradients, waits_for_gradients
+
+from ..peft.measure import start_from_gradients, waits_for_gradients
 
 __all__ = ["measure_on_batches"]
 

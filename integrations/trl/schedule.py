@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.trl.checks import trained_factors
+
+from ..peft.layer import NdLoraLayer
+from .checks import trained_factors
 
 __all__ = ["CoreOnly"]
 

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
-from ndlora_plugins.integrations.peft.choose import fields_within
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.validation import fields_to_set
-from ndlora_plugins.integrations.trl.callback import NdLoraCallback, make_callback
-from ndlora_plugins.integrations.trl.card import keep_model_card
+
+from ..peft.choose import fields_within
+from ..peft.config import NdLoraConfig
+from ..peft.validation import fields_to_set
+from .callback import NdLoraCallback, make_callback
+from .card import keep_model_card
 
 try:
     import trl
@@ -168,7 +169,7 @@ def _without_weights(model: trl.ModelConfig) -> nn.Module:
     """The model that will be trained, on the "meta" device."""
     from transformers import AutoConfig
 
-    from ndlora_plugins.integrations.peft.skeleton import model_on_meta
+    from ..peft.skeleton import model_on_meta
 
     trusted = getattr(model, "trust_remote_code", False)  # not in every version
     config = AutoConfig.from_pretrained(

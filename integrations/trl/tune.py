@@ -12,9 +12,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.trl.callback import NdLoraCallback
-from ndlora_plugins.integrations.trl.sft import Run, load_data, make_config, make_trainer, read_run
+
+from ..peft.config import NdLoraConfig
+from .callback import NdLoraCallback
+from .sft import Run, load_data, make_config, make_trainer, read_run
 
 try:
     import optuna

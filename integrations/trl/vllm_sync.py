@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.compress import low_rank_form
-from ndlora_plugins.integrations.peft.files.stock import lora_config, lora_pair
-from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
-from ndlora_plugins.integrations.trl.norms import whole
+
+from ..peft.config import NdLoraConfig
+from ..peft.files.compress import low_rank_form
+from ..peft.files.stock import lora_config, lora_pair
+from ..peft.files.tensors import ADAPTER_FILE, save_tensors
+from ..peft.layer import NdLoraLayer
+from .norms import whole
 
 __all__ = ["lora_of", "sync_as_lora"]
 

@@ -81,11 +81,18 @@ def test_the_core_knows_no_host(path):
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_hosts_know_only_those_below(host):
-    for path in (ROOT / "integrations" / host).rglob("*.py"):
-        for name in names_of(f"ndlora_plugins.integrations.{host}.{path.stem}", path):
+    package = f"ndlora_plugins.integrations.{host}"
+    for module, path in MODULES.items():
+        for name in names_of(module, path) if module.startswith(package) else ():
             assert not name.startswith("ndlora_plugins.commands"), path
             if name.startswith("ndlora_plugins.integrations."):
                 assert name.split(".")[2] in HOSTS[host] | {host}, path
+
+
+@pytest.mark.parametrize("folder", ["integrations", "commands"])
+def test_a_room_names_its_own_modules_by_where_they_lie(folder):
+    absolute = re.compile(rf"^\s*from ndlora_plugins\.{folder}\b", re.MULTILINE)
+    assert [path for path in (ROOT / folder).rglob("*.py") if absolute.search(path.read_text())] == []
 
 
 def test_no_module_imports_itself_by_way_of_others():

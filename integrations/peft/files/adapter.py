@@ -15,10 +15,19 @@ from torch import Tensor
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.base import BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.files.directories import local_directory
-from ndlora_plugins.integrations.peft.files.format import (
+from ndlora_plugins.options import AdapterOptions
+from ndlora_plugins.starts.base import Seen
+from ndlora_plugins.structures.base import Factor
+
+from ..config import NdLoraConfig
+from ..fingerprint import FingerprintedLayer, compare_fingerprint
+from ..names import NAME
+from ..targets import largest, plan_form
+from ..validation import shorten
+from ..weights import WeightForm
+from .base import BaseFiles, NotInFilesError
+from .directories import local_directory
+from .format import (
     FACTORS,
     FROZEN,
     KEY_PREFIX,
@@ -27,16 +36,8 @@ from ndlora_plugins.integrations.peft.files.format import (
     split_key,
     tensor_key,
 )
-from ndlora_plugins.integrations.peft.files.json_files import check_fingerprint, read_object
-from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, check_adapter_file
-from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, compare_fingerprint
-from ndlora_plugins.integrations.peft.names import NAME
-from ndlora_plugins.integrations.peft.targets import largest, plan_form
-from ndlora_plugins.integrations.peft.validation import shorten
-from ndlora_plugins.integrations.peft.weights import WeightForm
-from ndlora_plugins.options import AdapterOptions
-from ndlora_plugins.starts.base import Seen
-from ndlora_plugins.structures.base import Factor
+from .json_files import check_fingerprint, read_object
+from .tensors import ADAPTER_FILE, check_adapter_file
 
 __all__ = ["AdapterReader", "ReadLayer", "listed", "read_adapter"]
 

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.directories import local_directory
-from ndlora_plugins.integrations.peft.files.json_files import read_object, read_shards
-from ndlora_plugins.integrations.peft.files.tensors import open_tensors
-from ndlora_plugins.integrations.peft.skeleton import component_on_meta, config_of_model, model_on_meta
-from ndlora_plugins.integrations.peft.weights import WeightForm, weight_form
+
+from ..skeleton import component_on_meta, config_of_model, model_on_meta
+from ..weights import WeightForm, weight_form
+from .directories import local_directory
+from .json_files import read_object, read_shards
+from .tensors import open_tensors
 
 __all__ = ["INDEX_FILE", "BaseFiles", "NotInFilesError"]
 

@@ -15,9 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ndlora_plugins.errors import NdLoraWarning
-from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE
-from ndlora_plugins.integrations.peft.names import METHOD_NAME, PREFIX
-from ndlora_plugins.integrations.peft.validation import fields_to_set
+
+from ..names import METHOD_NAME, PREFIX
+from ..validation import fields_to_set
+from .tensors import ADAPTER_FILE
 
 __all__ = ["note_picture", "note_training", "write_model_card"]
 

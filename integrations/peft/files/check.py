@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraError, NdLoraWarning
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, listed
-from ndlora_plugins.integrations.peft.files.base import BaseFiles
-from ndlora_plugins.integrations.peft.files.directories import local_directory
-from ndlora_plugins.integrations.peft.files.problems import find_problems
+
+from .adapter import AdapterReader, listed
+from .base import BaseFiles
+from .directories import local_directory
+from .problems import find_problems
 
 __all__ = ["CheckReport", "CheckedLayer", "check_adapter"]
 

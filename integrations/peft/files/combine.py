@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.combination import (
+
+from ..combination import (
     Combination,
     Part,
     Sum,
@@ -19,16 +20,16 @@ from ndlora_plugins.integrations.peft.combination import (
     combine_configs,
     combine_parts,
 )
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
-from ndlora_plugins.integrations.peft.files.base import BaseFiles
-from ndlora_plugins.integrations.peft.files.directories import check_new, new_directory
-from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
-from ndlora_plugins.integrations.peft.files.problems import check_sound
-from ndlora_plugins.integrations.peft.files.write import NewLayer, write_adapter
-from ndlora_plugins.integrations.peft.fingerprint import other_weights
-from ndlora_plugins.integrations.peft.targets import largest, plan_form
-from ndlora_plugins.integrations.peft.weights import WeightForm
+from ..config import NdLoraConfig
+from ..fingerprint import other_weights
+from ..targets import largest, plan_form
+from ..weights import WeightForm
+from .adapter import AdapterReader
+from .base import BaseFiles
+from .directories import check_new, new_directory
+from .format import KEY_PREFIX, TOKEN_ROWS
+from .problems import check_sound
+from .write import NewLayer, write_adapter
 
 __all__ = ["CombineReport", "combine_adapters"]
 

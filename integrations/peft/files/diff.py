@@ -12,9 +12,10 @@ import torch
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, ReadLayer
-from ndlora_plugins.integrations.peft.files.problems import check_sound
-from ndlora_plugins.integrations.peft.validation import fields_to_set
+
+from ..validation import fields_to_set
+from .adapter import AdapterReader, ReadLayer
+from .problems import check_sound
 
 __all__ = ["AdapterDiff", "LayerDiff", "diff_adapters"]
 

@@ -16,22 +16,23 @@ import torch
 from peft import LoKrConfig, LoraConfig
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
-from ndlora_plugins.integrations.peft.files.compress import RankTarget
-from ndlora_plugins.integrations.peft.files.directories import check_new, new_directory
-from ndlora_plugins.integrations.peft.files.gguf import GGUF_FILE, write_gguf
-from ndlora_plugins.integrations.peft.files.merge import merge_files
-from ndlora_plugins.integrations.peft.files.problems import check_sound
-from ndlora_plugins.integrations.peft.files.smaller import cut_adapter
-from ndlora_plugins.integrations.peft.files.stock import (
+
+from ...serving.self_test import PROMPTS, make_self_test, write_self_test
+from .adapter import AdapterReader
+from .compress import RankTarget
+from .directories import check_new, new_directory
+from .gguf import GGUF_FILE, write_gguf
+from .merge import merge_files
+from .problems import check_sound
+from .smaller import cut_adapter
+from .stock import (
     VLLM_RANKS,
     ExportedLayer,
     to_lokr,
     to_lora,
     to_lycoris,
 )
-from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
-from ndlora_plugins.integrations.serving.self_test import PROMPTS, make_self_test, write_self_test
+from .tensors import ADAPTER_FILE, save_tensors
 
 __all__ = ["EXPORT_KINDS", "LYCORIS_FILE", "ExportReport", "ExportedLayer", "export_adapter"]
 

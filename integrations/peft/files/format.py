@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.json_files import check_layers, check_weight_forms
-from ndlora_plugins.integrations.peft.names import PREFIX
-from ndlora_plugins.integrations.peft.shared import SHARED
-from ndlora_plugins.integrations.peft.weights import WeightForm
+from ..config import NdLoraConfig
+from ..names import PREFIX
+from ..shared import SHARED
+from ..weights import WeightForm
+from .json_files import check_layers, check_weight_forms
 
 __all__ = [
     "FACTORS",

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
-from ndlora_plugins.integrations.peft.files.base import BaseFiles
-from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
-from ndlora_plugins.integrations.peft.files.stock import StockAdapter
+
+from .base import BaseFiles
+from .format import KEY_PREFIX
+from .stock import StockAdapter
 
 __all__ = ["ARCHITECTURES", "GGUF_FILE", "write_gguf"]
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.validation import shorten
 from ndlora_plugins.methods.modes import MAX_FEATURES
+
+from ..validation import shorten
 
 __all__ = ["check_fingerprint", "check_layers", "check_weight_forms", "read_object", "read_shards"]
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
-from ndlora_plugins.integrations.peft.files.base import INDEX_FILE, BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX, TOKEN_ROWS
-from ndlora_plugins.integrations.peft.files.tensors import open_tensors, save_tensors
-from ndlora_plugins.integrations.peft.merging import add_and_round
+
+from ..merging import add_and_round
+from .adapter import AdapterReader
+from .base import INDEX_FILE, BaseFiles, NotInFilesError
+from .format import KEY_PREFIX, TOKEN_ROWS
+from .tensors import open_tensors, save_tensors
 
 __all__ = ["MergedLayer", "merge_files"]
 

@@ -13,12 +13,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, listed
-from ndlora_plugins.integrations.peft.files.base import BaseFiles
-from ndlora_plugins.integrations.peft.files.format import FROZEN, KEY_PREFIX, TOKEN_ROWS
-from ndlora_plugins.integrations.peft.shared import index_problem
-from ndlora_plugins.integrations.peft.targets import plan_model
+
+from ..config import NdLoraConfig
+from ..shared import index_problem
+from ..targets import plan_model
+from .adapter import AdapterReader, listed
+from .base import BaseFiles
+from .format import FROZEN, KEY_PREFIX, TOKEN_ROWS
 
 __all__ = ["Problem", "check_sound", "find_problems"]
 

@@ -13,19 +13,20 @@ import torch
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, ReadLayer
-from ndlora_plugins.integrations.peft.files.base import BaseFiles
-from ndlora_plugins.integrations.peft.files.directories import check_new, new_directory
-from ndlora_plugins.integrations.peft.files.problems import check_sound
-from ndlora_plugins.integrations.peft.files.write import NewLayer, write_adapter
-from ndlora_plugins.integrations.peft.targets import plan_form
-from ndlora_plugins.integrations.peft.training_fields import as_schedules
-from ndlora_plugins.integrations.peft.units import UNRESOLVED, added_by, select_units
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.schedules.base import Ranks
 from ndlora_plugins.schedules.choose import chosen_schedules
 from ndlora_plugins.starts.base import Seen
+
+from ..config import NdLoraConfig
+from ..targets import plan_form
+from ..training_fields import as_schedules
+from ..units import UNRESOLVED, added_by, select_units
+from .adapter import AdapterReader, ReadLayer
+from .base import BaseFiles
+from .directories import check_new, new_directory
+from .problems import check_sound
+from .write import NewLayer, write_adapter
 
 __all__ = ["SmallerLayer", "SmallerReport", "cut_adapter", "prune_adapter"]
 

@@ -12,22 +12,23 @@ from torch import nn
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
-from ndlora_plugins.integrations.peft.checks import check_shared
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.base import BaseFiles, NotInFilesError
-from ndlora_plugins.integrations.peft.files.directories import check_new, local_directory, new_directory
-from ndlora_plugins.integrations.peft.files.write import NewLayer, write_adapter
-from ndlora_plugins.integrations.peft.fingerprint import FingerprintedLayer, make_fingerprint
-from ndlora_plugins.integrations.peft.shared import Bank
-from ndlora_plugins.integrations.peft.skeleton import config_of_model, model_on_meta
-from ndlora_plugins.integrations.peft.targets import (
+from ndlora_plugins.starts.base import Seen
+
+from ..checks import check_shared
+from ..config import NdLoraConfig
+from ..fingerprint import FingerprintedLayer, make_fingerprint
+from ..shared import Bank
+from ..skeleton import config_of_model, model_on_meta
+from ..targets import (
     Planned,
     fill_in_targets,
     layer_generator,
     matched_targets,
     plan_targets,
 )
-from ndlora_plugins.starts.base import Seen
+from .base import BaseFiles, NotInFilesError
+from .directories import check_new, local_directory, new_directory
+from .write import NewLayer, write_adapter
 
 __all__ = ["InitReport", "init_adapter"]
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, ReadLayer
-from ndlora_plugins.integrations.peft.files.base import BaseFiles
-from ndlora_plugins.integrations.peft.files.compress import RankTarget, low_rank_form, relative_error
-from ndlora_plugins.integrations.peft.files.format import KEY_PREFIX
-from ndlora_plugins.integrations.peft.weights import WeightForm
+
+from ..config import NdLoraConfig
+from ..weights import WeightForm
+from .adapter import AdapterReader, ReadLayer
+from .base import BaseFiles
+from .compress import RankTarget, low_rank_form, relative_error
+from .format import KEY_PREFIX
 
 __all__ = [
     "VLLM_RANKS",

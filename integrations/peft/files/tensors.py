@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.names import PREFIX
+
+from ..names import PREFIX
 
 __all__ = ["ADAPTER_FILE", "check_adapter_file", "open_tensors", "save_tensors"]
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter
-from ndlora_plugins.integrations.peft.config import SCHEMA_VERSION, NdLoraConfig
-from ndlora_plugins.integrations.peft.files.format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
-from ndlora_plugins.integrations.peft.files.tensors import ADAPTER_FILE, save_tensors
-from ndlora_plugins.integrations.peft.fingerprint import checksum
-from ndlora_plugins.integrations.peft.weights import WeightForm
+
+from ..config import SCHEMA_VERSION, NdLoraConfig
+from ..fingerprint import checksum
+from ..weights import WeightForm
+from .format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
+from .tensors import ADAPTER_FILE, save_tensors
 
 __all__ = ["NewLayer", "write_adapter"]
 
