@@ -17,8 +17,10 @@ import torch
 from peft import LoraConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
+from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.export import export
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, read_adapter
@@ -527,3 +529,16 @@ def test_the_command(make_llama, trained, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, NdLoraValueError)
+
+
+def test_what_vllm_does_not_serve_is_said(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4))
+    model.save_pretrained(tmp_path / "base")
+    config = NdLoraConfig(method="slora", r=2, target_modules=["projection", "fc1"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    report = export_adapter(tmp_path / "adapter", tmp_path / "lora", base=str(tmp_path / "base"))
+    assert (
+        len(report.notes) == 1
+        and "some are of kind convolution. For vLLM, export to='merged'" in report.notes[0]
+    )

@@ -223,7 +223,13 @@ def _notes(config: LoraConfig | LoKrConfig, reader: AdapterReader) -> tuple[str,
         for field, value in carried.items()
         if value
     ]
-    if reader.others and not notes:
+    kinds = {form.kind for _, form in reader.forms.values() if form is not None} - {"linear", "parameter"}
+    if kinds:
+        notes.append(
+            f"vLLM serves linear layers and experts alone; of this adapter's layers some are of kind "
+            f"{', '.join(sorted(kinds))}. For vLLM, export to='merged'."
+        )
+    if reader.others and not any(carried.values()):
         notes.append(
             f"The exported adapter carries {', '.join(sorted(reader.others))}, as the adapter did: an "
             f"embedding that was resized or adapted. Servers may not take it; for those, export to='merged'."
