@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_json
 from ndlora_plugins import NdLoraConfig, hotswap_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
 __all__ = ["KINDS", "page"]
 

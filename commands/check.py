@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ndlora_plugins.integrations.peft.files.check import CheckReport
+    from ndlora_plugins.integrations.peft.adapters.check import CheckReport
 
 __all__ = ["check"]
 
@@ -28,7 +28,7 @@ def check(
 
     Example: ndlora check my-adapter --base Qwen/Qwen3-1.7B
     """
-    from ndlora_plugins.integrations.peft.files.check import check_adapter
+    from ndlora_plugins.integrations.peft.adapters.check import check_adapter
 
     report = check_adapter(adapter, base, trust_remote_code=trust_remote_code)
     if as_json:

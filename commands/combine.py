@@ -42,8 +42,8 @@ def combine(
     Example: ndlora combine maths style --weights 0.7,0.3 --output both
     """
     from ndlora_plugins.errors import NdLoraValueError
-    from ndlora_plugins.integrations.peft.combination import Combination
-    from ndlora_plugins.integrations.peft.files.combine import combine_adapters
+    from ndlora_plugins.integrations.peft.adapters.combine import combine_adapters
+    from ndlora_plugins.integrations.peft.combining.combination import Combination
 
     try:
         numbers = None if weights is None else [float(weight) for weight in weights.split(",")]

@@ -27,8 +27,8 @@ def diff(
 
     Example: ndlora diff checkpoint-100 checkpoint-200
     """
-    from ndlora_plugins.integrations.peft.files.diff import diff_adapters
-    from ndlora_plugins.integrations.peft.validation import shorten
+    from ndlora_plugins.integrations.peft.adapters.diff import diff_adapters
+    from ndlora_plugins.integrations.peft.configuration.validation import shorten
 
     found = diff_adapters(first, second, base=base, trust_remote_code=trust_remote_code)
     if as_json:

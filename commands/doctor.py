@@ -31,7 +31,7 @@ _PROBES = {
     "peft": """
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as table
         found = table.get("NDLORA")
-        ours = getattr(found, "__module__", "").startswith("ndlora_plugins.integrations.peft.config")
+        ours = getattr(found, "__module__", "").startswith("ndlora_plugins.integrations.peft.configuration.config")
         said = "NDLORA is one of its types" if ours else "" if found is None else f"NDLORA stands for {found!r}"
         bad = None if ours else "peft does not know NDLORA"
     """,

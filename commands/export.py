@@ -91,7 +91,7 @@ def export(
     """
     import torch
 
-    from ndlora_plugins.integrations.peft.files.export import export_adapter
+    from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
     with _sigterm_raises(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NdLoraWarning)

@@ -38,9 +38,9 @@ def init(
     Example: ndlora init Qwen/Qwen3-1.7B --output fresh --method metatt --r 16
     """
     from ndlora_plugins.errors import NdLoraValueError
-    from ndlora_plugins.integrations.peft.config import NdLoraConfig
-    from ndlora_plugins.integrations.peft.files.start import init_adapter
-    from ndlora_plugins.integrations.peft.validation import fields_to_set
+    from ndlora_plugins.integrations.peft.adapters.start import init_adapter
+    from ndlora_plugins.integrations.peft.configuration.config import NdLoraConfig
+    from ndlora_plugins.integrations.peft.configuration.validation import fields_to_set
 
     from .plan import parse_options
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from ndlora_plugins.budget import Budget, make_budget
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.config import NdLoraConfig
-from ndlora_plugins.integrations.peft.targets import plan_model
-from ndlora_plugins.integrations.peft.towers import find_parts, part_of
+from ndlora_plugins.integrations.peft.configuration.config import NdLoraConfig
+from ndlora_plugins.integrations.peft.tuner.targets import plan_model
+from ndlora_plugins.integrations.peft.tuner.towers import find_parts, part_of
 
 __all__ = ["model_from_config", "parse_options", "plan_from_model_config", "versions"]
 

@@ -29,7 +29,7 @@ def prune(
 
     Example: ndlora prune my-sora --output my-small-sora
     """
-    from ndlora_plugins.integrations.peft.files.smaller import prune_adapter
+    from ndlora_plugins.integrations.peft.adapters.smaller import prune_adapter
 
     report = prune_adapter(adapter, output, tolerance, base=base, trust_remote_code=trust_remote_code)
     if as_json:

@@ -13,8 +13,8 @@ from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.doctor import SWITCHES, examine
 from ndlora_plugins.commands.main import app
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.diff import diff_adapters
-from ndlora_plugins.integrations.peft.files.start import init_adapter
+from ndlora_plugins.integrations.peft.adapters.diff import diff_adapters
+from ndlora_plugins.integrations.peft.adapters.start import init_adapter
 from ndlora_plugins.registry import methods
 
 FILE = "adapter_model.safetensors"

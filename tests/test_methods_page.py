@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Qwen3Config
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.budget import make_budget
 from ndlora_plugins.integrations.peft.skeleton import model_on_meta
-from ndlora_plugins.integrations.peft.targets import plan_model
+from ndlora_plugins.integrations.peft.tuner.targets import plan_model
 from ndlora_plugins.registry import methods
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.trl.checks import adapted_layers, check_gradients
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "trouble.md"

@@ -24,7 +24,7 @@ import typer
 from benchmarks.common import write_json
 from benchmarks.serving.servers import SERVERS, Server
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.serving.verify import verify_server
 
 METHODS = ("crossed", "shared_crossed", "slora", "nlora", "inttune", "lora_xs", "metatt", "svfit")

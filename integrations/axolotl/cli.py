@@ -36,7 +36,7 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
     from ndlora_plugins.errors import NdLoraValueError
 
     from ..peft.skeleton import model_on_meta
-    from ..peft.targets import plan_model
+    from ..peft.tuner.targets import plan_model
     from . import implicit
     from .keys import build_config
 

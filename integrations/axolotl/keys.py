@@ -221,7 +221,7 @@ def _task(model: Any | None) -> str:
 def _in_the_yaml(message: str) -> str:
     """ " (in the YAML: r is lora_r)" for the fields that a message names by another name than the YAML's."""
     from ..peft import NdLoraConfig
-    from ..peft.validation import fields_to_set
+    from ..peft.configuration.validation import fields_to_set
 
     names = {
         field.name: YAML_KEYS.get(field.name, f"ndlora.{field.name}") for field in fields_to_set(NdLoraConfig)

@@ -13,10 +13,10 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
+from ..peft.exports.merge import merge_files
 from ..peft.files.adapter import AdapterReader
 from ..peft.files.base import BaseFiles, NotInFilesError
 from ..peft.files.directories import new_directory
-from ..peft.files.merge import merge_files
 from ..peft.files.problems import check_sound
 
 __all__ = ["enable", "merge_by_shard"]

@@ -16,7 +16,7 @@ from ..peft.files.directories import new_directory
 from ..peft.files.format import KEY_PREFIX
 from ..peft.files.tensors import ADAPTER_FILE, save_tensors
 from ..peft.names import NAME
-from ..peft.undo import undone_on_failure
+from ..peft.tuner.undo import undone_on_failure
 
 __all__ = ["load_adapter", "save_adapter"]
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from ndlora_plugins.errors import NdLoraValueError
 
+from ..peft.exports.export import ExportReport, export_adapter
 from ..peft.files.directories import new_directory
-from ..peft.files.export import ExportReport, export_adapter
 from ..peft.files.format import KEY_PREFIX
 from ..peft.files.tensors import ADAPTER_FILE, save_tensors
 

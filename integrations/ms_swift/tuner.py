@@ -78,7 +78,7 @@ def build_config(args: Any, model: Any) -> Any:
     """
     from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
 
-    from ..peft.config import NdLoraConfig
+    from ..peft.configuration.config import NdLoraConfig
 
     refuse_what_cannot_apply(args)
     task = (args.task_type or "").upper()

@@ -7,12 +7,12 @@ from importlib import import_module
 import peft as _peft  # noqa: F401
 
 _PUBLIC = {
-    "NdLoraConfig": "config",
-    "NdLoraLayer": "layer",
-    "NdLoraLinear": "kinds",
-    "NdLoraModel": "model",
+    "NdLoraConfig": "configuration.config",
+    "NdLoraLayer": "layers.layer",
+    "NdLoraLinear": "layers.kinds",
+    "NdLoraModel": "tuner.model",
     "measure_gradients": "measure",
-    "plan_model": "targets",
+    "plan_model": "tuner.targets",
 }
 __all__ = ["NdLoraConfig", "NdLoraLayer", "NdLoraLinear", "NdLoraModel", "measure_gradients", "plan_model"]
 

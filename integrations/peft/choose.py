@@ -18,8 +18,8 @@ from torch import nn
 from ndlora_plugins.budget import Budget, make_budget
 from ndlora_plugins.errors import NdLoraValueError
 
-from .config import NdLoraConfig
-from .targets import plan_model
+from .configuration.config import NdLoraConfig
+from .tuner.targets import plan_model
 
 __all__ = ["BYTES_A_NUMBER", "Choice", "choose_adapter", "fields_within", "lora_parameters", "parse_number"]
 

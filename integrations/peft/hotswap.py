@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
 
-from .config import NdLoraConfig
+from .configuration.config import NdLoraConfig
 from .files.format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
-from .fingerprint import checksum, compare_checksum, other_weights
-from .layer import NdLoraLayer
+from .layers.layer import NdLoraLayer
 from .names import NAME
-from .targets import largest, plan_form
+from .tuner.fingerprint import checksum, compare_checksum, other_weights
+from .tuner.targets import largest, plan_form
 
 __all__ = ["hotswap_adapter"]
 

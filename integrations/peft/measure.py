@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 
-from .config import NdLoraConfig
-from .layer import NdLoraLayer
-from .targets import find_targets, layer_generator
-from .weights import weight_form
+from .configuration.config import NdLoraConfig
+from .layers.layer import NdLoraLayer
+from .layers.weights import weight_form
+from .tuner.targets import find_targets, layer_generator
 
 __all__ = ["measure_gradients", "start_from_gradients", "waits_for_gradients"]
 

@@ -39,8 +39,8 @@ def _register() -> None:
                 stacklevel=3,
             )
         return
-    from .config import NdLoraConfig
-    from .model import NdLoraModel
+    from .configuration.config import NdLoraConfig
+    from .tuner.model import NdLoraModel
 
     extend_enum(PeftType, NAME, NAME)
     register_peft_method(name=METHOD_NAME, config_cls=NdLoraConfig, model_cls=NdLoraModel, prefix=PREFIX)

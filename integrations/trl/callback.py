@@ -17,13 +17,13 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 
-from ..peft.schedules import (
+from ..peft.layers.shared import Clock
+from ..peft.tuner.schedules import (
     add_penalty_gradients,
     after_step,
     check_schedules,
     set_schedules,
 )
-from ..peft.shared import Clock
 from .card import note_plot, note_recipe
 from .checks import (
     adapted_layers,

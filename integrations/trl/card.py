@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..peft.config import NdLoraConfig
+from ..peft.configuration.config import NdLoraConfig
 from ..peft.files.card import note_picture, note_training, write_model_card
 
 if TYPE_CHECKING:

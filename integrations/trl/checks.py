@@ -9,7 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..peft.layer import NdLoraLayer
+from ..peft.layers.layer import NdLoraLayer
 from .norms import whole
 
 __all__ = [

@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 
+from ..peft.exports.export import EXPORT_KINDS, export_adapter
 from ..peft.files.directories import check_new
-from ..peft.files.export import EXPORT_KINDS, export_adapter
 
 __all__ = ["EndExport", "make_export"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..peft.layer import NdLoraLayer
+from ..peft.layers.layer import NdLoraLayer
 
 __all__ = ["base_norm", "delta_norm", "update_norms", "whole"]
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import TrainerState
 
-from ..peft.shared import Clock
+from ..peft.layers.shared import Clock
 
 __all__ = ["check_resumed", "noted_schedules"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
 
-from ..peft.layer import NdLoraLayer
+from ..peft.layers.layer import NdLoraLayer
 from .checks import trained_factors
 
 __all__ = ["CoreOnly"]

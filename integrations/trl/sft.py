@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 
 from ..peft.choose import fields_within
-from ..peft.config import NdLoraConfig
-from ..peft.validation import fields_to_set
+from ..peft.configuration.config import NdLoraConfig
+from ..peft.configuration.validation import fields_to_set
 from .callback import NdLoraCallback, make_callback
 from .card import keep_model_card
 

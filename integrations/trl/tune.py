@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 
-from ..peft.config import NdLoraConfig
+from ..peft.configuration.config import NdLoraConfig
 from .callback import NdLoraCallback
 from .sft import Run, load_data, make_config, make_trainer, read_run
 

@@ -18,11 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins.errors import NdLoraValueError
 
-from ..peft.config import NdLoraConfig
-from ..peft.files.compress import low_rank_form
-from ..peft.files.stock import lora_config, lora_pair
+from ..peft.configuration.config import NdLoraConfig
+from ..peft.exports.compress import low_rank_form
+from ..peft.exports.stock import lora_config, lora_pair
 from ..peft.files.tensors import ADAPTER_FILE, save_tensors
-from ..peft.layer import NdLoraLayer
+from ..peft.layers.layer import NdLoraLayer
 from .norms import whole
 
 __all__ = ["lora_of", "sync_as_lora"]

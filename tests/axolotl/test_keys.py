@@ -110,7 +110,7 @@ def test_a_budget_chooses_the_method():
     from transformers import LlamaConfig
 
     from ndlora_plugins.integrations.peft.skeleton import model_on_meta
-    from ndlora_plugins.integrations.peft.targets import plan_model
+    from ndlora_plugins.integrations.peft.tuner.targets import plan_model
 
     model = model_on_meta(
         LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=16)

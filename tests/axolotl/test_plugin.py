@@ -21,7 +21,7 @@ from ndlora_plugins.integrations.axolotl import implicit
 from ndlora_plugins.integrations.axolotl.args import NdLoraBlock
 from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS
 from ndlora_plugins.integrations.axolotl.plugin import NdLoraPlugin
-from ndlora_plugins.integrations.peft.validation import fields_to_set
+from ndlora_plugins.integrations.peft.configuration.validation import fields_to_set
 from ndlora_plugins.integrations.trl import NdLoraCallback
 
 LEAST = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftConfig
 
-from ndlora_plugins.integrations.peft.targets import plan_model
+from ndlora_plugins.integrations.peft.tuner.targets import plan_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed

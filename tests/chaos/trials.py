@@ -26,7 +26,7 @@ PRELOAD = [
     "transformers.trainer",
     "trl.trainer.sft_trainer",
     "ndlora_plugins.commands.main",
-    "ndlora_plugins.integrations.peft.files.export",
+    "ndlora_plugins.integrations.peft.exports.export",
     "ndlora_plugins.integrations.trl.callback",
 ]
 MOST_KILLS = 3

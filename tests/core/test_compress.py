@@ -5,7 +5,7 @@ import torch
 
 from ndlora_plugins.adapter import plan_layer
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.compress import (
+from ndlora_plugins.integrations.peft.exports.compress import (
     RankTarget,
     low_rank_form,
     product_low_rank,

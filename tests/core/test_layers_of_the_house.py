@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 
 import pytest
@@ -33,6 +34,7 @@ HOSTS = {
     "ms_swift": {"peft"},
 }
 MOST_LINES_OF_A_MODULE = 350
+MOST_FILES_OF_A_ROOM = 10
 MOST_LINES_OF_THE_CORE = 2480  # the aim is 1,800
 RECORDS = ("methods", "starts", "schedules", "kernels")  # folders of the core that are not counted with it
 KNOW_METHODS = [
@@ -109,6 +111,11 @@ def test_no_module_imports_itself_by_way_of_others():
 @each_module
 def test_no_module_is_long(module):
     assert len(MODULES[module].read_text().splitlines()) <= MOST_LINES_OF_A_MODULE
+
+
+def test_no_room_of_pefts_is_crowded():
+    rooms = [path.parent for path in MODULES.values() if path.is_relative_to(ROOT / "integrations" / "peft")]
+    assert max(Counter(rooms).values()) <= MOST_FILES_OF_A_ROOM
 
 
 def test_the_core_is_small():

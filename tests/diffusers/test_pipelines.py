@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.diffusers import LORA_FILE, export_lora, load_adapter, save_adapter
-from ndlora_plugins.integrations.peft.files.export import LYCORIS_FILE, export_adapter
+from ndlora_plugins.integrations.peft.exports.export import LYCORIS_FILE, export_adapter
 
 pytest.importorskip("diffusers")
 step = pytest.mark.step

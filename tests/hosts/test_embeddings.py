@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 step = pytest.mark.step

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ndlora_plugins import NdLoraConfig, fused
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 
 METHODS = {
     "ndlinear": {"method": "ndlinear"},

@@ -308,7 +308,7 @@ def test_values_that_mean_nothing_are_accepted():
 
 
 def test_every_option_of_lora_config_is_ours_or_refused_with_a_reason():
-    from ndlora_plugins.integrations.peft.lora_keywords import _REFUSED
+    from ndlora_plugins.integrations.peft.configuration.lora_keywords import _REFUSED
 
     ours = {f.name for f in fields(NdLoraConfig)}
     unknown = {f.name for f in fields(LoraConfig)} - ours - set(_REFUSED)

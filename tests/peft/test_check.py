@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.check import check
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.check import check_adapter
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SOUND = {

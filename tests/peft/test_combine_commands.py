@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.main import app
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.cluster import cluster_units
-from ndlora_plugins.integrations.peft.combination import Combination
-from ndlora_plugins.integrations.peft.files.combine import combine_adapters
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.adapters.combine import combine_adapters
+from ndlora_plugins.integrations.peft.combining.cluster import cluster_units
+from ndlora_plugins.integrations.peft.combining.combination import Combination
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 
 # the two adapters' fields
 PAIRS = {

@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.export import export
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, read_adapter
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
 
 # adapter -> rank of its exact LoRA
 LOW_RANK = {

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.peft.files.base import NotInFilesError
-from ndlora_plugins.integrations.peft.files.export import export_adapter
 
 SIZES = {
     "hidden_size": 48,

@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
 SAVED = pathlib.Path(__file__).parents[1] / "data" / "first_release"
 ADAPTERS = sorted(path.name for path in SAVED.iterdir() if path.name != "base" and path.is_dir())

@@ -11,10 +11,10 @@ from torch import nn
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
-from ndlora_plugins.integrations.peft.kinds import ParamWrapper
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
+from ndlora_plugins.integrations.peft.layers.kinds import ParamWrapper
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 
 METHODS = {
     "ndlinear": {"method": "ndlinear"},

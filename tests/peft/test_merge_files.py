@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
 from ndlora_plugins.integrations.peft.files.base import NotInFilesError
-from ndlora_plugins.integrations.peft.files.export import export_adapter
 
 METHODS = {
     "ndlinear": {"method": "ndlinear", "lora_alpha": 3},

@@ -23,9 +23,11 @@ from ndlora_plugins import (
 )
 from ndlora_plugins.budget import make_budget
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft import plan_model, targets, weights
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft import plan_model
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
+from ndlora_plugins.integrations.peft.layers import weights
+from ndlora_plugins.integrations.peft.tuner import targets
 from ndlora_plugins.methods import Method
 from ndlora_plugins.methods.slora import slora
 from ndlora_plugins.registry import methods

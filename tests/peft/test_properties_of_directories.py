@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraError
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ADAPTERS = {

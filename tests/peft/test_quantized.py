@@ -14,8 +14,8 @@ from torch import nn
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft import weights
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.layers import weights
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 
 # the noise that stands for a training is of one size, so the scaling is, and the slices are taken as they are
 METHODS = {

@@ -22,9 +22,9 @@ from torch import nn
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 from ndlora_plugins.methods import Method
 from ndlora_plugins.methods.crossed import crossed
 from ndlora_plugins.structures import Chain

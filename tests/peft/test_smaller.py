@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.main import app
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
-from ndlora_plugins.integrations.peft.files.smaller import cut_adapter, prune_adapter
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.adapters.smaller import cut_adapter, prune_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 from ndlora_plugins.registry import methods
 
 # fields of what is pruned

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch._dynamo.testing import CompileCounter
 
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 from ndlora_plugins.schedules import Moment
 
 RANK = 8

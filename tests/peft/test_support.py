@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraError
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.registry import methods
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "support.md"

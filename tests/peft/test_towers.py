@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.plan import plan_from_model_config
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
-from ndlora_plugins.integrations.peft.targets import plan_model
+from ndlora_plugins.integrations.peft.tuner.targets import plan_model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 # target_modules -> the parts that are adapted, and whether it is warned of

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.budget import make_budget
-from ndlora_plugins.integrations.peft.targets import plan_model
+from ndlora_plugins.integrations.peft.tuner.targets import plan_model
 
 METHODS = {
     **{method: {"method": method} for method in REPRESENTATIVE},

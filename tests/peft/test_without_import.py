@@ -81,7 +81,7 @@ MODES = [
     ("import ndlora_plugins", {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, True),
     ("import ndlora_plugins; import torch", {}, True),
     ("from ndlora_plugins import NdLoraConfig", {"NDLORA_AUTOLOAD": "0"}, True),
-    ("import ndlora_plugins.integrations.peft.config", {}, True),
+    ("import ndlora_plugins.integrations.peft.configuration.config", {}, True),
 ]
 
 

@@ -9,8 +9,8 @@ from transformers import Trainer, TrainingArguments
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.smaller import cut_adapter, prune_adapter
-from ndlora_plugins.integrations.peft.layer import NdLoraLayer
+from ndlora_plugins.integrations.peft.adapters.smaller import cut_adapter, prune_adapter
+from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 from ndlora_plugins.integrations.trl import NdLoraCallback
 from ndlora_plugins.registry import schedules
 

@@ -14,8 +14,8 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
-from ndlora_plugins.integrations.peft.files.export import export_adapter
-from ndlora_plugins.integrations.peft.files.gguf import GGUF_FILE
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
+from ndlora_plugins.integrations.peft.exports.gguf import GGUF_FILE
 
 gguf = pytest.importorskip("gguf")
 

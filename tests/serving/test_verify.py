@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.main import app
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.serving.self_test import SELF_TEST_FILE, make_self_test
 from ndlora_plugins.integrations.serving.verify import verify_server
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.integrations.peft import measure_gradients
-from ndlora_plugins.integrations.peft.files.check import check_adapter
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.trl import NdLoraCallback
 
 FOLDER = pathlib.Path(__file__).parent

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft import measure_gradients
-from ndlora_plugins.integrations.peft.schedules import add_penalty_gradients, after_step
+from ndlora_plugins.integrations.peft.tuner.schedules import add_penalty_gradients, after_step
 from ndlora_plugins.integrations.trl import NdLoraCallback
 from ndlora_plugins.integrations.trl.checks import adapted_layers
 from ndlora_plugins.schedules import Ranks, Schedule

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.integrations.peft.files.export import export_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
 pytest.importorskip("trl")
 trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")

@@ -1,1 +1,1 @@
-"""Adapter directories, read and written without a model: their format, checks, exports, merging, model cards."""
+"""Adapter directories and base models as files, read and written without a model in memory."""

@@ -19,12 +19,12 @@ from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.starts.base import Seen
 from ndlora_plugins.structures.base import Factor
 
-from ..config import NdLoraConfig
-from ..fingerprint import FingerprintedLayer, compare_fingerprint
+from ..configuration.config import NdLoraConfig
+from ..configuration.validation import shorten
+from ..layers.weights import WeightForm
 from ..names import NAME
-from ..targets import largest, plan_form
-from ..validation import shorten
-from ..weights import WeightForm
+from ..tuner.fingerprint import FingerprintedLayer, compare_fingerprint
+from ..tuner.targets import largest, plan_form
 from .base import BaseFiles, NotInFilesError
 from .directories import local_directory
 from .format import (

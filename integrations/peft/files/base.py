@@ -13,8 +13,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ndlora_plugins.errors import NdLoraValueError
 
+from ..layers.weights import WeightForm, weight_form
 from ..skeleton import component_on_meta, config_of_model, model_on_meta
-from ..weights import WeightForm, weight_form
 from .directories import local_directory
 from .json_files import read_object, read_shards
 from .tensors import open_tensors

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from ndlora_plugins.errors import NdLoraWarning
 
+from ..configuration.validation import fields_to_set
 from ..names import METHOD_NAME, PREFIX
-from ..validation import fields_to_set
 from .tensors import ADAPTER_FILE
 
 __all__ = ["note_picture", "note_training", "write_model_card"]

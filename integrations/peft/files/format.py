@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..config import NdLoraConfig
+from ..configuration.config import NdLoraConfig
+from ..layers.shared import SHARED
+from ..layers.weights import WeightForm
 from ..names import PREFIX
-from ..shared import SHARED
-from ..weights import WeightForm
 from .json_files import check_layers, check_weight_forms
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.modes import MAX_FEATURES
 
-from ..validation import shorten
+from ..configuration.validation import shorten
 
 __all__ = ["check_fingerprint", "check_layers", "check_weight_forms", "read_object", "read_shards"]
 

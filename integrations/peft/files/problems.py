@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError, NdLoraWarning
 
-from ..config import NdLoraConfig
-from ..shared import index_problem
-from ..targets import plan_model
+from ..configuration.config import NdLoraConfig
+from ..layers.shared import index_problem
+from ..tuner.targets import plan_model
 from .adapter import AdapterReader, listed
 from .base import BaseFiles
 from .format import FROZEN, KEY_PREFIX, TOKEN_ROWS

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ndlora_plugins.adapter import LayerAdapter
 
-from ..config import SCHEMA_VERSION, NdLoraConfig
-from ..fingerprint import checksum
-from ..weights import WeightForm
+from ..configuration.config import SCHEMA_VERSION, NdLoraConfig
+from ..layers.weights import WeightForm
+from ..tuner.fingerprint import checksum
 from .format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
 from .tensors import ADAPTER_FILE, save_tensors
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
 
-from ..merging import add_and_round
-from .adapter import AdapterReader
-from .base import INDEX_FILE, BaseFiles, NotInFilesError
-from .format import KEY_PREFIX, TOKEN_ROWS
-from .tensors import open_tensors, save_tensors
+from ..files.adapter import AdapterReader
+from ..files.base import INDEX_FILE, BaseFiles, NotInFilesError
+from ..files.format import KEY_PREFIX, TOKEN_ROWS
+from ..files.tensors import open_tensors, save_tensors
+from ..layers.merging import add_and_round
 
 __all__ = ["MergedLayer", "merge_files"]
 

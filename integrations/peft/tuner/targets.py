@@ -17,13 +17,13 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 
-from .config import NdLoraConfig
-from .towers import SHORTHANDS, layers_of_part
-from .weights import (
+from ..configuration.config import NdLoraConfig
+from ..layers.weights import (
     WeightForm,
     quantization_backend,
     weight_form,
 )
+from .towers import SHORTHANDS, layers_of_part
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter

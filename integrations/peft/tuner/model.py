@@ -18,6 +18,12 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
 
+from ..configuration.config import NdLoraConfig
+from ..layers.kinds import LAYER_KINDS
+from ..layers.layer import NdLoraLayer
+from ..layers.shared import SHARED, Bank, Clock
+from ..measure import waits_for_gradients
+from ..names import PREFIX
 from .advice import warn_of_lopsided, warn_of_penalties, warn_of_targets
 from .checks import (
     check_bases,
@@ -25,14 +31,8 @@ from .checks import (
     check_recomputed,
     check_shared,
 )
-from .config import NdLoraConfig
-from .kinds import LAYER_KINDS
-from .layer import NdLoraLayer
-from .measure import waits_for_gradients
-from .names import PREFIX
 from .rows import check_rows
 from .schedules import Scheduled, check_plans, install
-from .shared import SHARED, Bank, Clock
 from .targets import (
     Planned,
     Target,
@@ -310,7 +310,7 @@ class NdLoraModel(Scheduled):
         Raises:
             NdLoraValueError: another combination type, or a sum that cannot be one adapter.
         """
-        from .combine import Combination, add_weighted
+        from ..combining.combine import Combination, add_weighted
 
         combination = Combination(combination_type, svd_rank, density, majority_sign_method)
         add_weighted(self, adapters, weights, adapter_name, combination)

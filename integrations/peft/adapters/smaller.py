@@ -18,15 +18,15 @@ from ndlora_plugins.schedules.base import Ranks
 from ndlora_plugins.schedules.choose import chosen_schedules
 from ndlora_plugins.starts.base import Seen
 
-from ..config import NdLoraConfig
-from ..targets import plan_form
-from ..training_fields import as_schedules
-from ..units import UNRESOLVED, added_by, select_units
-from .adapter import AdapterReader, ReadLayer
-from .base import BaseFiles
-from .directories import check_new, new_directory
-from .problems import check_sound
-from .write import NewLayer, write_adapter
+from ..combining.units import UNRESOLVED, added_by, select_units
+from ..configuration.config import NdLoraConfig
+from ..configuration.training_fields import as_schedules
+from ..files.adapter import AdapterReader, ReadLayer
+from ..files.base import BaseFiles
+from ..files.directories import check_new, new_directory
+from ..files.problems import check_sound
+from ..files.write import NewLayer, write_adapter
+from ..tuner.targets import plan_form
 
 __all__ = ["SmallerLayer", "SmallerReport", "cut_adapter", "prune_adapter"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ndlora_plugins.errors import BaseModelWarning, NdLoraValueError
 
-from .files.json_files import check_fingerprint
+from ..files.json_files import check_fingerprint
 
 __all__ = [
     "FingerprintedLayer",

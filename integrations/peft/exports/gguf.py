@@ -14,8 +14,8 @@ from transformers import PretrainedConfig
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 
-from .base import BaseFiles
-from .format import KEY_PREFIX
+from ..files.base import BaseFiles
+from ..files.format import KEY_PREFIX
 from .stock import StockAdapter
 
 __all__ = ["ARCHITECTURES", "GGUF_FILE", "write_gguf"]

@@ -18,13 +18,14 @@ from peft import LoKrConfig, LoraConfig
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 
 from ...serving.self_test import PROMPTS, make_self_test, write_self_test
-from .adapter import AdapterReader
+from ..adapters.smaller import cut_adapter
+from ..files.adapter import AdapterReader
+from ..files.directories import check_new, new_directory
+from ..files.problems import check_sound
+from ..files.tensors import ADAPTER_FILE, save_tensors
 from .compress import RankTarget
-from .directories import check_new, new_directory
 from .gguf import GGUF_FILE, write_gguf
 from .merge import merge_files
-from .problems import check_sound
-from .smaller import cut_adapter
 from .stock import (
     VLLM_RANKS,
     ExportedLayer,
@@ -32,7 +33,6 @@ from .stock import (
     to_lora,
     to_lycoris,
 )
-from .tensors import ADAPTER_FILE, save_tensors
 
 __all__ = ["EXPORT_KINDS", "LYCORIS_FILE", "ExportReport", "ExportedLayer", "export_adapter"]
 

@@ -13,9 +13,9 @@ import torch
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
 
-from ..validation import fields_to_set
-from .adapter import AdapterReader, ReadLayer
-from .problems import check_sound
+from ..configuration.validation import fields_to_set
+from ..files.adapter import AdapterReader, ReadLayer
+from ..files.problems import check_sound
 
 __all__ = ["AdapterDiff", "LayerDiff", "diff_adapters"]
 

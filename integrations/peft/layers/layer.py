@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.schedules.base import Ranks
 
-    from .targets import Planned
+    from ..tuner.targets import Planned
 
 __all__ = ["NdLoraLayer"]
 

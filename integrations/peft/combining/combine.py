@@ -11,6 +11,8 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from ndlora_plugins.errors import NdLoraValueError
 
+from ..configuration.config import NdLoraConfig
+from ..layers.layer import NdLoraLayer
 from .combination import (
     Combination,
     Part,
@@ -18,8 +20,6 @@ from .combination import (
     combine_configs,
     combine_parts,
 )
-from .config import NdLoraConfig
-from .layer import NdLoraLayer
 
 __all__ = ["Combination", "add_weighted"]
 

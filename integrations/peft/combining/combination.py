@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ndlora_plugins.methods import Method
     from ndlora_plugins.structures import Structure
 
-    from .config import NdLoraConfig
+    from ..configuration.config import NdLoraConfig
 
 __all__ = ["COMBINATIONS", "Combination", "Part", "Sum", "check_configs", "combine_configs", "combine_parts"]
 

@@ -14,21 +14,21 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.starts.base import Seen
 
-from ..checks import check_shared
-from ..config import NdLoraConfig
-from ..fingerprint import FingerprintedLayer, make_fingerprint
-from ..shared import Bank
+from ..configuration.config import NdLoraConfig
+from ..files.base import BaseFiles, NotInFilesError
+from ..files.directories import check_new, local_directory, new_directory
+from ..files.write import NewLayer, write_adapter
+from ..layers.shared import Bank
 from ..skeleton import config_of_model, model_on_meta
-from ..targets import (
+from ..tuner.checks import check_shared
+from ..tuner.fingerprint import FingerprintedLayer, make_fingerprint
+from ..tuner.targets import (
     Planned,
     fill_in_targets,
     layer_generator,
     matched_targets,
     plan_targets,
 )
-from .base import BaseFiles, NotInFilesError
-from .directories import check_new, local_directory, new_directory
-from .write import NewLayer, write_adapter
 
 __all__ = ["InitReport", "init_adapter"]
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
 
-from .config import NdLoraConfig
-from .layer import NdLoraLayer
+from ..configuration.config import NdLoraConfig
+from ..layers.layer import NdLoraLayer
+from ..layers.weights import base_weight
 from .targets import Planned
-from .weights import base_weight
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter

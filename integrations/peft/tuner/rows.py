@@ -9,7 +9,7 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
 
-from .config import NdLoraConfig
+from ..configuration.config import NdLoraConfig
 
 __all__ = ["check_rows"]
 

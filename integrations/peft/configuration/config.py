@@ -18,8 +18,8 @@ from peft.utils.peft_types import PeftType
 
 from ndlora_plugins.errors import NdLoraValueError
 
+from ..names import NAME, extend_enum
 from .lora_keywords import LoraKeywords, refuse_keywords
-from .names import NAME, extend_enum
 from .session import Session
 from .training_fields import TrainingFields
 from .validation import (
@@ -319,7 +319,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As PEFT's, but patterns keep their order; beside an adapter's file README.md is brought up to date too."""
-        from .files.card import write_model_card
+        from ..files.card import write_model_card
 
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory, CONFIG_NAME)
@@ -337,7 +337,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         directory = Path(pretrained_model_name_or_path, subfolder or "")
-        from .files.tensors import ADAPTER_FILE, check_adapter_file
+        from ..files.tensors import ADAPTER_FILE, check_adapter_file
 
         # a configuration may stand alone, and a pickle file is PEFT's affair: it loads tensors only from one
         if (directory / ADAPTER_FILE).is_file():

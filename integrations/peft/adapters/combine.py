@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
 
-from ..combination import (
+from ..combining.combination import (
     Combination,
     Part,
     Sum,
@@ -20,16 +20,16 @@ from ..combination import (
     combine_configs,
     combine_parts,
 )
-from ..config import NdLoraConfig
-from ..fingerprint import other_weights
-from ..targets import largest, plan_form
-from ..weights import WeightForm
-from .adapter import AdapterReader
-from .base import BaseFiles
-from .directories import check_new, new_directory
-from .format import KEY_PREFIX, TOKEN_ROWS
-from .problems import check_sound
-from .write import NewLayer, write_adapter
+from ..configuration.config import NdLoraConfig
+from ..files.adapter import AdapterReader
+from ..files.base import BaseFiles
+from ..files.directories import check_new, new_directory
+from ..files.format import KEY_PREFIX, TOKEN_ROWS
+from ..files.problems import check_sound
+from ..files.write import NewLayer, write_adapter
+from ..layers.weights import WeightForm
+from ..tuner.fingerprint import other_weights
+from ..tuner.targets import largest, plan_form
 
 __all__ = ["CombineReport", "combine_adapters"]
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from ndlora_plugins.errors import LopsidedModesWarning, NdLoraWarning, UnmatchedTargetWarning
 
-from .config import NdLoraConfig
-from .layer import NdLoraLayer
+from ..configuration.config import NdLoraConfig
+from ..layers.layer import NdLoraLayer
 from .targets import Planned
 from .towers import warn_of_towers
 

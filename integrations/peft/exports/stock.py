@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ndlora_plugins.errors import NdLoraValueError
 
-from ..config import NdLoraConfig
-from ..weights import WeightForm
-from .adapter import AdapterReader, ReadLayer
-from .base import BaseFiles
+from ..configuration.config import NdLoraConfig
+from ..files.adapter import AdapterReader, ReadLayer
+from ..files.base import BaseFiles
+from ..files.format import KEY_PREFIX
+from ..layers.weights import WeightForm
 from .compress import RankTarget, low_rank_form, relative_error
-from .format import KEY_PREFIX
 
 __all__ = [
     "VLLM_RANKS",

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraError, NdLoraWarning
 
-from .adapter import AdapterReader, listed
-from .base import BaseFiles
-from .directories import local_directory
-from .problems import find_problems
+from ..files.adapter import AdapterReader, listed
+from ..files.base import BaseFiles
+from ..files.directories import local_directory
+from ..files.problems import find_problems
 
 __all__ = ["CheckReport", "CheckedLayer", "check_adapter"]
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
 
-from .layer import NdLoraLayer
-from .outputs import watch_outputs
-from .training_fields import as_schedules
+from ..configuration.training_fields import as_schedules
+from ..layers.layer import NdLoraLayer
+from ..layers.outputs import watch_outputs
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter

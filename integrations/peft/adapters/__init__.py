@@ -1,0 +1,1 @@
+"""What is done to whole adapter directories: made, checked, compared, combined, made smaller."""

@@ -1,0 +1,1 @@
+"""Several adapters made one: of a model, or of directories."""

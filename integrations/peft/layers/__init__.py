@@ -1,0 +1,1 @@
+"""The adapted layers: one class a kind, their weights, what they share, merging."""
