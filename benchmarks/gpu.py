@@ -50,7 +50,7 @@ PARTS = (
     Part("starts", 1, ("start, ",)),
     Part("torch.compile in float32", 2, ("compiled, ", "float32")),
 )
-SHORTEST = 20  # seconds: with less left no part is begun
+SHORTEST = 45  # seconds: with less left no part is begun
 
 
 def main(
@@ -110,7 +110,7 @@ def _command(
         tests = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(KERNEL_TESTS)]
         return [sys.executable, *tests, *(("-k", "same_every_time") if quick else ())]
     # the rest of the time is for the imports, and for the case that is begun last
-    limits = ["--stop-after", str(0.7 * left), "--seconds", "0.01" if quick else "2"]
+    limits = ["--stop-after", str(max(left - 45, left / 2)), "--seconds", "0.01" if quick else "2"]
     options = [f"--only={only}" for only in part.only] + ["--quick"] * quick + ["--no-triton"] * (not triton)
     return [sys.executable, "-m", "benchmarks.speed", str(results), "--device", where.type, *limits, *options]
 
