@@ -55,12 +55,17 @@ lint: $(NEWEST_ENV)/.complete
 	$(NEWEST_ENV)/bin/ruff format --check --quiet commands integrations ndlora_plugins tests benchmarks examples
 	$(MAKE) types
 
-# basedpyright knows no package-dir: it looks at links to the packages as they are installed. Half a minute.
+# The packages as they are installed, by links.
+define LINKS
+	rm -rf .envs/$@
+	mkdir -p .envs/$@/ndlora_plugins
+	ln -s $(CURDIR)/pyproject.toml $(CURDIR)/ndlora_autoload.py $(CURDIR)/benchmarks .envs/$@
+	ln -s $(CURDIR)/ndlora_plugins/* $(CURDIR)/integrations $(CURDIR)/commands .envs/$@/ndlora_plugins
+endef
+
+# basedpyright knows no package-dir: it looks at links. Half a minute.
 types: $(NEWEST_ENV)/.complete  ## the types of everything that is installed
-	rm -rf .envs/types
-	mkdir -p .envs/types/ndlora_plugins
-	ln -s $(CURDIR)/pyproject.toml $(CURDIR)/ndlora_autoload.py .envs/types
-	ln -s $(CURDIR)/ndlora_plugins/* $(CURDIR)/integrations $(CURDIR)/commands .envs/types/ndlora_plugins
+	$(LINKS)
 	cd .envs/types && $(abspath $(NEWEST_ENV))/bin/basedpyright --pythonpath $(abspath $(NEWEST_ENV))/bin/python \
 		ndlora_autoload.py ndlora_plugins ndlora_plugins/*/
 
@@ -146,6 +151,12 @@ benchmark-speed: $(NEWEST_ENV)/.complete  ## what adapters cost: results in benc
 
 benchmark-quality: $(NEWEST_ENV)/.complete  ## what adapters learn, on DATA=gsm8k.jsonl: results in benchmarks/quality/results/
 	PYTHONPATH=$(CURDIR) $(NEWEST_ENV)/bin/python -m benchmarks.quality --results benchmarks/quality/results --data $(DATA) $(BENCHMARK_OPTIONS)
+
+# Nothing is fetched or installed: any PYTHON does that has what development.md names.
+.PHONY: gpu
+gpu:  ## the Triton kernels, layers, models and torch.compile on one GPU, 25 minutes at most; goes on where it was stopped
+	$(LINKS)
+	PYTHONPATH=$(CURDIR)/.envs/gpu $(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 # The servers have environments of their own. TRAINED is what `ndlora demo --method all --output` wrote.
 benchmark-serving: $(NEWEST_ENV)/.complete .envs/$(SERVER)/.complete  ## adapters in SERVER=vllm or llamacpp, from TRAINED: the tables of docs/serving.md

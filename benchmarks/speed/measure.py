@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.common import begin_peak, peak_memory
 
-__all__ = ["interleaved", "kept_bytes", "peak_bytes", "summary"]
+__all__ = ["interleaved", "kept_bytes", "peak_bytes", "summary", "timed"]
 
 
 def interleaved(
@@ -36,28 +36,30 @@ def interleaved(
             layers of a kind one after the other; a single call between others' finds nothing of its own in cache.
     """
 
-    def timed(work: Callable[[], object], calls: int = 1) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
-
     if warm_up:
         for work in works.values():
             work()
-    calls = math.ceil(turn / min(timed(work) for work in works.values())) if turn else 1
+    calls = math.ceil(turn / min(timed(work, device) for work in works.values())) if turn else 1
     times: dict[str, list[float]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < least or (time.perf_counter() < end and rounds < most):
         for name, work in works.items():
-            times[name].append(timed(work, calls))
+            times[name].append(timed(work, device, calls))
         rounds += 1
     return times
+
+
+def timed(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds a call, until the device has done its work too."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
 
 
 def summary(times: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
@@ -95,8 +97,10 @@ def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     """How far memory rises while `work` runs, of what `peak_memory` counts."""
+    if device.type == "cuda":
+        work()  # what is made once and stays: the workspace of its products, the optimizer's state
+    gc.collect()
     if device.type == "cpu":
-        gc.collect()
         with contextlib.suppress(
             OSError, AttributeError
         ):  # glibc only; or memory that was freed before counts as there

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from benchmarks.speed.bars import LAYER
 from benchmarks.speed.cases import DTYPES, LAYERS
-from benchmarks.speed.report import LAYER
 from benchmarks.speed.variants import ON_CUDA, OURS, VARIANTS
 
 __all__ = ["draw"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
@@ -88,13 +89,23 @@ def _triton(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
     """NdLinear by its Triton kernels. What forward takes, backward takes."""
     from ndlora_plugins.kernels.triton_modes import triton_mode_product
 
+    @contextlib.contextmanager
+    def kernels():
+        modes.others.append(triton_mode_product)
+        try:
+            yield
+        finally:
+            modes.others.remove(triton_mode_product)
+
     model = VARIANTS["NdLinear"](model, targets, rank)
-    model.register_forward_pre_hook(lambda *_: modes.others.append(triton_mode_product))
-    model.register_forward_hook(lambda *_: modes.others.remove(triton_mode_product), always_call=True)
+    # hooks of the whole model would not be called by `generate`
+    for name in ("forward", "generate"):
+        if hasattr(model, name):
+            setattr(model, name, kernels()(getattr(model, name)))
     return model
 
 
-# what is there on a GPU alone, beside VARIANTS
+# what is there on a GPU alone, beside VARIANTS. Not of crossed modes: theirs are too large for the kernels
 ON_CUDA = {"NdLinear, Triton": _triton}
 
 

@@ -1,8 +1,8 @@
 """The mode-wise product of two modes in Triton: one kernel forward, two backward, no intermediate in memory.
 
 Off unless `NDLORA_TRITON=1` is in the environment: the kernels agree with the other form in Triton's interpreter and
-compile for NVIDIA's sm_80 and sm_90, but they were never timed on a GPU. Where there is one,
-`python -m benchmarks.speed` times both forms.
+compile for NVIDIA's sm_80 and sm_90, but they were never timed on a GPU. Where there is one, `make gpu` tests them and
+times both forms.
 
 A block of tokens is read as a matrix with the rows (mode 1, token) and the columns mode 2. The same numbers in the
 same order are a matrix (mode 1, token mode 2), so that either mode is contracted for all tokens of the block by one

@@ -81,6 +81,19 @@ def test_the_variant_for_a_gpu_takes_the_triton_kernels_and_the_others_do_not():
     assert [isinstance(product, TritonModeProduct) for product in products] == [True, False]
 
 
+def test_generation_takes_the_kernels_too(make_llama, monkeypatch):
+    pytest.importorskip("triton")
+    from ndlora_plugins.kernels.triton_modes import TritonModeProduct
+
+    taken, forward = [], TritonModeProduct.forward
+    monkeypatch.setattr(TritonModeProduct, "forward", lambda *given: taken.append(1) or forward(*given))
+    tokens = torch.ones(1, 3, dtype=torch.long)
+    for variant, expected in (("NdLinear", 0), (*ON_CUDA, 2 * 2)):  # layers, tokens
+        model = adapt(variant, make_llama(), ["q_proj"]).eval()
+        model.generate(input_ids=tokens, max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=0)
+        assert len(taken) == expected
+
+
 def test_the_reference_is_the_kronecker_product():
     layer = shake(ReferenceNdLinear(torch.nn.Linear(24, 18, bias=False)))
     x = torch.randn(2, 5, 24)
