@@ -20,7 +20,7 @@ __all__ = ["Row", "front", "page", "recipe_table", "rows", "sweep_table", "table
 BASELINE = "lora-r8"
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
-_GENERATED = re.compile(r"(<!-- (\w+) (\w+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+_GENERATED = re.compile(r"(<!-- (\w+) ([\w-]+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
