@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from ndlora_plugins.integrations.trl import NdLoraCallback
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 # what a user switches on in SFTConfig -> form of the data, further arguments
 WAYS = {
     "plain": ("text", {"max_length": 64}),
@@ -132,3 +135,12 @@ def test_added_chat_tokens_train_and_are_saved(method, train, base, tokenizer, l
     reloaded = PeftModel.from_pretrained(model, tmp_path / "adapter")
     tokens = [5, 20, trainer.processing_class.convert_tokens_to_ids("<|turn|>"), 47]
     torch.testing.assert_close(logits_of(reloaded, tokens), logits_of(trainer.model, tokens))
+
+
+def test_the_example(base, tmp_path):
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"{k} and two is", "completion": f" {k + 2}."} for k in range(40)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    main = runpy.run_path(str(EXAMPLES / "trl_sft.py"))["main"]
+    before, after, model = main([base, str(data), "--steps", "20", "--output", str(tmp_path / "adapter")])
+    assert after < before and model.peft_config["default"].peft_type == "NDLORA"
