@@ -99,6 +99,17 @@ def test_train_and_resume(swift, options, fields_of, method, tmp_path, monkeypat
     assert state["global_step"] == 4
 
 
+def test_the_example(swift, options, tmp_path, monkeypatch):
+    from swift.cli.main import parse_yaml_args
+
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    words = [str(pathlib.Path(__file__).parents[2] / "examples" / "ms_swift.yml")]
+    parse_yaml_args(words)  # what `swift sft FILE` does; the flags behind it are for this tiny model
+    swift.sft_main([*words, *options(tmp_path / "out", num_train_epochs=1, gradient_accumulation_steps=1)])
+    saved = adapter(tmp_path / "out" / "checkpoint-2")
+    assert (saved["peft_type"], saved["method"]) == ("NDLORA", "crossed")
+
+
 @step("train, save, load, continue, merge, export", host="ms-swift", method="crossed")
 def test_what_is_trained_is_used(swift, options, tiny, tmp_path):
     from peft import PeftModel
