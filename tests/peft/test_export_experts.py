@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, HrmTextConfig, MixtralConfig, Qwen3MoeConfig
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
@@ -115,3 +115,14 @@ def test_quantised_experts_have_no_place_in_the_files(saved, tmp_path):
     ):
         export_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_the_files_join_leave_as_lora_and_are_not_merged(tmp_path):
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = AutoModelForCausalLM.from_config(HrmTextConfig(**sizes, vocab_size=64, num_hidden_layers=2))
+    model.save_pretrained(tmp_path / "base")
+    get_peft_model(model, NdLoraConfig(target_modules=["gate_proj"])).save_pretrained(tmp_path / "adapter")
+    base = str(tmp_path / "base")
+    assert export_adapter(tmp_path / "adapter", tmp_path / "lora", base=base, any_size=True).layers
+    with pytest.raises(NotInFilesError, match="joins several layers in a tensor, load it with its adapter"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=base)

@@ -148,7 +148,11 @@ class BaseFiles:
             return {whole: value}
         if not isinstance(self.model, PreTrainedModel):  # diffusers' are stored as they are
             raise self._not_in_files(parameter)
-        parts = revert_weight_conversion(self.model, {self.full_name(parameter): value})
+        try:
+            parts = revert_weight_conversion(self.model, {self.full_name(parameter): value})
+        except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            # one that is made of several, say: it cannot be turned back alone
+            raise self._not_in_files(parameter) from error
         if not parts.keys() <= self.shards.keys() or sum(map(Tensor.numel, parts.values())) != value.numel():
             raise self._not_in_files(parameter)
         return parts
@@ -210,7 +214,8 @@ class BaseFiles:
         if stored.shape != tuple(expected) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise NotInFilesError(
                 f"The weight of layer {name!r} is stored as {dtype} {list(stored.shape)} in {self.directory}, "
-                f"not as {list(expected)} in 16 or 32 bit: a quantised model? Name the model that it was made from."
+                f"not as {list(expected)} in 16 or 32 bit. Of a quantised model, name the one that it was made from; of "
+                f"one that joins several layers in a tensor, load it with its adapter and call merge_and_unload()."
             )
 
 
