@@ -214,8 +214,8 @@ class BaseFiles:
         if stored.shape != tuple(expected) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise NotInFilesError(
                 f"The weight of layer {name!r} is stored as {dtype} {list(stored.shape)} in {self.directory}, "
-                f"not as {list(expected)} in 16 or 32 bit. Of a quantised model, name the one that it was made from; of "
-                f"one that joins several layers in a tensor, load it with its adapter and call merge_and_unload()."
+                f"not as {list(expected)} in 16 or 32 bit. Of a quantised model, name the one that it was made from; "
+                f"of one that joins several layers in a tensor, load it with its adapter and call merge_and_unload()."
             )
 
 
