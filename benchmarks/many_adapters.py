@@ -8,7 +8,6 @@ they are loaded into vLLM instead, and the page gains that section.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -30,6 +29,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_json
+from benchmarks.serving.servers import VLLM_SETTINGS, environment_with, versions_in
 from ndlora_plugins import NdLoraConfig, hotswap_adapter
 from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
@@ -151,18 +151,12 @@ def measure_vllm(scratch: Path, python: Path, layers: int) -> dict[str, Any]:
             "new": NEW,
         }
         command = [str(python), str(Path(__file__).with_name("serving") / "many.py"), json.dumps(given)]
-        environment = {
-            **os.environ,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+        said = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=environment_with(VLLM_SETTINGS)
+        ).stdout
         found = next(line for line in said.splitlines() if line.startswith('{"empty"'))  # vLLM prints too
         kinds[name] = {"rank": rank, **json.loads(found)}
-    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    said = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return {"adapters": IN_VLLM, "version": said.strip(), "kinds": kinds}
+    return {"adapters": IN_VLLM, "version": versions_in(python, ["vllm-cpu"])["vllm-cpu"], "kinds": kinds}
 
 
 def _make(directory: Path, name: str, adapters: int, layers: int) -> list[Path]:

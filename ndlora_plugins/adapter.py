@@ -96,17 +96,17 @@ class LayerAdapter:
     @property
     def num_parameters(self) -> int:
         """Trainable numbers of this layer's own."""
-        return self._count(self.trained)
+        return self.count_own(self.trained)
 
     @property
     def num_frozen(self) -> int:
         """Numbers of its own, held beside the trainable ones."""
-        return self._count(self.frozen)
+        return self.count_own(self.frozen)
 
     @property
     def num_saved(self) -> int:
         """Numbers of its own in the adapter file."""
-        return self.num_parameters + self._count(self.frozen_in_file)
+        return self.num_parameters + self.count_own(self.frozen_in_file)
 
     @property
     def frozen_in_file(self) -> tuple[Factor, ...]:
@@ -118,7 +118,8 @@ class LayerAdapter:
         keys = dict(self.shared)
         return {keys[factor.name]: factor.numel for factor in factors if factor.name in keys}
 
-    def _count(self, factors: tuple[Factor, ...]) -> int:
+    def count_own(self, factors: tuple[Factor, ...]) -> int:
+        """Numbers of those of these that no other layer shares."""
         shared = {name for name, _ in self.shared}
         return sum(factor.numel for factor in factors if factor.name not in shared)
 

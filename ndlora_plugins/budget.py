@@ -67,9 +67,8 @@ class Budget:
         own = 0
         for row in self.rows:
             factors = getattr(row.adapter, which)
-            sizes = row.adapter.shared_sizes(factors)
-            shared |= sizes
-            own += row.count * (sum(factor.numel for factor in factors) - sum(sizes.values()))
+            shared |= row.adapter.shared_sizes(factors)
+            own += row.count * row.adapter.count_own(factors)
         return own + sum(shared.values())
 
     @property

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 import typer
 
 from benchmarks.common import write_json
-from benchmarks.serving.servers import SERVERS, Server
+from benchmarks.serving.servers import SERVERS, Server, versions_in
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.serving.verify import verify_server
@@ -93,7 +93,7 @@ def measure(
     return {
         "server": server.name,
         "versions": {
-            **_versions(python, server.packages),
+            **versions_in(python, server.packages),
             "peft": version("peft"),
             "torch": version("torch"),
         },
@@ -150,12 +150,6 @@ def _post(url: str, body: dict[str, Any]) -> None:
     urlopen(
         Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"}), timeout=300
     ).close()
-
-
-def _versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    said = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True).stdout
-    return dict(zip(packages, said.split(), strict=True))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ Its argument is JSON, what `main` takes; so is a line that it prints, {"empty": 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
 
 def main(base: str, adapters: list[str], rank: int, slots: int, prompt: list[list[int]], new: int) -> None:
@@ -55,21 +53,11 @@ def main(base: str, adapters: list[str], rank: int, slots: int, prompt: list[lis
 
 
 def resident() -> int:
-    """Bytes of private memory of this process and those that it started: Pss of /proc, shared pages once."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    own, found = {os.getpid()}, 0
-    while found != len(own):
-        found = len(own)
-        own |= {process for process, parent in parents.items() if parent in own}
-    lines = (
-        line for process in own for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    )
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    """Bytes of this process and those that it started, a page that several share in parts."""
+    import psutil
+
+    own = psutil.Process()
+    return sum(process.memory_full_info().pss for process in (own, *own.children(recursive=True)))
 
 
 if __name__ == "__main__":

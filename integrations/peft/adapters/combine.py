@@ -182,8 +182,8 @@ def _others(
                 owner[key], carried[key] = name, value
                 continue
             module = key.removeprefix(KEY_PREFIX).removesuffix(TOKEN_ROWS)
-            if files is not None:  # it is: there are rows
-                embeddings.setdefault(key, files.weight(module).T)  # (tokens, features)
+            if files is not None and key not in embeddings:  # it is not None: there are rows
+                embeddings[key] = files.weight(module).T  # (tokens, features)
             rows = changes.setdefault(key, {})
             for index, row in zip(reader.token_indices(key), value, strict=True):
                 original = embeddings[key][index].to(row.dtype)

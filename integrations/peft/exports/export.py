@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoKrConfig, LoraConfig
@@ -20,6 +21,7 @@ from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ...serving.self_test import PROMPTS, make_self_test, write_self_test
 from ..adapters.smaller import cut_adapter
 from ..files.adapter import AdapterReader
+from ..files.base import BaseFiles
 from ..files.directories import check_new, new_directory
 from ..files.problems import check_sound
 from ..files.tensors import ADAPTER_FILE, save_tensors
@@ -148,8 +150,8 @@ def export_adapter(
     with new_directory(output) as directory:
         if probes:
             write_self_test(probes, directory)
-        if files is not None and to == "merged":
-            merged = merge_files(reader, files, directory)
+        if to == "merged":
+            merged = merge_files(reader, cast(BaseFiles, files), directory)
             layers = tuple(
                 ExportedLayer(layer.name, "merged", layer.parameters, layer.lost) for layer in merged
             )
@@ -161,8 +163,8 @@ def export_adapter(
                 stock = to_lora(reader, files, target, dtype, any_size=any_size)
             layers, notes, largest_rank = stock.layers, (), stock.config.r
             experts = bool(getattr(stock.config, "target_parameters", None))
-            if files is not None and to == "gguf":
-                write_gguf(stock, files, directory / GGUF_FILE)
+            if to == "gguf":
+                write_gguf(stock, cast(BaseFiles, files), directory / GGUF_FILE)
             elif to == "lycoris":
                 save_tensors(to_lycoris(stock), directory / LYCORIS_FILE)
             else:
