@@ -5,6 +5,7 @@ heavy is imported until a name below is used.
 """
 
 from importlib import import_module
+from typing import Any
 
 from ndlora_autoload import install
 
@@ -19,24 +20,16 @@ _PUBLIC = {
     "register_plugin": "ndlora_plugins.registry",
     "unregister_plugin": "ndlora_plugins.registry",
 }
-__all__ = [
-    "NdLoraConfig",
-    "NdLoraModel",
-    "hookimpl",
-    "hotswap_adapter",
-    "measure_gradients",
-    "register_plugin",
-    "unregister_plugin",
-]
+__all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -52,33 +51,29 @@ class LayerAdapter:
         return self.method.structure(self.layout)
 
     @cached_property
-    def update(self) -> Structure:
-        """The form of what is added to the layer: dW, or with the anchor its change since the start."""
-        if self.anchor == "snapshot":
-            return self.structure.changed(frozenset(factor.name for factor in self.trained))
-        return self.structure
+    def _trained_names(self) -> frozenset[str]:
+        names = [factor.name for factor in self.structure.factors]
+        return self.method.trained_names(self.layout.options, names)
 
     @cached_property
     def trained(self) -> tuple[Factor, ...]:
         """The factors that train."""
-        names = self.method.trained_names(self.layout.options)
-        return tuple(factor for factor in self.structure.factors if names is None or factor.name in names)
+        return tuple(factor for factor in self.structure.factors if factor.name in self._trained_names)
 
     @cached_property
     def frozen(self) -> tuple[Factor, ...]:
         """The tensors held beside them: factors that do not train, or the start."""
-        trained = frozenset(factor.name for factor in self.trained)
         if self.anchor == "snapshot":
-            names = self.structure.start_factors(trained)
+            names = self.structure.start_factors(self._trained_names)
             return tuple(factor for factor in self.structure.factors if factor.name in names)
-        return tuple(factor for factor in self.structure.factors if factor.name not in trained)
+        return tuple(factor for factor in self.structure.factors if factor not in self.trained)
 
     @property
     def recomputed(self) -> bool:
         """Whether `frozen` is made again from the base weight or a seed at load, so that it need not be saved."""
         return bool(self.frozen) and not self.save_frozen and self.start.recomputes(bool(self.shared))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # methods and starts travel by name: they are code, and may come from a plugin
         return _planned, (
             self.method.name,
@@ -90,18 +85,13 @@ class LayerAdapter:
             self.save_frozen,
         )
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerAdapter:
         return self
 
     @property
     def num_parameters(self) -> int:
         """Trainable numbers of this layer's own."""
         return self.count_own(self.trained)
-
-    @property
-    def num_frozen(self) -> int:
-        """Numbers of its own, held beside the trainable ones."""
-        return self.count_own(self.frozen)
 
     @property
     def num_saved(self) -> int:
@@ -125,8 +115,10 @@ class LayerAdapter:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the update of one token, forward."""
-        return self.update.multiply_adds
+        """Multiply-adds of the update for one token, forward."""
+        if self.anchor == "snapshot":
+            return self.structure.changed(self._trained_names).multiply_adds
+        return self.structure.multiply_adds
 
     def initialize(
         self, seen: Seen | None = None, generator: Generator | None = None
@@ -146,9 +138,9 @@ class LayerAdapter:
                 raise NdLoraValueError(
                     f"init_lora_weights={self.start.name!r} reads the {name}, and there is none."
                 )
-        trains = frozenset(factor.name for factor in self.trained)
         with torch.no_grad():
-            values = self.start.function(self.structure, trains, seen, generator) | dict(seen.shared)
+            values = self.start.function(self.structure, self._trained_names, seen, generator)
+            values |= seen.shared
         shapes = {factor.name: factor.shape for factor in self.structure.factors}
         given = {name: tuple(value.shape) for name, value in values.items()}
         if given != shapes:
@@ -156,31 +148,33 @@ class LayerAdapter:
                 f"init_lora_weights={self.start.name!r} gives the factors {given}, and method={self.method.name!r} has "
                 f"{shapes}. The start must give every factor, in its shape."
             )
-        frozen = {factor.name: values[factor.name] for factor in self.frozen}
-        if self.anchor == "snapshot":
-            return {factor.name: torch.zeros_like(values[factor.name]) for factor in self.trained}, frozen
-        return {factor.name: values[factor.name] for factor in self.trained}, frozen
+        return self._held(values)
 
     def zeros(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(trained, frozen) as `initialize` makes them, of zeros: for values that come from elsewhere."""
-        made = [
-            {
-                factor.name: torch.zeros(
-                    factor.shape, dtype=torch.float32 if factor.indices is None else torch.long
-                )
-                for factor in factors
-            }
-            for factors in (self.trained, self.frozen)
-        ]
-        return made[0], made[1]
+        """Make `(trained, frozen)` as `initialize` does, of zeros: for values that come from elsewhere."""
+        dtypes = {f.name: torch.float32 if f.indices is None else torch.long for f in self.structure.factors}
+        return self._held(
+            {f.name: torch.zeros(f.shape, dtype=dtypes[f.name]) for f in self.structure.factors}
+        )
+
+    def _held(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(trained, frozen) where the factors start with these values."""
+        trained = {factor.name: values[factor.name] for factor in self.trained}
+        if self.anchor == "snapshot":
+            trained = {name: torch.zeros_like(value) for name, value in trained.items()}
+        return trained, {factor.name: values[factor.name] for factor in self.frozen}
 
     # Those below leave the scaling to the host, which may have changed it since (PEFT's `set_scale`). `ranks` is
     # given in training alone, by schedules that show a part of them.
 
-    def apply(self, trained: Factors, frozen: Factors, x: Tensor, ranks: Ranks | None = None) -> Tensor:
-        """dW x for x (..., in_features) -> (..., out_features), without scaling."""
-        update, factors = self.factors(trained, frozen, ranks)
-        return update.apply(factors, x)
+    def update(
+        self, trained: Factors, frozen: Factors, ranks: Ranks | None = None
+    ) -> tuple[Structure, Factors]:
+        """The structure of what is added to the layer, and its factors: dW, or with the anchor its change."""
+        structure, trained, frozen = self._visible(trained, frozen, ranks)
+        if self.anchor == "snapshot":
+            return structure.changed(frozenset(trained)), structure.change(frozen, trained)
+        return structure, {**frozen, **trained}
 
     def add_update(
         self,
@@ -195,7 +189,7 @@ class LayerAdapter:
         """output + scaling * dW x; see `fused.add_product`."""
         found = self._product(trained, frozen, ranks)
         if found is None:
-            update, factors = self.factors(trained, frozen, ranks)
+            update, factors = self.update(trained, frozen, ranks)
             floating = [value for value in factors.values() if value.is_floating_point()]
             dtype = compute_dtype(x, floating, torch.is_autocast_enabled(x.device.type))
             y = update.apply(cast_factors(factors, dtype), x.to(dtype))
@@ -218,34 +212,10 @@ class LayerAdapter:
             return self.add_update(F.linear(x, weight, bias), trained, frozen, x, scaling, ranks=ranks)
         return linear_with_product(*found, weight, bias, x, scaling)
 
-    def lookup(
-        self, trained: Factors, frozen: Factors, indices: Tensor, ranks: Ranks | None = None
-    ) -> Tensor:
-        """Columns of dW for integer indices (...) -> (..., out_features), without scaling."""
-        update, factors = self.factors(trained, frozen, ranks)
-        return update.lookup(factors, indices)
-
-    def convolve(
-        self,
-        trained: Factors,
-        frozen: Factors,
-        x: Tensor,
-        convolution: Callable[[Tensor, Tensor], Tensor],
-        ranks: Ranks | None = None,
-    ) -> Tensor:
-        """The convolution of x (batch, in_channels, *size) with dW, without scaling; see `Structure.convolve`."""
-        update, factors = self.factors(trained, frozen, ranks)
-        return update.convolve(factors, x, convolution)
-
     def delta(self, trained: Factors, frozen: Factors, ranks: Ranks | None = None) -> Tensor:
         """dW as a matrix (out_features, in_features), without scaling."""
-        update, factors = self.factors(trained, frozen, ranks)
+        update, factors = self.update(trained, frozen, ranks)
         return update.delta(factors)
-
-    def low_rank(self, trained: Factors, frozen: Factors) -> tuple[Tensor, Tensor] | None:
-        """(down, up) with dW = up @ down exactly, or None where there is no such form; without scaling."""
-        update, factors = self.factors(trained, frozen)
-        return update.low_rank(factors)
 
     def delta_norm(self, trained: Factors, frozen: Factors) -> float:
         """||dW||_F without scaling, in float64 (float32 on devices that have none) and without gradients.
@@ -253,19 +223,10 @@ class LayerAdapter:
         dW is not formed where the structure has a cheaper exact way. Waits for the device.
         """
         with torch.no_grad():
-            update, factors = self.factors(trained, frozen)
+            update, factors = self.update(trained, frozen)
             device = next(iter(factors.values())).device.type
             wide = torch.float32 if device == "mps" else torch.float64
             return float(update.norm(cast_factors(factors, wide)))
-
-    def factors(
-        self, trained: Factors, frozen: Factors, ranks: Ranks | None = None
-    ) -> tuple[Structure, Factors]:
-        """The structure of what is added to the layer, and its factors."""
-        structure, trained, frozen = self._visible(trained, frozen, ranks)
-        if self.anchor == "snapshot":
-            return structure.changed(frozenset(trained)), structure.change(frozen, trained)
-        return structure, {**frozen, **trained}
 
     def _product(
         self, trained: Factors, frozen: Factors, ranks: Ranks | None

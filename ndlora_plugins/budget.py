@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.structures.base import LOPSIDED_RATIO
+from ndlora_plugins.structures.base import LOPSIDED_RATIO, Factor
 
 __all__ = ["Budget", "BudgetRow", "check_size", "make_budget"]
 
@@ -61,27 +61,27 @@ class Budget:
     def layers(self) -> int:
         return sum(row.count for row in self.rows)
 
-    def _numbers(self, which: str) -> int:
-        """Of the factors of all layers that `which` names; a tensor that layers share counts once."""
+    def _numbers(self, factors_of: Callable[[LayerAdapter], tuple[Factor, ...]]) -> int:
+        """Numbers in these factors of all layers; a tensor that layers share counts once."""
         shared: dict[str, int] = {}
         own = 0
         for row in self.rows:
-            factors = getattr(row.adapter, which)
+            factors = factors_of(row.adapter)
             shared |= row.adapter.shared_sizes(factors)
             own += row.count * row.adapter.count_own(factors)
         return own + sum(shared.values())
 
     @property
     def parameters(self) -> int:
-        return self._numbers("trained")
+        return self._numbers(lambda adapter: adapter.trained)
 
     @property
     def saved(self) -> int:
-        return self.parameters + self._numbers("frozen_in_file")
+        return self.parameters + self._numbers(lambda adapter: adapter.frozen_in_file)
 
     @property
     def frozen(self) -> int:
-        return self._numbers("frozen")
+        return self._numbers(lambda adapter: adapter.frozen)
 
     @property
     def multiply_adds(self) -> int:
@@ -147,7 +147,7 @@ def check_size(adapter: LayerAdapter, layer: str) -> None:
     Raises:
         NdLoraValueError: it holds more than 2**20 numbers and more than 16 times those of the weight.
     """
-    numbers = adapter.num_parameters + adapter.num_frozen
+    numbers = adapter.num_parameters + adapter.count_own(adapter.frozen)
     layout = adapter.layout
     weight = layout.in_features * layout.out_features
     if numbers > max(_ALWAYS_ALLOWED, _LARGEST_RATIO * weight):

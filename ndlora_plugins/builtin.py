@@ -2,6 +2,7 @@
 
 from ndlora_plugins.hookspecs import hookimpl
 from ndlora_plugins.kernels.switch import switch_on
+from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.contractions import random_tucker, tensor_ring, tensor_train, tucker
 from ndlora_plugins.methods.crossed import crossed
 from ndlora_plugins.methods.einsum import einsum
@@ -12,16 +13,18 @@ from ndlora_plugins.methods.nlora import nlora
 from ndlora_plugins.methods.one_side import columns, ffa_lora, mica, rows, sora, tiled
 from ndlora_plugins.methods.shared import metatt, nola, shared_core, shared_crossed, shared_diagonal
 from ndlora_plugins.methods.slora import slora
+from ndlora_plugins.schedules.base import Schedule
 from ndlora_plugins.schedules.penalties import group_lasso, keep_close, sparse_ranks
 from ndlora_plugins.schedules.ranks import nested_rank, ordered_dropout
 from ndlora_plugins.schedules.refactor import anneal_rank, reorthogonalise
 from ndlora_plugins.starts import any, chain, contractions, modes, sides
+from ndlora_plugins.starts.base import Start
 
 switch_on()
 
 
 @hookimpl
-def ndlora_methods():
+def ndlora_methods() -> list[Method]:
     return [
         *(crossed, ndlinear, slora, nlora, inttune),
         *(lora_xs, lora_sb, svfit, loldu, rows, columns, ffa_lora, mica, tiled, sora),
@@ -31,12 +34,12 @@ def ndlora_methods():
 
 
 @hookimpl
-def ndlora_starts():
+def ndlora_starts() -> list[Start]:
     return [*modes.starts, *chain.starts, *sides.starts, *contractions.starts, *any.starts]
 
 
 @hookimpl
-def ndlora_schedules():
+def ndlora_schedules() -> list[Schedule]:
     return [
         *(nested_rank, ordered_dropout, anneal_rank),
         *(sparse_ranks, group_lasso, keep_close, reorthogonalise),

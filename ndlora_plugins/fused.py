@@ -8,6 +8,7 @@ intermediates kept for backward. A `Product` adds into what is there instead, an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class Product:
 
     def backward(
         self,
-        kept: Kept,
+        kept: Sequence[Tensor],
         tensors: Sequence[Tensor],
         grad: Tensor,
         needs: Sequence[bool],
@@ -139,7 +140,16 @@ class _Update(torch.autograd.Function):
     """F.linear(x, weight, bias) if there is a weight, or else `output` itself, plus scaling * dW x."""
 
     @staticmethod
-    def forward(ctx, product, scaling, weight, bias, output, x, *tensors):
+    def forward(
+        ctx: Any,
+        product: Product,
+        scaling: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        output: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
         needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
         tokens = x.reshape(-1, product.in_features)
         if weight is not None:
@@ -156,18 +166,25 @@ class _Update(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         weight, *saved = ctx.saved_tensors
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
-        needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
         grad_x, grads = None, [None] * ctx.count
-        if needs_x or True in needs:  # else `output` alone needs its gradient
+        if True in ctx.needs_input_grad[5:]:  # else `output` alone needs its gradient
             backward = _differentiable_backward if torch.is_grad_enabled() else _backward
-            grad_x, grads = backward(ctx, grad, weight, tensors, kept, needs, needs_x)
+            grad_x, grads = backward(ctx, grad, weight, tensors, kept)
         return None, None, None, None, grad if ctx.needs_input_grad[4] else None, grad_x, *grads
 
 
-def _forward(product, scaling, result, shape, tokens, tensors, needs):
+def _forward(
+    product: Product,
+    scaling: float,
+    result: Tensor | None,
+    shape: Sequence[int],
+    tokens: Tensor,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Kept]:
     """`Product.forward` for a result (..., out_features)."""
     if result is None:
         result, kept = product.forward(tokens, tensors, needs, None, scaling)
@@ -176,7 +193,10 @@ def _forward(product, scaling, result, shape, tokens, tensors, needs):
     return result, product.forward(tokens, tensors, needs, result.view(-1, product.out_features), scaling)[1]
 
 
-def _backward(ctx, grad, weight, tensors, kept, needs, needs_x):
+def _backward(
+    ctx: Any, grad: Tensor, weight: Tensor | None, tensors: Sequence[Tensor], kept: Sequence[Tensor]
+) -> tuple[Tensor | None, Gradients]:
+    needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
     # (..., out) -> (tokens, out); (..., in) -> (tokens, in)
     grad = grad.reshape(-1, ctx.product.out_features)
     kept = [value.reshape(-1, value.shape[-1]) for value in kept]
@@ -185,8 +205,11 @@ def _backward(ctx, grad, weight, tensors, kept, needs, needs_x):
     return None if grad_x is None else grad_x.view(ctx.shape), grads
 
 
-def _differentiable_backward(ctx, grad, weight, tensors, kept, needs, needs_x):
+def _differentiable_backward(
+    ctx: Any, grad: Tensor, weight: Tensor | None, tensors: Sequence[Tensor], kept: Sequence[Tensor]
+) -> tuple[Tensor | None, Gradients]:
     """The same out of plain autograd, for `create_graph=True`."""
+    needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6:]
     if ctx.keeps_x:
         x = kept[0]
     elif any(needs):
@@ -200,8 +223,8 @@ def _differentiable_backward(ctx, grad, weight, tensors, kept, needs, needs_x):
     y = ctx.scaling * ctx.product.plain(x, [tensor.to(x.dtype) for tensor in tensors])
     found = list(torch.autograd.grad(y, wanted, grad, create_graph=True))
     grad_x = found.pop(0) if needs_x else None
-    if weight is not None:
-        grad_x = grad_x + grad @ weight
+    if weight is not None:  # kept where x needs its gradient
+        grad_x = grad @ weight if grad_x is None else grad_x + grad @ weight
     return grad_x, [found.pop(0) if need else None for need in needs]
 
 
@@ -228,7 +251,15 @@ def _is_transforming() -> bool:
     return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
 
 
-def _run(product, tensors, weight, bias, output, x, scaling):
+def _run(
+    product: Product,
+    tensors: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    x: Tensor,
+    scaling: float,
+) -> Tensor:
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (output, x, *tensors)
     ):
@@ -266,7 +297,15 @@ def add_product(
     return _add(product, tensors, output, x, scaling, in_place, dtype)
 
 
-def _add(product, tensors, output, x, scaling, in_place, dtype):
+def _add(
+    product: Product,
+    tensors: Sequence[Tensor],
+    output: Tensor,
+    x: Tensor,
+    scaling: float,
+    in_place: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     """`add_product`, computed in `dtype`."""
     given = output.dtype
     x = x.to(dtype)

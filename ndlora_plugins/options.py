@@ -38,9 +38,7 @@ class AdapterOptions:
     def reads_base(self) -> bool:
         """Whether frozen tensors are made again from the base weight at load; see `LayerAdapter.recomputed`."""
         names, trained = self.method.factor_names(self.options), self.method.trained_names(self.options)
-        frozen = (
-            len(names) > 1 if self.anchor == "snapshot" else trained is not None and set(trained) < set(names)
-        )
+        frozen = len(names) > 1 if self.anchor == "snapshot" else len(trained) < len(names)
         recomputes = self.start.recomputes(self.method.shared is not None)
         return frozen and recomputes and not self.save_frozen and "weight" in self.start.reads
 
@@ -75,9 +73,7 @@ def adapter_options(
     if alpha is None:
         alpha = start.alpha or rank
     if anchor is None:
-        names = found.factor_names(chosen)
-        trained = found.trained_names(chosen)
-        at_zero = start.zero_factors(names, frozenset(names if trained is None else trained))
+        at_zero = start.zero_factors(found.factor_names(chosen), found.trained_names(chosen))
         anchor = "none" if at_zero or start.moves else "snapshot"
     elif anchor not in ANCHORS:
         raise NdLoraValueError(f"anchor={anchor!r}: choose one of {list(ANCHORS)}, or leave it out.")

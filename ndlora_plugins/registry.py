@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
@@ -10,8 +11,9 @@ from typing import Any, Generic, TypeVar
 import pluggy
 
 from ndlora_plugins import builtin, hookspecs
+from ndlora_plugins.checks import NoOptions, make_options
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.methods.base import Method, NoOptions, make_options
+from ndlora_plugins.methods.base import Method
 from ndlora_plugins.schedules.base import Schedule
 from ndlora_plugins.starts.base import Start
 from ndlora_plugins.structures import Chain, Layout
@@ -20,6 +22,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "Registered",
     "fits",
+    "look_up",
     "method_and_start",
     "methods",
     "option_names",
@@ -153,13 +156,13 @@ def option_names(method: str | None, init_lora_weights: bool | str | None) -> fr
 def _look_up_both(method: str | None, init_lora_weights: bool | str | None) -> tuple[Method, Start]:
     start = None
     if not (init_lora_weights is None or isinstance(init_lora_weights, bool)):
-        start = _look_up(starts(), init_lora_weights, "init_lora_weights", "start")
+        start = look_up(starts(), init_lora_weights, "init_lora_weights", "start")
     if method is None:
         method = (start.implies if start is not None else None) or next(iter(methods()))
-    resolved = _look_up(methods(), method, "method", "method")
+    resolved = look_up(methods(), method, "method", "method")
     if start is None:
         name = "random" if init_lora_weights is False else resolved.start
-        start = _look_up(starts(), name, "init_lora_weights", "start")
+        start = look_up(starts(), name, "init_lora_weights", "start")
     return resolved, start
 
 
@@ -179,8 +182,7 @@ def _misfit(method: Method, start: Start, options: Any) -> str | None:
     missing = [name for name in start.gives if name not in names]
     if missing:
         return f"it gives the factors {list(start.gives)}, and the method has {list(names)}"
-    trained = method.trained_names(options)
-    trains = frozenset(names if trained is None else trained)
+    trains = method.trained_names(options)
     zero = start.zero_factors(names, trains)
     frozen = [name for name in names if name in zero and name not in trains]
     if frozen:
@@ -190,12 +192,23 @@ def _misfit(method: Method, start: Start, options: Any) -> str | None:
     return None
 
 
-def _look_up(known: dict[str, Registered[Record]], name: str, option: str, kind: str) -> Record:
+def look_up(known: dict[str, Registered[Record]], name: str, option: str, kind: str) -> Record:
+    """The record of that name.
+
+    Args:
+        option: what was set to the name, for the message.
+        kind: what it is a name of.
+
+    Raises:
+        NdLoraValueError: there is none.
+    """
     if isinstance(name, str) and name in known:
         return known[name].value
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(f"{n!r} ({r.plugin})" for n, r in known.items())
     raise NdLoraValueError(
-        f"{option}={name!r} is no known {kind}. Known: {listed}. A {kind} of another package comes with its "
+        f"{option}={name!r} is no known {kind}.{hint} Known: {listed}. A {kind} of another package comes with its "
         f"plugin: install the one that registers {name!r} under the entry-point group {ENTRY_POINT_GROUP!r}."
     )
 

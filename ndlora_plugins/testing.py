@@ -128,23 +128,24 @@ def _check_views(plan: LayerAdapter, trained: Factors, frozen: Factors, generato
     outs, ins = plan.layout.out_features, plan.layout.in_features
     assert tuple(delta.shape) == (outs, ins), f"delta has the shape {tuple(delta.shape)}"
     x = _random(generator, 2, 5, ins)
-    _equal(plan.apply(trained, frozen, x), x @ delta.T, "apply")
-    empty = plan.apply(trained, frozen, x[:0])
+    update, factors = plan.update(trained, frozen)
+    _equal(update.apply(factors, x), x @ delta.T, "apply")
+    empty = update.apply(factors, x[:0])
     assert tuple(empty.shape) == (0, 5, outs), f"apply of no tokens has the shape {tuple(empty.shape)}"
     output = _random(generator, 2, 5, outs)
     _equal(plan.add_update(output, trained, frozen, x, 0.5), output + 0.5 * x @ delta.T, "product")
     indices = torch.randint(ins, (3, 2), generator=generator)
-    _equal(plan.lookup(trained, frozen, indices), delta.T[indices], "lookup")
+    _equal(update.lookup(factors, indices), delta.T[indices], "lookup")
     _equal(torch.tensor(plan.delta_norm(trained, frozen), dtype=torch.float64), delta.norm(), "norm")
-    low_rank = plan.low_rank(trained, frozen)
+    low_rank = update.low_rank(factors)
     if low_rank is not None:
         _equal(low_rank[1] @ low_rank[0], delta, "low_rank")
     assert plan.multiply_adds > 0, "multiply_adds is not positive"
     if plan.layout.trailing:
         image = _random(generator, 2, ins // 9, 5, 5)
         expected = F.conv2d(image, delta.view(outs, -1, 3, 3), padding=1)
-        found = plan.convolve(
-            trained, frozen, image, lambda y, w: F.conv2d(y, w, padding=1, groups=y.shape[1] // w.shape[1])
+        found = update.convolve(
+            factors, image, lambda y, w: F.conv2d(y, w, padding=1, groups=y.shape[1] // w.shape[1])
         )
         _equal(found, expected, "convolve")
 

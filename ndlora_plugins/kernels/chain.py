@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.fused import Gradients, Product, add_mm_
+from ndlora_plugins.fused import Gradients, Kept, Product, add_mm_
 
 __all__ = ["ChainProduct", "ChangedChainProduct", "through_core"]
 
@@ -32,24 +33,40 @@ class ChainProduct(Product):
     in_features: int
     out_features: int
 
-    def plain(self, x, tensors):
+    def plain(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         down, core, up = _sides(tensors)
         # (..., in) -> (..., down_rank) -> (..., up_rank) -> (..., out)
         return F.linear(through_core(core, F.linear(x, down)), up)
 
-    def forward(self, x, tensors, needs, result, scaling):
+    def forward(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        result: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Kept]:
         down, core, up = _sides(_cast(tensors, x.dtype))
         h = x @ down.T
         kept = ((x,) if needs[0] else ()) + ((h,) if any(needs[1:]) else ())
         return add_mm_(result, through_core(core, h), up.T, scaling), kept
 
-    def add_few(self, tensors, result, x, scaling):
+    def add_few(self, tensors: Sequence[Tensor], result: Tensor, x: Tensor, scaling: float) -> None:
         down, core, up = _sides(tensors)
         if not _is_vector(x) or core is None or core.dim() == 1:
             return super().add_few(tensors, result, x, scaling)
         result.view(-1).addmv_(up, core.mv(down.mv(x.reshape(-1))), alpha=scaling)
 
-    def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
+    def backward(
+        self,
+        kept: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        grad: Tensor,
+        needs: Sequence[bool],
+        needs_x: bool,
+        grad_x: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor | None, Gradients]:
         down, core, up = _sides(_cast(tensors, grad.dtype))
         grads: Gradients = [None] * len(tensors)
         needs_core = core is not None and needs[1]
@@ -81,7 +98,7 @@ class ChangedChainProduct(Product):
     in_features: int
     out_features: int
 
-    def plain(self, x, tensors):
+    def plain(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         down, core, up, start_down, start_core, start_up = tensors
         d = F.linear(x, down)
         both = F.linear(x, start_down) + d
@@ -89,7 +106,14 @@ class ChangedChainProduct(Product):
             F.linear(both, core) + F.linear(d, start_core), start_up
         )
 
-    def forward(self, x, tensors, needs, result, scaling):
+    def forward(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        result: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Kept]:
         downs, core, cores, ups = self._joined(tensors, x.dtype)
         rank = len(core)
         h = x @ downs.T  # (tokens, 2 rank)
@@ -97,7 +121,7 @@ class ChangedChainProduct(Product):
         kept = ((x,) if needs[0] else ()) + ((both,) if needs[1] or needs[2] else ())
         return add_mm_(result, h @ cores.T, ups.T, scaling), kept
 
-    def add_few(self, tensors, result, x, scaling):
+    def add_few(self, tensors: Sequence[Tensor], result: Tensor, x: Tensor, scaling: float) -> None:
         # joining the tensors would cost more than it saves
         down, core, up, start_down, start_core, start_up = tensors
         if _is_vector(x):
@@ -115,7 +139,16 @@ class ChangedChainProduct(Product):
         result.addmm_(torch.addmm(changed, both, start_core.T), up.T, alpha=scaling)
         result.addmm_(torch.addmm(changed, d, start_core.T), start_up.T, alpha=scaling)
 
-    def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
+    def backward(
+        self,
+        kept: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        grad: Tensor,
+        needs: Sequence[bool],
+        needs_x: bool,
+        grad_x: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor | None, Gradients]:
         downs, core, cores, ups = self._joined(tensors, grad.dtype)
         rank = len(core)
         grads: Gradients = [None] * len(tensors)
@@ -131,7 +164,7 @@ class ChangedChainProduct(Product):
         return (add_mm_(grad_x, grad_h, downs, scaling) if needs_x else None), grads
 
     @staticmethod
-    def _joined(tensors, dtype):
+    def _joined(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[A0; dA] (2 rank, in), N, [[N, N], [dN, N]], [dB, B0] (out, 2 rank)."""
         down, core, up, start_down, start_core, start_up = _cast(tensors, dtype)
         now = start_core + core
@@ -139,20 +172,20 @@ class ChangedChainProduct(Product):
         return torch.cat([start_down, down]), now, cores, torch.cat([up, start_up], dim=1)
 
 
-def _sides(tensors):
+def _sides(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
     """(down, core or None, up)."""
-    return tensors if len(tensors) == 3 else (tensors[0], None, tensors[1])
+    return tensors[0], tensors[1] if len(tensors) == 3 else None, tensors[-1]
 
 
-def _is_vector(x):
+def _is_vector(x: Tensor) -> bool:
     """Whether x is one token, whose products with matrices are called faster as vectors'; not so in 16 bit."""
     return x.numel() == x.shape[-1] and x.dtype.itemsize >= 4
 
 
-def _cast(tensors, dtype):
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
 
 
-def _scaled(gradient, scaling, tensor):
+def _scaled(gradient: Tensor, scaling: float, tensor: Tensor) -> Tensor:
     gradient = gradient.to(tensor.dtype)
     return gradient if scaling == 1 else gradient.mul_(scaling)

@@ -7,7 +7,7 @@ A factor of mode k has shape (terms, out_mode_k, in_mode_k). `x` is read as a te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.fused import Product
+from ndlora_plugins.fused import Gradients, Kept, Product
 
 __all__ = [
     "ContractionPlan",
@@ -186,7 +186,7 @@ class ModeProduct(Product):
     tokens_at_a_time: int
     two_matrices: bool
 
-    def plain(self, x, tensors):
+    def plain(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         total: Any = None
         for term, chain in enumerate(self.chains):
             y = x
@@ -196,7 +196,14 @@ class ModeProduct(Product):
             total = y if total is None else total + y
         return total
 
-    def forward(self, x, tensors, needs, result, scaling):
+    def forward(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        result: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Kept]:
         beta = 1
         if result is None:
             result, beta = x.new_empty(x.shape[0], self.out_features), 0
@@ -212,7 +219,7 @@ class ModeProduct(Product):
                 chain[-1].add_to(into, matrices[-1], y, beta if term == 0 else 1, scaling)
         return result, tuple(kept)
 
-    def add_few(self, tensors, result, x, scaling):
+    def add_few(self, tensors: Sequence[Tensor], result: Tensor, x: Tensor, scaling: float) -> None:
         if not self.two_matrices:
             return super().add_few(tensors, result, x, scaling)
         first, second = tensors
@@ -225,7 +232,16 @@ class ModeProduct(Product):
             y, first = F.linear(x, second[0]), first.expand(len(x), out_1, in_1)
         result.baddbmm_(first, y, alpha=scaling)
 
-    def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
+    def backward(
+        self,
+        kept: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        grad: Tensor,
+        needs: Sequence[bool],
+        needs_x: bool,
+        grad_x: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor | None, Gradients]:
         beta = 1
         if needs_x and grad_x is None:
             grad_x, beta = grad.new_empty(grad.shape[0], self.in_features), 0
@@ -259,9 +275,9 @@ class ModeProduct(Product):
             (torch.cat(terms) if len(terms) > 1 else terms[0]) if terms else None for terms in gradients
         ]
 
-    def _parts(self, first, *tensors) -> Iterable[tuple[Any, ...]]:
+    def _parts(self, first: int | None, tokens: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
         """Tensors (tokens, ...), as many tokens at a time as stay in cache; all if an intermediate is kept."""
-        count = tensors[0].shape[0]
+        count, tensors = tokens.shape[0], (tokens, *others)
         if first or count <= self.tokens_at_a_time:
             return (tensors,)
         parts = math.ceil(count / self.tokens_at_a_time)
@@ -271,12 +287,14 @@ class ModeProduct(Product):
             for start in range(0, count, even)
         )
 
-    def _matrices(self, chain, term, tensors, dtype):
+    def _matrices(
+        self, chain: Sequence[_Step], term: int, tensors: Sequence[Tensor], dtype: torch.dtype
+    ) -> list[Tensor]:
         if len(self.chains) > 1:
             tensors = [tensor[term : term + 1] for tensor in tensors]
         return [step.matrix(tensors[step.mode], dtype) for step in chain]
 
-    def _first(self, needs):
+    def _first(self, needs: Sequence[bool]) -> int | None:
         """The first step whose factor trains; every chain has the same order."""
         if True not in needs:
             return None

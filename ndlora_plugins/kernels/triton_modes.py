@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ndlora_plugins.fused import Product
+from ndlora_plugins.fused import Gradients, Kept, Product
 from ndlora_plugins.kernels.modes import ModeProduct, mode_product, plan_contraction
 
 __all__ = ["TritonModeProduct", "add_product", "factor_gradients", "triton_mode_product"]
@@ -212,21 +212,38 @@ class TritonModeProduct(Product):
     def out_features(self) -> int:
         return self.otherwise.out_features
 
-    def plain(self, x, tensors):
+    def plain(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return self.otherwise.plain(x, tensors)
 
-    def forward(self, x, tensors, needs, result, scaling):
+    def forward(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        result: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Kept]:
         if not self._takes(x):
             return self.otherwise.forward(x, tensors, needs, result, scaling)
         return self._add(x, tensors, result, scaling, False), (x,) if True in needs else ()
 
-    def backward(self, kept, tensors, grad, needs, needs_x, grad_x, scaling):
+    def backward(
+        self,
+        kept: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        grad: Tensor,
+        needs: Sequence[bool],
+        needs_x: bool,
+        grad_x: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor | None, Gradients]:
         if not self._takes(grad):
             return self.otherwise.backward(kept, tensors, grad, needs, needs_x, grad_x, scaling)
         if needs_x:
             grad_x = self._add(grad, tensors, grad_x, scaling, True)
-        gradients = self._gradients(kept[0], grad, tensors, needs, scaling) if True in needs else [None, None]
-        return grad_x, gradients
+        if True not in needs:
+            return grad_x, [None, None]
+        return grad_x, self._gradients(kept[0], grad, tensors, needs, scaling)
 
     def constants(self, dtype: torch.dtype, transposed: bool = False) -> dict[str, object]:
         """What both kernels are compiled for, and their launch options; for x of `dtype`.

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.checks import NoOptions
 from ndlora_plugins.structures.base import Factor, Layout, Structure
 
-__all__ = ["Method", "NoOptions", "make_options"]
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Of a method that has none."""
+__all__ = ["Method"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,34 +45,11 @@ class Method:
     schedules: tuple[str, ...] = ()
 
     def factor_names(self, options: Any) -> tuple[str, ...]:
-        """Those that every layout has with these options."""
+        """The factors that every layout has with these options."""
         return self.factors(options) if callable(self.factors) else self.factors
 
-    def trained_names(self, options: Any) -> tuple[str, ...] | None:
-        """Of the factors that train; None for all."""
-        return self.trains(options) if callable(self.trains) else self.trains
-
-
-def make_options(owner: Any, given: Mapping[str, Any], kind: str = "method") -> Any:
-    """The options of a method, or of another record with `Options`, checked.
-
-    Raises:
-        NdLoraValueError: one that it does not have, or a value that cannot work.
-    """
-    if not isinstance(given, Mapping):
-        raise NdLoraValueError(
-            f"options={given!r}: give a mapping of the {kind}'s own options, such as {{'size': 4}}."
-        )
-    known = [field.name for field in fields(owner.Options)]
-    for name in given:
-        if name not in known:
-            has = f"has {', '.join(map(repr, known))}" if known else "has none"
-            raise NdLoraValueError(
-                f"options={{{name!r}: ...}}: {kind}={owner.name!r} has no such option; it {has}."
-            )
-    try:
-        return owner.Options(**given)
-    except (
-        TypeError
-    ) as error:  # one that has no default is missing, or of a type that the check did not think of
-        raise NdLoraValueError(f"options={dict(given)!r} of {kind}={owner.name!r}: {error}.") from error
+    def trained_names(self, options: Any, names: Iterable[str] | None = None) -> frozenset[str]:
+        """Those of the factors `names` that train, by default of `factor_names`."""
+        names = self.factor_names(options) if names is None else names
+        trains = self.trains(options) if callable(self.trains) else self.trains
+        return frozenset(name for name in names if trains is None or name in trains)

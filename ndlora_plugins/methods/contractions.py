@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.modes import balanced_modes
 from ndlora_plugins.structures import Chain, Composed, Einsum, Factor, Layout, Structure
@@ -19,18 +19,13 @@ from ndlora_plugins.structures.einsum import Equation
 __all__ = ["random_tucker", "tensor_ring", "tensor_train", "tucker"]
 
 
-def _numbered(name: str, sizes: Sequence[int]) -> list[str]:
+def _numbered(name: str, sizes: Sequence[object]) -> list[str]:
     return [f"{name}{k}" for k in range(1, len(sizes) + 1)]
-
-
-def _check_count(name: str, value: object, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise NdLoraValueError(f"{name}={value!r}: choose an integer from {least} to {most}.")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Of convolutions.
+    """The core of convolutions.
 
     Attributes:
         kernel_rank: of each axis of a kernel that is longer.
@@ -38,8 +33,8 @@ class Kernel:
 
     kernel_rank: int = 2
 
-    def __post_init__(self):
-        _check_count("kernel_rank", self.kernel_rank, 1, 64)
+    def __post_init__(self) -> None:
+        check_number("kernel_rank", self.kernel_rank, 1, 64, whole=True)
 
 
 def _tucker(layout: Layout) -> Structure:
@@ -72,11 +67,24 @@ tucker = Method(
 
 
 @dataclass(frozen=True)
-class Train:
-    """How the features are split, and joined.
+class Ring:
+    """How the features are split.
 
     Attributes:
         num_modes: of each side, as even as they come.
+    """
+
+    num_modes: int = 2
+
+    def __post_init__(self) -> None:
+        check_number("num_modes", self.num_modes, 2, 6, whole=True)
+
+
+@dataclass(frozen=True)
+class Train(Ring):
+    """As `Ring`, and how the modes are joined.
+
+    Attributes:
         order: "matrix", factor k has mode k of both sides; "sides", first the modes of out, then those of in: a LoRA
             of the same rank whose two sides are trains.
     """
@@ -84,19 +92,20 @@ class Train:
     num_modes: int = 3
     order: str = "matrix"
 
-    def __post_init__(self):
-        _check_count("num_modes", self.num_modes, 2, 6)
-        if self.order not in ("matrix", "sides"):
-            raise NdLoraValueError(f"order={self.order!r}: choose one of ['matrix', 'sides'].")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("order", self.order, ("matrix", "sides"))
 
 
-def _modes(layout: Layout, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return balanced_modes(layout.out_features, count), balanced_modes(layout.in_features, count)
+def _modes(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """The axes of out and those of in, with their sizes."""
+    features = {"out": layout.out_features, "in": layout.in_features}
+    modes = {side: balanced_modes(size, layout.options.num_modes) for side, size in features.items()}
+    outs, ins = (dict(zip(_numbered(side, sizes), sizes, strict=True)) for side, sizes in modes.items())
+    return outs, ins
 
 
-def _train(
-    layout: Layout, outs: Sequence[int], ins: Sequence[int], places: list, closed: bool = False
-) -> Einsum:
+def _train(layout: Layout, places: Sequence[Sequence[str]], closed: bool = False) -> Einsum:
     """Factors with these axes each, neighbours joined by bonds of the layout's rank; closed, the ends too."""
     bonds = [f"bond{k}" for k in range(len(places) + 1)]
     if closed:
@@ -104,19 +113,16 @@ def _train(
     factors = [(left, *axes, right) for left, axes, right in zip(bonds, places, bonds[1:], strict=False)]
     if not closed:
         bonds, factors[0], factors[-1] = bonds[1:-1], factors[0][1:], factors[-1][:-1]
-    o, i = _numbered("out", outs), _numbered("in", ins)
-    sizes = (*zip(o, outs, strict=True), *zip(i, ins, strict=True))
-    equation = Equation(tuple(factors), tuple(o), tuple(i))
+    outs, ins = _modes(layout)
+    equation = Equation(tuple(factors), tuple(outs), tuple(ins))
+    sizes = (*outs.items(), *ins.items())
     return Einsum(layout, equation, sizes, tuple(_numbered("train_", places)), tuple(dict.fromkeys(bonds)))
 
 
 def _tensor_train(layout: Layout) -> Einsum:
-    outs, ins = _modes(layout, layout.options.num_modes)
-    o, i = _numbered("out", outs), _numbered("in", ins)
-    places = (
-        list(zip(o, i, strict=True)) if layout.options.order == "matrix" else [(axis,) for axis in (*o, *i)]
-    )
-    return _train(layout, outs, ins, places)
+    outs, ins = _modes(layout)
+    in_order = layout.options.order == "matrix"
+    return _train(layout, [*zip(outs, ins, strict=True)] if in_order else [(axis,) for axis in (*outs, *ins)])
 
 
 tensor_train = Method(
@@ -131,25 +137,9 @@ tensor_train = Method(
 )
 
 
-@dataclass(frozen=True)
-class Ring:
-    """How the features are split.
-
-    Attributes:
-        num_modes: of each side, as even as they come.
-    """
-
-    num_modes: int = 2
-
-    def __post_init__(self):
-        _check_count("num_modes", self.num_modes, 2, 6)
-
-
 def _tensor_ring(layout: Layout) -> Einsum:
-    outs, ins = _modes(layout, layout.options.num_modes)
-    return _train(
-        layout, outs, ins, [(axis,) for axis in (*_numbered("out", outs), *_numbered("in", ins))], True
-    )
+    outs, ins = _modes(layout)
+    return _train(layout, [(axis,) for axis in (*outs, *ins)], closed=True)
 
 
 tensor_ring = Method(
@@ -165,14 +155,12 @@ tensor_ring = Method(
 
 
 def _random_tucker(layout: Layout) -> Einsum:
-    outs, ins = _modes(layout, layout.options.num_modes)
-    sizes = dict(zip(_numbered("out", outs), outs, strict=True)) | dict(
-        zip(_numbered("in", ins), ins, strict=True)
-    )
+    outs, ins = _modes(layout)
+    sizes = outs | ins
     ranks = [f"r_{axis}" for axis in sizes]
     factors = (*((axis,) for axis in sizes), *zip(sizes, ranks, strict=True), tuple(ranks))
     names = (*(f"scale_{axis}" for axis in sizes), *(f"random_{axis}" for axis in sizes), "random_core")
-    equation = Equation(factors, tuple(_numbered("out", outs)), tuple(_numbered("in", ins)))
+    equation = Equation(factors, tuple(outs), tuple(ins))
     return Einsum(layout, equation, tuple(sizes.items()), names, tuple(ranks))
 
 

@@ -35,7 +35,7 @@ class Contraction:
     names: Sequence[str] | None = None
     trains: Sequence[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         parsed = Equation.parse(self.equation)
         if not isinstance(self.sizes, (Mapping, tuple)):
             raise NdLoraValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.structures import Chain
 
@@ -28,13 +28,9 @@ class FirstStep:
     first_step: float = 1e-4
     sign: bool = True
 
-    def __post_init__(self):
-        if (
-            isinstance(self.first_step, bool)
-            or not isinstance(self.first_step, (int, float))
-            or self.first_step <= 0
-        ):
-            raise NdLoraValueError(f"first_step={self.first_step!r}: choose a number above 0, such as 1e-4.")
+    def __post_init__(self) -> None:
+        check_number("first_step", self.first_step, least=1e-9)
+        check_choice("sign", self.sign, (True, False))
 
 
 lora_xs = Method(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ndlora_plugins.checks import check_number
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.modes import balanced_modes, check_modes, crossed_modes
@@ -34,23 +35,16 @@ class Modes:
     in_modes: Sequence[int] | None = None
     out_modes: Sequence[int] | None = None
 
-    def __post_init__(self):
-        if not _is_count(self.num_modes):
-            raise NdLoraValueError(f"num_modes={self.num_modes!r}: choose an integer of at least 2.")
-        if self.crossed_modes is not None and not _is_count(self.crossed_modes):
-            raise NdLoraValueError(
-                f"crossed_modes={self.crossed_modes!r}: choose an integer of at least 1, such as 4."
-            )
+    def __post_init__(self) -> None:
+        check_number("num_modes", self.num_modes, least=1, whole=True)
+        if self.crossed_modes is not None:
+            check_number("crossed_modes", self.crossed_modes, least=1, whole=True)
         for side in ("in_modes", "out_modes"):
             given = getattr(self, side)
             if given is not None:
                 if not isinstance(given, Sequence) or isinstance(given, str):
                     raise NdLoraValueError(f"{side}={given!r}: give a list of integers, such as [32, 64].")
                 object.__setattr__(self, side, tuple(given))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def kronecker_sum(layout: Layout) -> KroneckerSum:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.crossed import CrossedModes, crossed
 from ndlora_plugins.structures import Chain, Composed, Factor, Layout
+from ndlora_plugins.structures.base import Factors
 
 __all__ = ["STEP", "metatt", "nola", "shared_core", "shared_crossed", "shared_diagonal"]
 
@@ -34,9 +36,8 @@ class Sharing:
 
     share: str = "all"
 
-    def __post_init__(self):
-        if self.share not in ("all", "kind", "shape"):
-            raise NdLoraValueError(f"share={self.share!r}: choose one of ['all', 'kind', 'shape'].")
+    def __post_init__(self) -> None:
+        check_choice("share", self.share, ("all", "kind", "shape"))
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,9 @@ class CoreSharing(Sharing):
 
     core: str = "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if self.core not in ("full", "tucker"):
-            raise NdLoraValueError(f"core={self.core!r}: choose one of ['full', 'tucker'].")
+        check_choice("core", self.core, ("full", "tucker"))
 
 
 def _wide_sides(layout: Layout, share: str) -> tuple[Factor, Factor]:
@@ -65,10 +65,10 @@ def _wide_sides(layout: Layout, share: str) -> tuple[Factor, Factor]:
     return Factor("side_in", (rank, ins), fan_in), Factor("side_out", (outs, rank), rank)
 
 
-def _cut_sides(layout: Layout, core: Callable) -> Callable:
+def _cut_sides(layout: Layout, core: Callable[[Factors], Tensor]) -> Callable[[Factors], Factors]:
     """Own factors -> those of a chain: the sides cut to the layer's size, and the core that `core` makes."""
 
-    def compose(factors):
+    def compose(factors: Factors) -> Factors:
         down = STEP * factors["side_in"][:, : layout.in_features]
         return {"down": down, "core": core(factors), "up": STEP * factors["side_out"][: layout.out_features]}
 
@@ -162,10 +162,9 @@ class TrainCores(Sharing):
 
     core: str = "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if self.core not in ("full", "diagonal"):
-            raise NdLoraValueError(f"core={self.core!r}: choose one of ['full', 'diagonal'].")
+        check_choice("core", self.core, ("full", "diagonal"))
 
 
 def _metatt(layout: Layout) -> Composed:
@@ -174,7 +173,7 @@ def _metatt(layout: Layout) -> Composed:
     shape = (rank, rank) if full else (rank,)
     own = (down, Factor("kind", shape, rank), Factor("layer", shape, rank), up)
 
-    def core(factors):
+    def core(factors: Factors) -> Tensor:
         layer, kind = STEP * factors["layer"], STEP * factors["kind"]
         return layer @ kind if full else layer * kind
 
@@ -234,9 +233,8 @@ class Bases:
 
     bases: int = 512
 
-    def __post_init__(self):
-        if isinstance(self.bases, bool) or not isinstance(self.bases, int) or self.bases < 1:
-            raise NdLoraValueError(f"bases={self.bases!r}: choose an integer of at least 1, such as 512.")
+    def __post_init__(self) -> None:
+        check_number("bases", self.bases, least=1, whole=True)
 
 
 def _nola(layout: Layout) -> Composed:
@@ -252,7 +250,7 @@ def _nola(layout: Layout) -> Composed:
     down_gain = 1 / math.sqrt(count * (1 if layout.one_hot else layout.in_features))
     up_gain = math.sqrt(3 * layout.out_features * rank) / count
 
-    def compose(factors):
+    def compose(factors: Factors) -> Factors:
         down = torch.tensordot(factors["down_mix"], factors["down_bases"][..., : layout.in_features], 1)
         up = torch.tensordot(factors["up_mix"], factors["up_bases"][:, : layout.out_features], 1)
         return {"down": down_gain * down, "up": up_gain * up}

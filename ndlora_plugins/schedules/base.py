@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.methods.base import NoOptions
+from ndlora_plugins.checks import NoOptions
 from ndlora_plugins.structures.base import Structure
 
 __all__ = [
@@ -22,8 +21,6 @@ __all__ = [
     "Schedule",
     "TrainedLayer",
     "Training",
-    "check_choice",
-    "check_number",
 ]
 
 
@@ -173,24 +170,3 @@ class Chosen(NamedTuple):
         if self.schedule.ranks is not None and not any(plan.structure.rank_axes.values()):
             return "its update has no rank axis, of which a part could be hidden"
         return None if self.schedule.misfit is None else self.schedule.misfit(self.options, plan)
-
-
-def check_number(name: str, value: Any, least: float = 0, whole: bool = False) -> None:
-    """Of an option.
-
-    Raises:
-        NdLoraValueError: it is no number, or below `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= least:
-        kind = "an integer" if whole else "a number"
-        raise NdLoraValueError(f"{name}={value!r}: choose {kind} of at least {least}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str | bool, ...]) -> None:
-    """Of an option.
-
-    Raises:
-        NdLoraValueError: it is none of the choices.
-    """
-    if value not in choices:
-        raise NdLoraValueError(f"{name}={value!r}: choose one of {list(choices)}.")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ndlora_plugins.checks import make_options
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.methods.base import make_options
-from ndlora_plugins.registry import schedules
+from ndlora_plugins.registry import look_up, schedules
 from ndlora_plugins.schedules.base import Chosen
 
 __all__ = ["chosen_schedules"]
@@ -25,13 +24,7 @@ def chosen_schedules(given: Mapping[str, Mapping[str, Any] | None]) -> tuple[Cho
     """
     chosen = []
     for name, options in given.items():
-        if name not in schedules():
-            close = difflib.get_close_matches(str(name), schedules(), n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
-            raise NdLoraValueError(
-                f"schedules={{{name!r}: ...}}: no such schedule. {hint}Known: {', '.join(map(repr, schedules()))}."
-            )
-        schedule = schedules()[name].value
+        schedule = look_up(schedules(), name, "schedules", "schedule")
         try:
             chosen.append(Chosen(schedule, make_options(schedule, options or {}, "schedule")))
         except NdLoraValueError as error:

@@ -4,17 +4,26 @@ Sources: SoRA, arXiv 2311.11696 (TsinghuaC3I/SoRA, src/sparse_optimizer.py); GS-
 (bjzhb666/GS-LoRA, engine_cl.py); S2-LoRA, arXiv 2309.11756; BA-LoRA, arXiv 2408.04556 (cyp-jlu-ai/BA-LoRA).
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.schedules.base import Schedule, check_choice, check_number
+from ndlora_plugins.schedules.base import Schedule, TrainedLayer, Training
+from ndlora_plugins.structures.base import Structure
 
-__all__ = ["group_lasso", "keep_close", "sparse_ranks"]
+__all__ = ["group_lasso", "keep_close", "sparse_ranks", "squares"]
+
+# (factor, the axis along which each rank is a group, or None for all of it)
+Group = list[tuple[Tensor, int | None]]
 
 
 @dataclass(frozen=True)
@@ -30,39 +39,42 @@ class SparseRanks:
     penalty: float = 1e-3
     begin: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("threshold", self.threshold)
         check_number("penalty", self.penalty)
         check_number("begin", self.begin, whole=True)
 
 
-def gates(structure, names):
+def gates(structure: Structure, names: Iterable[str]) -> list[str]:
     """The factors of these that are one number for each rank."""
     sizes = {factor.name: factor.shape for factor in structure.factors if factor.indices is None}
     return [name for name in names if structure.rank_axes.get(name) == (0,) and len(sizes[name]) == 1]
 
 
-def gate_values(layer):
-    """(parameter, start, gate) of each: with the snapshot anchor a parameter is the change since a start."""
+def gate_values(layer: TrainedLayer) -> Iterator[tuple[Tensor, Tensor | float, Tensor]]:
+    """(parameter, start, gate) of each gate: with the snapshot anchor a parameter is the change since a start."""
     for name in gates(layer.structure, layer.trained):
         start = layer.frozen.get(name, 0.0)
         yield layer.trained[name], start, layer.trained[name] + start
 
 
-def gate_penalty(options, training):
+def gate_penalty(options: SparseRanks, training: Training) -> Tensor | None:
+    """The mean of the gates' absolute values, times `penalty`."""
     values = [gate for layer in training.layers for _, _, gate in gate_values(layer)]
     if not options.penalty or training.moment.step < options.begin:
         return None
     return options.penalty * sum(value.abs().sum() for value in values) / sum(map(torch.numel, values))
 
 
-def soft_threshold(options, training):
+def soft_threshold(options: SparseRanks, training: Training) -> None:
+    """Bring each gate nearer to zero by `threshold`, in place."""
     for layer in training.layers if training.moment.step >= options.begin else ():
         for value, start, gate in gate_values(layer):
             value.copy_(gate.sign() * (gate.abs() - options.threshold).clamp(min=0) - start)
 
 
-def without_gates(options, plan):
+def without_gates(options: SparseRanks, plan: Any) -> str | None:
+    """Why a layer has no gates, or None."""
     found = gates(plan.structure, [factor.name for factor in plan.trained])
     if found and not set(found) & set(dict(plan.shared)):
         return None
@@ -96,16 +108,16 @@ class GroupLasso:
     proximal: bool = False
     begin: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("strength", self.strength)
         check_choice("groups", self.groups, ("block", "layer", "matrix", "rank"))
         check_choice("proximal", self.proximal, (True, False))
         check_number("begin", self.begin, whole=True)
 
 
-def grouped(options, layers):
-    """Group -> (factor, the factor's squares that belong to it, a function that scales these)."""
-    found = {}
+def grouped(options: GroupLasso, layers: Iterable[TrainedLayer]) -> list[Group]:
+    """The groups that `groups` asks for."""
+    found: dict[Any, dict[Any, tuple[Tensor, int | None]]] = {}
     for layer in layers:
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name)
         block = layer.name[: number.end(1)] if number else layer.name
@@ -117,27 +129,30 @@ def grouped(options, layers):
     return [list(members.values()) for members in found.values()]
 
 
-def norms(members):
-    """The norm of a group, or of each rank."""
-    squares: Any = 0.0
-    for value, axis in members:
-        square = value.square()
-        squares = squares + (
-            square.sum() if axis is None else square.movedim(axis, 0).reshape(square.shape[axis], -1).sum(1)
-        )
-    return squares
+def squares(value: Tensor, axis: int | None) -> Tensor:
+    """The sum of the squares of a factor's numbers, for each rank along an axis, or of all."""
+    if axis is None:
+        return value.square().sum()
+    return value.square().movedim(axis, 0).reshape(value.shape[axis], -1).sum(1)
 
 
-def lasso(options, training):
+def squared_norms(group: Group) -> Tensor:
+    """The squared norm of a group, or of each of its ranks."""
+    return torch.stack([squares(value, axis) for value, axis in group]).sum(0)
+
+
+def lasso(options: GroupLasso, training: Training) -> Tensor | None:
+    """The sum of the groups' norms, times `strength`."""
     if options.proximal or training.moment.step < options.begin:
         return None
     # the root has no gradient at zero
     return options.strength * sum(
-        (norms(group) + 1e-12).sqrt().sum() for group in grouped(options, training.layers)
+        (squared_norms(group) + 1e-12).sqrt().sum() for group in grouped(options, training.layers)
     )
 
 
-def shrink(options, training):
+def shrink(options: GroupLasso, training: Training) -> None:
+    """Shorten each group by `strength` times the learning rate, in place."""
     if not options.proximal or training.moment.step < options.begin:
         return
     rates = {layer.rate for layer in training.layers} - {None}
@@ -146,12 +161,13 @@ def shrink(options, training):
             "group_lasso with proximal=True needs the learning rate: after_step(optimizer)."
         )
     for group in grouped(options, training.layers):
-        kept = (1 - max(rates) * options.strength / norms(group).sqrt().clamp(min=1e-30)).clamp(min=0)
+        kept = (1 - max(rates) * options.strength / squared_norms(group).sqrt().clamp(min=1e-30)).clamp(min=0)
         for value, axis in group:
             value.mul_(kept if axis is None else kept.view(-1, *[1] * (value.dim() - 1 - axis)))
 
 
-def shared_groups(options, plan):
+def shared_groups(options: GroupLasso, plan: Any) -> str | None:
+    """Why a layer's factors make no such groups, or None."""
     if options.groups == "rank" and not any(plan.structure.rank_axes.get(f.name) for f in plan.trained):
         return "what it trains has no rank axis: use other groups"
     if options.proximal and plan.shared:
@@ -181,11 +197,13 @@ class KeepClose:
 
     strength: float = 0.05  # the paper's 1e-4 is of a sum over the positions, 512 of them
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("strength", self.strength)
 
 
-def divergence(options, training):
+def divergence(options: KeepClose, training: Training) -> Tensor:
+    """KL(base || model), the mean over the positions that the loss counts, times `strength`."""
+    assert training.outputs is not None, "a schedule that reads outputs is given them"
     logits, base, counted, divisor = training.outputs
     model, base = F.log_softmax(logits.float(), -1), F.log_softmax(base.float(), -1)
     each = F.kl_div(model, base, reduction="none", log_target=True).sum(-1)

@@ -4,9 +4,16 @@ Sources: DyLoRA, arXiv 2210.07558 (huawei-noah/Efficient-NLP, DyLoRA/loralib/DyL
 arXiv 2308.14929 (SamuelHorvath/Maestro-LoD).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-from ndlora_plugins.schedules.base import Ranks, Schedule, check_choice, check_number
+import torch
+from torch import Tensor
+
+from ndlora_plugins.checks import check_choice, check_number
+from ndlora_plugins.schedules.base import Moment, Place, Ranks, Schedule, Training
+from ndlora_plugins.schedules.penalties import squares
 
 __all__ = ["nested_rank", "ordered_dropout"]
 
@@ -25,19 +32,21 @@ class NestedRank:
     learn: str = "last"
     scale: str = "rank"
 
-    def __post_init__(self):
-        check_number("least", self.least, 1, whole=True)
+    def __post_init__(self) -> None:
+        check_number("least", self.least, least=1, whole=True)
         check_choice("learn", self.learn, ("last", "all"))
         check_choice("scale", self.scale, ("rank", "root", "none"))
 
 
-def nested(options, moment, place):
+def nested(options: NestedRank, moment: Moment, place: Place) -> Ranks:
+    """Draw how many ranks all layers see; a layer of fewer sees all of its own."""
     least = min(options.least, place.highest)
     seen = min(least + moment.draw(place.highest - least + 1), place.rank)
     return Ranks(seen, seen - 1 if options.learn == "last" else 0)
 
 
-def nested_scale(options, rank, seen):
+def nested_scale(options: NestedRank, rank: int, seen: int) -> float:
+    """The scaling of the first `seen` ranks over that of all."""
     return (rank / seen) ** {"rank": 1.0, "root": 0.5, "none": 0.0}[options.scale]
 
 
@@ -60,26 +69,28 @@ class OrderedDropout:
 
     tails: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("tails", self.tails)
 
 
-def ordered(options, moment, place):
+def ordered(options: OrderedDropout, moment: Moment, place: Place) -> Ranks:
+    """Draw the layer that sees a part of its ranks, and how many."""
     if moment.draw(place.count) != place.index:
         return Ranks(place.rank)
     return Ranks(1 + moment.draw(place.rank, " ranks"))
 
 
-def tail_norms(options, training):
+def tail_norms(options: OrderedDropout, training: Training) -> Tensor | None:
+    """The norms of the factors' ranks from each rank on, times `tails`."""
     if not options.tails:
         return None
-    total = 0.0
-    for layer in training.layers:
-        for name, value in layer.trained.items():
-            for axis in layer.structure.rank_axes.get(name, ()):
-                squares = value.square().movedim(axis, 0).reshape(value.shape[axis], -1).sum(1)
-                total = total + (squares.flip(0).cumsum(0) + 1e-12).sqrt().sum()
-    return options.tails * total
+    norms = [
+        (squares(value, axis).flip(0).cumsum(0) + 1e-12).sqrt().sum()
+        for layer in training.layers
+        for name, value in layer.trained.items()
+        for axis in layer.structure.rank_axes.get(name, ())
+    ]
+    return options.tails * torch.stack(norms).sum()
 
 
 ordered_dropout = Schedule(

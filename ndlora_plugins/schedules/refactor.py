@@ -4,19 +4,26 @@ Sources: FedSVD, arXiv 2505.12805 (seanie12/fed-svd, misc/utils.py), without its
 arXiv 2602.10993, its compressions during training.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ndlora_plugins.schedules.base import Ranks, Schedule, check_number
+from ndlora_plugins.checks import check_number
+from ndlora_plugins.schedules.base import Moment, Place, Ranks, Schedule, TrainedLayer, Training
 from ndlora_plugins.structures import Chain
+from ndlora_plugins.structures.base import Factors
 
 __all__ = ["anneal_rank", "reorthogonalise"]
 
 
-def leading_factors(structure, factors, keep, balanced):
+def leading_factors(structure: Chain, factors: Factors, keep: int, balanced: bool) -> dict[str, Tensor]:
     """Factors of the same dW = up core down, its leading directions first; from `keep` on they are zero.
 
     Balanced, both sides have the root of the singular values; else down is orthonormal and so is up beside a core.
@@ -43,7 +50,10 @@ def leading_factors(structure, factors, keep, balanced):
     return found
 
 
-def rewrite(layers, keep, balanced):
+def rewrite(
+    layers: Sequence[TrainedLayer], keep: Callable[[TrainedLayer], int], balanced: bool
+) -> Sequence[TrainedLayer]:
+    """Give each layer its leading factors, in place, and return the layers."""
     for layer in layers:
         factors = {**layer.frozen, **layer.trained}
         for name, value in leading_factors(layer.structure, factors, keep(layer), balanced).items():
@@ -51,7 +61,8 @@ def rewrite(layers, keep, balanced):
     return layers
 
 
-def misfit(options, plan):
+def misfit(options: object, plan: Any) -> str | None:
+    """Why a layer's factors cannot be made anew, or None."""
     structure = plan.structure
     if not isinstance(structure, Chain) or structure.indexed:
         return "its update is no product of two sides, which could be made anew"
@@ -73,11 +84,12 @@ class Reorthogonalise:
 
     every: int = 100
 
-    def __post_init__(self):
-        check_number("every", self.every, 1, whole=True)
+    def __post_init__(self) -> None:
+        check_number("every", self.every, least=1, whole=True)
 
 
-def orthonormal(options, training):
+def orthonormal(options: Reorthogonalise, training: Training) -> Sequence[TrainedLayer] | None:
+    """Make the sides of all layers orthonormal, every so many steps."""
     if (training.moment.step + 1) % options.every:
         return None
     return rewrite(training.layers, lambda layer: layer.structure.layout.rank, balanced=False)
@@ -108,24 +120,27 @@ class AnnealRank:
     every: int = 100
     keep: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("to", "first", "every"):
-            check_number(name, getattr(self, name), 1, whole=True)
-        check_number("keep", self.keep)
-        check_number("1 - keep", 1 - self.keep, 1e-6)
+            check_number(name, getattr(self, name), least=1, whole=True)
+        check_number("keep", self.keep, most=0.99)
 
 
-def rank_at(options, rank, step):
+def rank_at(options: AnnealRank, rank: int, step: int) -> int:
+    """How many of the layer's ranks a step sees."""
     falls = 0 if step < options.first else 1 + (step - options.first) // options.every
     return max(min(options.to, rank), math.ceil(rank * options.keep**falls))
 
 
-def annealed(options, moment, place):
+def annealed(options: AnnealRank, moment: Moment, place: Place) -> Ranks:
+    """The first ranks, as many as `rank_at` says."""
     return Ranks(rank_at(options, place.rank, moment.step))
 
 
-def squeeze(options, training):
-    def rank(layer, later):
+def squeeze(options: AnnealRank, training: Training) -> Sequence[TrainedLayer]:
+    """Keep the leading directions where the rank is about to fall."""
+
+    def rank(layer: TrainedLayer, later: int) -> int:
         return rank_at(options, layer.structure.layout.rank, training.moment.step + later)
 
     falling = [layer for layer in training.layers if rank(layer, 1) < rank(layer, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -50,16 +51,15 @@ def _scaled(structure: Structure, trains: frozenset[str], values: Values, zero: 
     return values | {name: gain * values[name] for name in others}
 
 
-def _train_step(
-    structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None
-) -> Values:
-    return _scaled(structure, trains, random_values(structure, trains, seen, generator), "train_1")
+def _scaled_but_zero(zero: str) -> Callable[..., Values]:
+    """A start's function: one factor zero, the others Kaiming-uniform, scaled as `_scaled` does."""
 
+    def function(
+        structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None
+    ) -> Values:
+        return _scaled(structure, trains, random_values(structure, trains, seen, generator), zero)
 
-def _core_zero(
-    structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None
-) -> Values:
-    return _scaled(structure, trains, random_values(structure, trains, seen, generator), "core")
+    return function
 
 
 def _drawn(seen: Seen, name: str, shape: tuple[int, ...], bound: float) -> Tensor:
@@ -130,7 +130,7 @@ starts = (
         source="first_step in ndlora_plugins/starts/contractions.py",
         gives=("train_1", "train_2"),
         zero=("train_1",),
-        function=_train_step,
+        function=_scaled_but_zero("train_1"),
         alpha=RECIPE_ALPHA,
     ),
     Start(
@@ -139,7 +139,7 @@ starts = (
         source="arXiv 2405.14739; first_step in ndlora_plugins/starts/contractions.py",
         gives=("axis_in", "core", "axis_out"),
         zero=("core",),
-        function=_core_zero,
+        function=_scaled_but_zero("core"),
         alpha=RECIPE_ALPHA,
     ),
     Start(

@@ -32,9 +32,14 @@ def _lora_xs(structure: Chain, trains: frozenset[str], seen: Seen, generator: Ge
     return _zero_core(structure, values[:, None] * right, left.T)
 
 
-def _svd_step(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
-    left, values, right = largest_singular_vectors(seen.weight.float(), structure.layout.rank)
-    return _scaled_sides(structure, trains, right, left.T)
+def _singular_sides(reads: str) -> Callable[..., Values]:
+    """A start's function: scaled sides from the largest singular vectors of what it reads, a core of zeros."""
+
+    def function(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
+        left, _, right = largest_singular_vectors(getattr(seen, reads).float(), structure.layout.rank)
+        return _scaled_sides(structure, trains, right, left.T)
+
+    return function
 
 
 def _scaled_sides(structure: Chain, trains: frozenset[str], down: Tensor, up: Tensor) -> Values:
@@ -62,13 +67,6 @@ def _lora_sb(structure: Chain, trains: frozenset[str], seen: Seen, generator: Ge
     return structure.hold(right, left.T) | {
         "core": values if structure.core == "diagonal" else torch.diag(values)
     }
-
-
-def _gradient_step(
-    structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None
-) -> Values:
-    left, _, right = largest_singular_vectors(seen.gradient.float(), structure.layout.rank)
-    return _scaled_sides(structure, trains, right, left.T)
 
 
 def _lora_ga(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
@@ -104,30 +102,24 @@ def _open_gates(structure: Chain, trains: frozenset[str], seen: Seen, generator:
     return structure.hold(values["down"], torch.zeros_like(values["up"]))
 
 
-def _features(choose: Callable[[Seen, str, int, int], Tensor]) -> Callable[..., Values]:
-    """A start's function: the features that `choose` takes, the other side zero."""
+def _features(reads: str) -> Callable[..., Values]:
+    """A start's function: features drawn from the seed, or the longest of what it reads; the other side zero."""
 
     def function(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
-        values = {}
+        values, count = {}, structure.layout.rank
         for factor in structure.factors:
             if factor.indices is None:
                 values[factor.name] = torch.zeros(factor.shape)
-            else:
-                count = structure.layout.rank
-                values[factor.name] = choose(seen, factor.name, factor.indices, count).sort().values
+                continue
+            if reads == "seed":
+                order = torch.randperm(factor.indices, generator=seen.draw(factor.name))
+            else:  # of equal norms the first
+                norms = getattr(seen, reads).float().norm(dim=1 if factor.name == "rows" else 0)
+                order = norms.sort(descending=True, stable=True).indices
+            values[factor.name] = order[:count].sort().values
         return values
 
     return function
-
-
-def _random(seen: Seen, name: str, features: int, count: int) -> Tensor:
-    return torch.randperm(features, generator=seen.draw(name))[:count]
-
-
-def _longest(matrix: Tensor, name: str, count: int) -> Tensor:
-    """The rows, or columns, of the largest norm; of equal ones the first."""
-    norms = matrix.float().norm(dim=1 if name == "rows" else 0)
-    return norms.sort(descending=True, stable=True).indices[:count]
 
 
 def _most_features(structure: Chain) -> int:
@@ -140,19 +132,9 @@ def _half_side(structure: Chain) -> int:
 
 def _choices(side: str, other: str) -> tuple[Start, ...]:
     rules = (
-        ("random", "seed", "drawn from the seed", lambda seen, *which: _random(seen, *which)),
-        (
-            "weight",
-            "weight",
-            "of the largest norm in the weight",
-            lambda seen, name, _, k: _longest(seen.weight, name, k),
-        ),
-        (
-            "gradient",
-            "gradient",
-            "of the largest gradient",
-            lambda seen, name, _, k: _longest(seen.gradient, name, k),
-        ),
+        ("random", "seed", "drawn from the seed"),
+        ("weight", "weight", "of the largest norm in the weight"),
+        ("gradient", "gradient", "of the largest gradient"),
     )
     return tuple(
         Start(
@@ -163,10 +145,10 @@ def _choices(side: str, other: str) -> tuple[Start, ...]:
             zero=(other,),
             reads=frozenset({reads}),
             recomputable=reads != "gradient",
-            function=_features(rule),
+            function=_features(reads),
             max_rank=_most_features,
         )
-        for name, reads, text, rule in rules
+        for name, reads, text in rules
     )
 
 
@@ -178,7 +160,7 @@ starts = (
         gives=SIDES,
         zero=("core",),
         reads=frozenset({"weight"}),
-        function=_svd_step,
+        function=_singular_sides("weight"),
         max_rank=smaller_side,
         alpha=RECIPE_ALPHA,
     ),
@@ -224,7 +206,7 @@ starts = (
         zero=("core",),
         reads=frozenset({"gradient"}),
         recomputable=False,
-        function=_gradient_step,
+        function=_singular_sides("gradient"),
         max_rank=smaller_side,
         alpha=RECIPE_ALPHA,
     ),

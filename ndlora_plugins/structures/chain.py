@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ndlora_plugins.fused import Product
 from ndlora_plugins.kernels.chain import ChainProduct, ChangedChainProduct, through_core
-from ndlora_plugins.structures.base import Factor, Layout, Structure
+from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
 __all__ = ["Chain"]
 
@@ -75,7 +76,7 @@ class Chain(Structure):
         core = {"full": self.up_rank * self.down_rank, "diagonal": self.down_rank, "none": 0}[self.core]
         return core + sum(cost for side, cost in sides.items() if side not in self.indexed)
 
-    def apply(self, factors, x):
+    def apply(self, factors: Factors, x: Tensor) -> Tensor:
         if "down" in self.indexed:
             h = x.index_select(-1, factors["columns"])
         else:
@@ -85,17 +86,17 @@ class Chain(Structure):
             return h.new_zeros(*h.shape[:-1], self.layout.out_features).index_add(-1, factors["rows"], h)
         return F.linear(h, factors["up"])
 
-    def product(self, factors):
+    def product(self, factors: Factors) -> tuple[Product, tuple[Tensor, ...]] | None:
         if self.indexed:
             return None
         product = ChainProduct(self.layout.in_features, self.layout.out_features)
         return product, tuple(factors[factor.name] for factor in self.factors)
 
-    def delta(self, factors):
+    def delta(self, factors: Factors) -> Tensor:
         down, up = self.low_rank(factors)
         return up @ down
 
-    def low_rank(self, factors):
+    def low_rank(self, factors: Factors) -> tuple[Tensor, Tensor]:
         floating = next(factors[factor.name] for factor in self.factors if factor.indices is None)
         if "down" in self.indexed:
             down = F.one_hot(factors["columns"], self.layout.in_features).to(floating.dtype)
@@ -116,10 +117,10 @@ class Chain(Structure):
         core = {"full": {"core": torch.diag(ones)}, "diagonal": {"core": ones}, "none": {}}[self.core]
         return {"down": down, **core, "up": up}
 
-    def added(self, count):
+    def added(self, count: int) -> Chain:
         return replace(self, down_blocks=count * self.down_blocks, up_blocks=count * self.up_blocks)
 
-    def add(self, parts):
+    def add(self, parts: Sequence[Factors]) -> dict[str, Tensor]:
         axes = {"up": 1}
         joined = {
             factor.name: torch.cat([part[factor.name] for part in parts], dim=axes.get(factor.name, 0))
@@ -133,7 +134,7 @@ class Chain(Structure):
     # With A = A0 + dA and so on, B N A - B0 N0 A0 = dB N A + B0 (dN A + N0 dA) = [dB, B0] [[N, 0], [dN, N0]] [A; dA]:
     # two blocks a side instead of the three of a sum, and only those that the changing factors ask for.
 
-    def changed(self, names):
+    def changed(self, names: frozenset[str]) -> Structure:
         if len(names) == 1 or self.indexed:
             return super().changed(names)
         ups = ("up" in names) + bool(names & {"core", "down"})
@@ -141,7 +142,7 @@ class Chain(Structure):
         core = "none" if self.core == "none" else "full"
         return replace(self, core=core, down_blocks=downs * self.down_blocks, up_blocks=ups * self.up_blocks)
 
-    def change(self, start, change):
+    def change(self, start: Factors, change: Factors) -> Mapping[str, Tensor]:
         if len(change) == 1 or self.indexed:
             return super().change(start, change)
         now = {name: value + change[name] if name in change else value for name, value in start.items()}
@@ -161,14 +162,14 @@ class Chain(Structure):
             )
         return changed
 
-    def change_product(self, start, change):
+    def change_product(self, start: Factors, change: Factors) -> tuple[Product, tuple[Tensor, ...]] | None:
         if len(change) < 3 or self.core != "full":
             return super().change_product(start, change)
         names = ("down", "core", "up")
         product = ChangedChainProduct(self.layout.in_features, self.layout.out_features)
         return product, tuple(change[name] for name in names) + tuple(start[name] for name in names)
 
-    def _core(self, factors: Mapping[str, Tensor]) -> Tensor | None:
+    def _core(self, factors: Factors) -> Tensor | None:
         return None if self.core == "none" else factors["core"]
 
 

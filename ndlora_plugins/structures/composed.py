@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ndlora_plugins.fused import Product
 from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
 __all__ = ["Composed"]
@@ -32,50 +33,52 @@ class Composed(Structure):
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     @property
-    def factors(self):
+    def factors(self) -> tuple[Factor, ...]:
         return self.own
 
     @property
-    def rank_axes(self):
+    def rank_axes(self) -> Mapping[str, tuple[int, ...]]:
         return self.ranks
 
     @property
-    def multiply_adds(self):
+    def multiply_adds(self) -> int:
         return self.inner.multiply_adds
 
     @property
-    def mode_sizes(self):
+    def mode_sizes(self) -> Mapping[str, tuple[int, ...]]:
         return self.inner.mode_sizes
 
-    def apply(self, factors, x):
+    def apply(self, factors: Factors, x: Tensor) -> Tensor:
         return self.inner.apply(self.compose(factors), x)
 
-    def product(self, factors):
+    def product(self, factors: Factors) -> tuple[Product, tuple[Tensor, ...]] | None:
         return self.inner.product(self.compose(factors))
 
-    def delta(self, factors):
+    def delta(self, factors: Factors) -> Tensor:
         return self.inner.delta(self.compose(factors))
 
-    def low_rank(self, factors):
+    def low_rank(self, factors: Factors) -> tuple[Tensor, Tensor] | None:
         return self.inner.low_rank(self.compose(factors))
 
-    def kronecker_matrices(self, factors):
+    def kronecker_matrices(self, factors: Factors) -> Sequence[Tensor] | None:
         return self.inner.kronecker_matrices(self.compose(factors))
 
-    def norm(self, factors):
+    def norm(self, factors: Factors) -> Tensor:
         return self.inner.norm(self.compose(factors))
 
-    def lookup(self, factors, indices):
+    def lookup(self, factors: Factors, indices: Tensor) -> Tensor:
         return self.inner.lookup(self.compose(factors), indices)
 
-    def convolve(self, factors, x, convolution):
+    def convolve(
+        self, factors: Factors, x: Tensor, convolution: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         return self.inner.convolve(self.compose(factors), x, convolution)
 
-    def cut(self, rank):
+    def cut(self, rank: int) -> Structure:
         return self.remake(replace(self.layout, rank=rank))
 
-    def added(self, count):
+    def added(self, count: int) -> Structure:
         return self.inner.added(count)
 
-    def add(self, parts):
+    def add(self, parts: Sequence[Factors]) -> dict[str, Tensor]:
         return self.inner.add([self.compose(part) for part in parts])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.structures.base import Factor, Layout, Structure
+from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
 __all__ = ["Einsum", "Equation"]
 
@@ -128,12 +128,12 @@ class Einsum(Structure):
         return tuple(factors)
 
     @property
-    def rank_axes(self):
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
         axes = zip(self.names, self.equation.factors, strict=True)
         return {name: tuple(k for k, axis in enumerate(each) if axis in self.ranked) for name, each in axes}
 
     @cached_property
-    def multiply_adds(self):
+    def multiply_adds(self) -> int:
         import opt_einsum
 
         tokens = 256
@@ -146,20 +146,21 @@ class Einsum(Structure):
         cost = opt_einsum.contract_path(text, *shapes, shapes=True)[1].opt_cost
         return round(float(cost) / (2 * tokens))  # it counts a multiplication and an addition as two
 
-    def apply(self, factors, x):
+    def apply(self, factors: Factors, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, *(self.size[axis] for axis in self.equation.ins))
-        y = self._contract(factors, (_TOKENS, *self.equation.outs), [(tokens, (_TOKENS, *self.equation.ins))])
+        operands = [(tokens, (_TOKENS, *self.equation.ins)), *self._operands(factors)]
+        y = _einsum(operands, (_TOKENS, *self.equation.outs))
         return y.reshape(*x.shape[:-1], self.layout.out_features)
 
-    def delta(self, factors):
-        delta = self._contract(factors, self.equation.outs + self.equation.ins)
+    def delta(self, factors: Factors) -> Tensor:
+        delta = _einsum(self._operands(factors), self.equation.outs + self.equation.ins)
         return delta.reshape(self.layout.out_features, self.layout.in_features)
 
-    def low_rank(self, factors):
+    def low_rank(self, factors: Factors) -> tuple[Tensor, Tensor] | None:
         features = self.layout.in_features, self.layout.out_features
         inner, left = min(
             (
-                (self._cut_size(set(left)), left)
+                (self._count(itertools.chain(*self._cut_axes(left))), left)
                 for count in range(1, len(self.names))
                 for left in itertools.combinations(range(len(self.names)), count)
             ),
@@ -167,50 +168,38 @@ class Einsum(Structure):
         )
         if inner * sum(features) > math.prod(features):
             return None
-        bonds, ins_left, outs_right = self._cut_axes(set(left))
-        some = next(iter(factors.values()))
-        # up copies the out axes that the right factors make, down the in axes that the left factors read
-        cut = (*bonds, *(f"{axis}'" for axis in ins_left), *(f"{axis}'" for axis in outs_right))
-        primed = {axis: f"{axis}'" for axis in (*ins_left, *outs_right)}
-        identities = {
-            axis: (torch.eye(self.size[axis], dtype=some.dtype, device=some.device), (axis, primed[axis]))
-            for axis in primed
-        }
-        sides = []
-        for is_left, own, copied, passed in (
-            (True, self.equation.outs, outs_right, ins_left),
-            (False, self.equation.ins, ins_left, outs_right),
-        ):
+        bonds, ins_left, outs_right = self._cut_axes(left)
+        cut = (*bonds, *(f"{axis}'" for axis in (*ins_left, *outs_right)))
+
+        def side(is_left: bool, passed: Axes, copied: Axes, result: Axes) -> Tensor:
+            """The factors of one side, the axes that they make for the other renamed, the other's copied."""
             operands = [
-                (factors[name], tuple(primed[a] if a in passed else a for a in axes))
-                for k, (name, axes) in enumerate(zip(self.names, self.equation.factors, strict=True))
+                (value, tuple(f"{axis}'" if axis in passed else axis for axis in axes))
+                for k, (value, axes) in enumerate(self._operands(factors))
                 if (k in left) == is_left
             ]
-            operands += [identities[axis] for axis in copied]
-            result = _einsum(operands, own + cut if is_left else cut + own)
-            sides.append(result.reshape((-1, inner) if is_left else (inner, -1)))
-        return sides[1], sides[0]
+            eyes = (torch.eye(self.size[axis]).to(operands[0][0]) for axis in copied)
+            operands += [(eye, (axis, f"{axis}'")) for eye, axis in zip(eyes, copied, strict=True)]
+            return _einsum(operands, result)
 
-    def norm(self, factors):
-        again = {axis: f"{axis}'" for axis in self.equation.inner}
-        others = [
-            (factors[name], tuple(again.get(axis, axis) for axis in axes))
-            for name, axes in zip(self.names, self.equation.factors, strict=True)
-        ]
-        return self._contract(factors, (), others).clamp(min=0).sqrt()
+        # up copies the out axes that the right factors make, down the in axes that the left factors read
+        up = side(True, ins_left, outs_right, self.equation.outs + cut).reshape(-1, inner)
+        down = side(False, outs_right, ins_left, cut + self.equation.ins).reshape(inner, -1)
+        return down, up
 
-    def lookup(self, factors, indices):
+    def norm(self, factors: Factors) -> Tensor:
+        operands, again = self._operands(factors), {axis: f"{axis}'" for axis in self.equation.inner}
+        others = [(value, tuple(again.get(axis, axis) for axis in axes)) for value, axes in operands]
+        return _einsum([*operands, *others], ()).clamp(min=0).sqrt()
+
+    def lookup(self, factors: Factors, indices: Tensor) -> Tensor:
         # an in axis of a factor becomes the axis of the tokens: its entry at each token's index
-        positions = dict(
-            zip(
-                self.equation.ins,
-                torch.unravel_index(indices.reshape(-1), [self.size[axis] for axis in self.equation.ins]),
-                strict=True,
-            )
-        )
+        ins = self.equation.ins
+        index = torch.unravel_index(indices.reshape(-1), [self.size[axis] for axis in ins])
+        positions = dict(zip(ins, index, strict=True))
         operands = []
-        for name, axes in zip(self.names, self.equation.factors, strict=True):
-            value, read = factors[name], [axis for axis in axes if axis in positions]
+        for value, axes in self._operands(factors):
+            read = [axis for axis in axes if axis in positions]
             if read:
                 others = tuple(axis for axis in axes if axis not in positions)
                 value = value.permute([axes.index(axis) for axis in (*read, *others)])
@@ -219,38 +208,33 @@ class Einsum(Structure):
         y = _einsum(operands, (_TOKENS, *self.equation.outs))
         return y.reshape(*indices.shape, self.layout.out_features)
 
-    def added(self, count):
+    def added(self, count: int) -> Einsum:
         axis = f"term'{len(self.sizes)}"
-        factors = tuple((axis, *axes) for axes in self.equation.factors)
-        return replace(
-            self, equation=replace(self.equation, factors=factors), sizes=(*self.sizes, (axis, count))
-        )
+        equation = replace(self.equation, factors=tuple((axis, *axes) for axes in self.equation.factors))
+        return replace(self, equation=equation, sizes=(*self.sizes, (axis, count)))
 
-    def add(self, parts):
+    def add(self, parts: Sequence[Factors]) -> dict[str, Tensor]:
         return {name: torch.stack([part[name] for part in parts]) for name in self.names}
 
-    def _contract(self, factors, result: Axes, others: Sequence[tuple[Tensor, Axes]] = ()) -> Tensor:
-        own = zip((factors[name] for name in self.names), self.equation.factors, strict=True)
-        return _einsum([*others, *own], result)
+    def _operands(self, factors: Factors) -> list[tuple[Tensor, Axes]]:
+        """Each factor with its axes."""
+        return [(factors[name], axes) for name, axes in zip(self.names, self.equation.factors, strict=True)]
 
     def _count(self, axes: Iterable[str]) -> int:
         return math.prod(self.size[axis] for axis in axes)
 
-    def _cut_axes(self, left: set[int]) -> tuple[Axes, Axes, Axes]:
+    def _cut_axes(self, left: Sequence[int]) -> tuple[Axes, Axes, Axes]:
         """Between the factors `left` and the others: the inner axes of both, the in axes of the left ones, the out axes
         of the others.
         """
-        axes = [
-            {axis for k, own in enumerate(self.equation.factors) if (k in left) == side for axis in own}
+        of_left, of_right = (
+            {axis for k, axes in enumerate(self.equation.factors) if (k in left) == side for axis in axes}
             for side in (True, False)
-        ]
-        bonds = tuple(axis for axis in self.equation.inner if axis in axes[0] & axes[1])
-        ins_left = tuple(axis for axis in self.equation.ins if axis in axes[0])
-        outs_right = tuple(axis for axis in self.equation.outs if axis in axes[1])
+        )
+        bonds = tuple(axis for axis in self.equation.inner if axis in of_left & of_right)
+        ins_left = tuple(axis for axis in self.equation.ins if axis in of_left)
+        outs_right = tuple(axis for axis in self.equation.outs if axis in of_right)
         return bonds, ins_left, outs_right
-
-    def _cut_size(self, left: set[int]) -> int:
-        return math.prod(self._count(axes) for axes in self._cut_axes(left))
 
 
 def _einsum(operands: Sequence[tuple[Tensor, Axes]], result: Axes) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ndlora_plugins.fused import Product
 from ndlora_plugins.kernels.modes import (
     fastest_product,
     kron_with_identity,
     mode_product,
     plan_contraction,
 )
-from ndlora_plugins.structures.base import Factor, Layout, Structure
-from ndlora_plugins.structures.einsum import Einsum, Equation
+from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
-__all__ = ["KroneckerSum", "kronecker", "kronecker_terms", "tensor_train"]
+__all__ = ["KroneckerSum", "kronecker", "kronecker_terms"]
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,27 @@ class KroneckerSum(Structure):
         )
 
     @property
-    def rank_axes(self):
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
         return {factor.name: (0,) for factor in self.factors}
 
     @property
-    def multiply_adds(self):
+    def multiply_adds(self) -> int:
         return plan_contraction(self.in_modes, self.out_modes, self.terms).multiply_adds
 
     @property
-    def mode_sizes(self):
+    def mode_sizes(self) -> dict[str, tuple[int, ...]]:
         return {"in_modes": self.in_modes, "out_modes": self.out_modes}
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.terms
 
     @property
-    def unit(self):
+    def unit(self) -> KroneckerSum:
         return replace(self, layout=replace(self.layout, rank=1, options=None), copies=1)
 
     @property
-    def lopsidedness(self):
+    def lopsidedness(self) -> float:
         # modes that are axes of the weight, experts and kernel, are left out
         ins, outs = self.in_modes, self.out_modes
         before = tuple(size for size in self.layout.leading if size > 1)
@@ -83,17 +83,17 @@ class KroneckerSum(Structure):
         numbers = sum(i * o for i, o in zip(ins, outs, strict=True))
         return numbers / (len(ins) * (math.prod(ins) * math.prod(outs)) ** (1 / len(ins)))
 
-    def apply(self, factors, x):
+    def apply(self, factors: Factors, x: Tensor) -> Tensor:
         return mode_product(self.in_modes, self.out_modes, self.terms).plain(x, self._modes(factors))
 
-    def product(self, factors):
+    def product(self, factors: Factors) -> tuple[Product, tuple[Tensor, ...]]:
         product = fastest_product(self.in_modes, self.out_modes, self.terms)
         return product, tuple(self._modes(factors))
 
-    def delta(self, factors):
+    def delta(self, factors: Factors) -> Tensor:
         return kronecker(self._modes(factors))
 
-    def low_rank(self, factors):
+    def low_rank(self, factors: Factors) -> tuple[Tensor, Tensor] | None:
         # kron(A, B) = kron(A, I) kron(I, B) = kron(I, B) kron(A, I); small for modes that cross
         ins, outs = self.in_modes, self.out_modes
         inner, split, second_first = min(
@@ -115,15 +115,15 @@ class KroneckerSum(Structure):
         # the terms, one below the other and side by side
         return down.flatten(0, 1), up.transpose(0, 1).flatten(1)
 
-    def kronecker_matrices(self, factors):
+    def kronecker_matrices(self, factors: Factors) -> list[Tensor] | None:
         return [mode[0] for mode in self._modes(factors)] if self.terms == 1 else None
 
-    def norm(self, factors):
+    def norm(self, factors: Factors) -> Tensor:
         # <kron(A_1, .., A_N), kron(B_1, .., B_N)> = prod_k <A_k, B_k>, for every pair of terms
         flats = [mode.flatten(1) for mode in self._modes(factors)]  # (terms, out_mode in_mode)
         return reduce(torch.mul, [flat @ flat.T for flat in flats]).sum().clamp(min=0).sqrt()
 
-    def lookup(self, factors, indices):
+    def lookup(self, factors: Factors, indices: Tensor) -> Tensor:
         # a column of a Kronecker product is the Kronecker product of columns
         positions = torch.unravel_index(indices.reshape(-1), self.in_modes)
         columns = (
@@ -134,7 +134,9 @@ class KroneckerSum(Structure):
         rows = reduce(lambda rows, more: (rows.unsqueeze(3) * more.unsqueeze(2)).flatten(2), columns)
         return rows.sum(1).reshape(*indices.shape, self.layout.out_features)
 
-    def convolve(self, factors, x, convolution):
+    def convolve(
+        self, factors: Factors, x: Tensor, convolution: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         modes = self._modes(factors)
         kernel = [size for size in self.layout.trailing if size > 1]
         channels = len(modes) - len(kernel)
@@ -152,33 +154,14 @@ class KroneckerSum(Structure):
         )
         return reduce(torch.add, updates).movedim(-1, 1)
 
-    def added(self, count):
+    def added(self, count: int) -> KroneckerSum:
         return replace(self, copies=count * self.copies)
 
-    def add(self, parts):
+    def add(self, parts: Sequence[Factors]) -> dict[str, Tensor]:
         return {factor.name: torch.cat([part[factor.name] for part in parts]) for factor in self.factors}
 
-    def _modes(self, factors):
+    def _modes(self, factors: Factors) -> list[Tensor]:
         return [factors[factor.name] for factor in self.factors]
-
-
-def tensor_train(layout: Layout, in_modes: Sequence[int], out_modes: Sequence[int]) -> Einsum:
-    """The same modes with bonds between neighbours instead of a sum over all: factor k is (bond, out, in, bond).
-
-    The bonds have the layout's rank; the first and the last factor have one each. With two modes it is `KroneckerSum`.
-
-    Source: Oseledets, Tensor-train decomposition (2011), in matrix order; arXiv 2408.01008 for adapters.
-
-    Args:
-        in_modes, out_modes: as `KroneckerSum` has them, at least two.
-    """
-    count = len(in_modes)
-    outs, ins = ([f"{side}{k}" for k in range(1, count + 1)] for side in ("out", "in"))
-    bonds = [f"bond{k}" for k in range(1, count)]
-    factors = tuple((*bonds[max(k - 1, 0) : k], outs[k], ins[k], *bonds[k : k + 1]) for k in range(count))
-    sizes = (*zip(outs, out_modes, strict=True), *zip(ins, in_modes, strict=True))
-    names = tuple(f"mode_{k}" for k in range(1, count + 1))
-    return Einsum(layout, Equation(factors, tuple(outs), tuple(ins)), sizes, names, tuple(bonds))
 
 
 def kronecker(factors: Sequence[Tensor]) -> Tensor:

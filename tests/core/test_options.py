@@ -20,7 +20,7 @@ REFUSED = [
         {"method": "ndlinear", "options": {"size": 1}},
         "options={'size': ...}: method='ndlinear' has no such option; it has 'num_modes', 'crossed_modes', 'in_modes'",
     ),
-    ({"method": "ndlinear", "options": {"num_modes": 0}}, "num_modes=0: choose an integer of at least 2"),
+    ({"method": "ndlinear", "options": {"num_modes": 0}}, "num_modes=0: choose an integer of at least 1"),
     ({"method": "ndlinear", "options": {"num_modes": True}}, "num_modes=True: choose an integer"),
     ({"method": "ndlinear", "options": {"crossed_modes": 0}}, "crossed_modes=0: choose an integer of at least 1"),
     ({"method": "crossed", "options": {"crossed_modes": True}}, "crossed_modes=True: choose an integer"),

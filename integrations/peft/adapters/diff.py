@@ -138,13 +138,11 @@ def _compare(first: ReadLayer, second: ReadLayer) -> LayerDiff:
 
 
 def _inner(first: ReadLayer, second: ReadLayer) -> float:
-    for one, other in ((first, second), (second, first)):
-        form = one.plan.low_rank(one.trained, one.frozen)
+    updates = [layer.plan.update(layer.trained, layer.frozen) for layer in (first, second)]
+    for (one, factors), (other, others) in (updates, updates[::-1]):
+        form = one.low_rank(factors)
         if form is not None:
             down, up = form  # <up down, dW> = sum_k up[:, k] . dW down[k]
-            return float((other.plan.apply(other.trained, other.frozen, down) * up.T).sum())
-    return float(
-        (
-            first.plan.delta(first.trained, first.frozen) * second.plan.delta(second.trained, second.frozen)
-        ).sum()
-    )
+            return float((other.apply(others, down) * up.T).sum())
+    one, other = (structure.delta(factors) for structure, factors in updates)
+    return float((one * other).sum())

@@ -115,7 +115,7 @@ class Part(NamedTuple):
 
     def scaled(self) -> tuple[Structure, Mapping[str, Tensor]]:
         """The structure and factors of weight * scaling * dW."""
-        structure, factors = self.plan.factors(self.trained, self.frozen)
+        structure, factors = self.plan.update(self.trained, self.frozen)
         # linear in each factor: the scale goes into one
         first = next(factor.name for factor in structure.factors if factor.indices is None)
         return structure, {**factors, first: self.weight * self.scaling * factors[first]}
@@ -175,7 +175,7 @@ def _same_method(
     units = {structure.unit for structure in structures}
     if len(units) > 1 or None in units or any(plan.method != method or plan.shared for plan in plans):
         return None
-    if method.trained_names(plans[0].layout.options) is not None:
+    if any(plan.trained != plan.structure.factors for plan in plans):
         return None
     factors = structures[0].add([factors for _, factors in updates])
     return Sum(method, sum(structure.rank for structure in structures), factors, structures[0].mode_sizes)

@@ -285,7 +285,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
             layer: the module's full name in the model, without the name of the adapter.
             resolved: what `resolved` gave, where it is asked for many layers.
         """
-        from ndlora_plugins.methods.base import make_options
+        from ndlora_plugins.checks import make_options
 
         found = resolved or self.resolved()
         rank, alpha = _of_pattern(self.rank_pattern, layer), _of_pattern(self.alpha_pattern, layer)

@@ -96,7 +96,8 @@ def low_rank_form(
     """
     trained, frozen = _wide(trained), _wide(frozen)
     with torch.no_grad():
-        exact = plan.low_rank(trained, frozen)
+        update, factors = plan.update(trained, frozen)
+        exact = update.low_rank(factors)
         if exact is not None:
             if target is None or (target.rank is not None and target.rank >= exact[0].shape[0]):
                 return exact
@@ -106,12 +107,11 @@ def low_rank_form(
                 f"method={plan.method.name!r} has no exact form of a small rank: choose a rank, an energy or a "
                 f"max_error."
             )
-        update, factors = plan.factors(trained, frozen)
         matrices = update.kronecker_matrices(factors)
         if matrices is not None:
             return kronecker_low_rank(matrices, target)
         return randomized_low_rank(
-            lambda x: plan.apply(trained, frozen, x),
+            lambda x: update.apply(factors, x),
             (plan.layout.out_features, plan.layout.in_features),
             plan.delta_norm(trained, frozen) ** 2,
             target,
@@ -210,7 +210,8 @@ def relative_error(
         norm = scaling * plan.delta_norm(trained, frozen)
         product = float(((up.T @ up) * (down @ down.T)).sum())
         # <dW, up down> = sum_k up[:, k] . dW down[k]
-        cross = scaling * float((plan.apply(trained, frozen, down) * up.T).sum())
+        update, factors = plan.update(trained, frozen)
+        cross = scaling * float((update.apply(factors, down) * up.T).sum())
     if norm == 0:
         return math.inf if product > 0 else 0.0
     squared = (norm**2 - 2 * cross + product) / norm**2

@@ -242,7 +242,7 @@ def _kronecker_pair(layer: ReadLayer, files: BaseFiles | None) -> tuple[Tensor, 
     Raises:
         NdLoraValueError: it is no such product, or not on an nn.Linear.
     """
-    structure, factors = layer.plan.factors(layer.trained, layer.frozen)
+    structure, factors = layer.plan.update(layer.trained, layer.frozen)
     matrices = structure.kronecker_matrices(factors)
     reason = None
     if not structure.mode_sizes:

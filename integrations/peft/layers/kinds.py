@@ -52,7 +52,8 @@ class NdLoraLinear(NdLoraLayer):
         """scaling * dW x: (..., in_features) -> (..., out_features)."""
         trained, frozen = self._tensors_for(adapter, x)
         x = self._cast_to_factors(x, trained)
-        y = self.plan[adapter].apply(trained, frozen, self.ndlora_dropout[adapter](x), self.ranks(adapter))
+        update, factors = self.plan[adapter].update(trained, frozen, self.ranks(adapter))
+        y = update.apply(factors, self.ndlora_dropout[adapter](x))
         return self._scaled(adapter, y)
 
 
@@ -76,7 +77,8 @@ class NdLoraEmbedding(NdLoraLayer):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """scaling * the columns of dW for the indices x: (...) -> (..., embedding_dim)."""
-        y = self.plan[adapter].lookup(*self.tensors(adapter), x, self.ranks(adapter))
+        update, factors = self.plan[adapter].update(*self.tensors(adapter), self.ranks(adapter))
+        y = update.lookup(factors, x)
         scale = self._get_embed_scale()  # of models that scale their embeddings
         y = y if scale is None else y * scale.to(y.dtype)
         return self._scaled(adapter, y)
@@ -93,7 +95,8 @@ class NdLoraConvolution(NdLoraLayer):
         x = self._cast_to_factors(x, trained)
         single = x.dim() == len(self.form.trailing) + 1
         x = self.ndlora_dropout[adapter](x.unsqueeze(0) if single else x)
-        y = self.plan[adapter].convolve(trained, frozen, x, self._convolution, self.ranks(adapter))
+        update, factors = self.plan[adapter].update(trained, frozen, self.ranks(adapter))
+        y = update.convolve(factors, x, self._convolution)
         return self._scaled(adapter, y.squeeze(0) if single else y)
 
     def _convolution(self, x: Tensor, weight: Tensor) -> Tensor:
