@@ -52,8 +52,9 @@ def choose_for_config(
         return choose_adapter(network, file_bytes=parse_number(file_bytes.removesuffix("B")), **options)
     if parameters is not None:
         return choose_adapter(network, parameters=parse_number(parameters), **options)
+    assert like_lora_r is not None, "one of the three is given"
     targets = {name: value for name, value in options.items() if name != "lora_rate"}
-    limit = lora_parameters(network, like_lora_r or 0, **targets) * parse_fraction(fraction or "1")
+    limit = lora_parameters(network, like_lora_r, **targets) * parse_fraction(fraction or "1")
     return choose_adapter(network, parameters=int(limit), **options)
 
 

@@ -42,7 +42,7 @@ _PROBES = {
     """,
     "axolotl": """
         import axolotl.utils.config as config
-        ours = getattr(config.validate_config, "brings_in_ndlora", False)
+        ours = hasattr(config.validate_config, "stands_before_a_hosts")  # integrations/patches.py
         said = "`adapter: ndlora` brings the plugin" if ours else ""
         bad = None if ours else "`adapter: ndlora` alone does not bring the plugin: write it under plugins:"
     """,

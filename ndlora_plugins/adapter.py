@@ -70,7 +70,7 @@ class LayerAdapter:
 
     @property
     def recomputed(self) -> bool:
-        """Whether `frozen` is made again from the base weight or a seed at load, so that it need not be saved."""
+        """Tell whether `frozen` is made again from the base weight or a seed at load, so that it need not be saved."""
         return bool(self.frozen) and not self.save_frozen and self.start.recomputes(bool(self.shared))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -100,16 +100,16 @@ class LayerAdapter:
 
     @property
     def frozen_in_file(self) -> tuple[Factor, ...]:
-        """Those of `frozen` that the adapter file holds."""
+        """The part of `frozen` that the adapter file holds."""
         return () if self.recomputed else self.frozen
 
     def shared_sizes(self, factors: tuple[Factor, ...]) -> dict[str, int]:
-        """Key of each tensor of these that other layers share -> its numbers."""
+        """Numbers in those of these factors that layers share, by key."""
         keys = dict(self.shared)
         return {keys[factor.name]: factor.numel for factor in factors if factor.name in keys}
 
     def count_own(self, factors: tuple[Factor, ...]) -> int:
-        """Numbers of those of these that no other layer shares."""
+        """Numbers in these factors, without those that other layers share."""
         shared = {name for name, _ in self.shared}
         return sum(factor.numel for factor in factors if factor.name not in shared)
 

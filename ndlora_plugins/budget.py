@@ -45,7 +45,7 @@ class BudgetRow:
 
     @property
     def note(self) -> str:
-        """Says so where the modes are lopsided."""
+        """A remark where the modes are lopsided, else nothing."""
         ratio = self.adapter.structure.lopsidedness
         return f"lopsided: {ratio:.1f}x the parameters of even modes" if ratio > LOPSIDED_RATIO else ""
 
@@ -59,6 +59,7 @@ class Budget:
 
     @property
     def layers(self) -> int:
+        """Adapted layers."""
         return sum(row.count for row in self.rows)
 
     def _numbers(self, factors_of: Callable[[LayerAdapter], tuple[Factor, ...]]) -> int:
@@ -73,22 +74,27 @@ class Budget:
 
     @property
     def parameters(self) -> int:
+        """Trainable numbers of the model."""
         return self._numbers(lambda adapter: adapter.trained)
 
     @property
     def saved(self) -> int:
+        """Numbers in the adapter file."""
         return self.parameters + self._numbers(lambda adapter: adapter.frozen_in_file)
 
     @property
     def frozen(self) -> int:
+        """Frozen numbers held beside the trainable ones."""
         return self._numbers(lambda adapter: adapter.frozen)
 
     @property
     def multiply_adds(self) -> int:
+        """Multiply-adds of all updates for one token."""
         return sum(row.count * row.adapter.multiply_adds for row in self.rows)
 
     @property
     def lora_parameters(self) -> int:
+        """Numbers of plain LoRA on the same layers."""
         return sum(row.count * row.lora_parameters for row in self.rows)
 
     @property

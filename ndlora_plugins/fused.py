@@ -157,13 +157,13 @@ class _Update(torch.autograd.Function):
             output = F.linear(tokens, weight, bias).resize_(*x.shape[:-1], product.out_features)
         elif output is not None:
             ctx.mark_dirty(output)
-        result, kept = _forward(product, scaling, output, x.shape, tokens, tensors, needs)
+        result, kept = product.forward(tokens, tensors, needs, _flat(output), scaling)
         # x itself and not a view of it: a second derivative needs it as autograd knows it
         ctx.keeps_x = any(value is tokens for value in kept)
         kept = [x if value is tokens else value for value in kept]
         ctx.save_for_backward(weight if needs_x else None, *tensors, *kept)
         ctx.product, ctx.scaling, ctx.count, ctx.shape = product, scaling, len(tensors), x.shape
-        return result
+        return result.view(*x.shape[:-1], product.out_features) if output is None else output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -176,21 +176,9 @@ class _Update(torch.autograd.Function):
         return None, None, None, None, grad if ctx.needs_input_grad[4] else None, grad_x, *grads
 
 
-def _forward(
-    product: Product,
-    scaling: float,
-    result: Tensor | None,
-    shape: Sequence[int],
-    tokens: Tensor,
-    tensors: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> tuple[Tensor, Kept]:
-    """`Product.forward` for a result (..., out_features)."""
-    if result is None:
-        result, kept = product.forward(tokens, tensors, needs, None, scaling)
-        return result.view(*shape[:-1], product.out_features), kept
-    # (..., out) -> (tokens, out), the same memory
-    return result, product.forward(tokens, tensors, needs, result.view(-1, product.out_features), scaling)[1]
+def _flat(result: Tensor | None) -> Tensor | None:
+    """(..., out) -> (tokens, out), the same memory."""
+    return None if result is None else result.view(-1, result.shape[-1])
 
 
 def _backward(
@@ -269,8 +257,9 @@ def _run(
     if output is not None and _is_few(x) and x.dtype == tensors[0].dtype:
         product.add_few(tensors, output, x, scaling)
         return output
-    tokens = x.reshape(-1, product.in_features)
-    return _forward(product, scaling, output, x.shape, tokens, tensors, (False,) * len(tensors))[0]
+    tokens, needs = x.reshape(-1, product.in_features), (False,) * len(tensors)
+    result, _ = product.forward(tokens, tensors, needs, _flat(output), scaling)
+    return result.view(*x.shape[:-1], product.out_features) if output is None else output
 
 
 def add_product(
@@ -294,19 +283,6 @@ def add_product(
         (..., out_features), in output's dtype.
     """
     dtype = compute_dtype(x, tensors, torch.is_autocast_enabled(x.device.type))
-    return _add(product, tensors, output, x, scaling, in_place, dtype)
-
-
-def _add(
-    product: Product,
-    tensors: Sequence[Tensor],
-    output: Tensor,
-    x: Tensor,
-    scaling: float,
-    in_place: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`add_product`, computed in `dtype`."""
     given = output.dtype
     x = x.to(dtype)
     if not _can_fuse(output, x, *tensors):
@@ -352,4 +328,4 @@ def linear_with_product(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if frozen and x.dtype == weight.dtype == dtype and _can_fuse(weight, bias, x, *tensors):
         return _run(product, tensors, weight, bias, None, x, scaling)
-    return _add(product, tensors, F.linear(x, weight, bias), x, scaling, True, dtype)
+    return add_product(product, tensors, F.linear(x, weight, bias), x, scaling, in_place=True)

@@ -18,7 +18,7 @@ ANCHORS = ("snapshot", "none")
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What a configuration says of one layer, with all defaults filled in; made by `adapter_options`.
+    """The configuration of one layer, with all defaults filled in; made by `adapter_options`.
 
     Attributes:
         scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
@@ -36,7 +36,7 @@ class AdapterOptions:
 
     @property
     def reads_base(self) -> bool:
-        """Whether frozen tensors are made again from the base weight at load; see `LayerAdapter.recomputed`."""
+        """Tell whether frozen tensors are made again from the base weight at load; see `LayerAdapter.recomputed`."""
         names, trained = self.method.factor_names(self.options), self.method.trained_names(self.options)
         frozen = len(names) > 1 if self.anchor == "snapshot" else len(trained) < len(names)
         recomputes = self.start.recomputes(self.method.shared is not None)

@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 import pluggy
 
 from ndlora_plugins import builtin, hookspecs
-from ndlora_plugins.checks import NoOptions, make_options
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.base import Method
+from ndlora_plugins.methods.options import NoOptions, make_options
 from ndlora_plugins.schedules.base import Schedule
 from ndlora_plugins.starts.base import Start
 from ndlora_plugins.structures import Chain, Layout
@@ -41,7 +41,7 @@ Record = TypeVar("Record", Method, Start, Schedule)
 
 @dataclass(frozen=True)
 class Registered(Generic[Record]):
-    """One of these, with the plugin (distribution and version if it has one) that brought it."""
+    """A record, with the plugin (distribution and version if it has one) that brought it."""
 
     value: Record
     plugin: str
@@ -167,7 +167,7 @@ def _look_up_both(method: str | None, init_lora_weights: bool | str | None) -> t
 
 
 def fits(method: str, start: str) -> bool:
-    """Whether a start, by its name, can start a method with its default options; True where it has none to give."""
+    """Tell whether a start can start a method with its default options; True where an option has no default."""
     found = methods()[method].value
     try:
         options = found.Options()

@@ -79,7 +79,7 @@ class NdLoraBlock(BaseModel):
 
 
 class NdLoraArgs(BaseModel):
-    """What the plugin adds to Axolotl's schema."""
+    """The keys that the plugin adds to Axolotl's schema."""
 
     ndlora: NdLoraBlock | None = Field(
         default=None,

@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
+
+from ..patches import stand_before
 
 PLUGIN = "ndlora_plugins.integrations.axolotl.NdLoraPlugin"
 
 
 def activate() -> None:
     """Wrap `axolotl.utils.config.validate_config`. Idempotent."""
-    module = importlib.import_module("axolotl.utils.config")
-    original = module.validate_config
-    if getattr(original, "brings_in_ndlora", False):
-        return
+    stand_before(importlib.import_module("axolotl.utils.config"), "validate_config", _bringing_in_the_plugin)
 
-    @functools.wraps(original)
+
+def _bringing_in_the_plugin(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_config(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if cfg.get("adapter") == "ndlora":
             bring_in_plugin(cfg)
@@ -32,8 +32,7 @@ def activate() -> None:
             )
         return original(cfg, *args, **kwargs)
 
-    vars(validate_config)["brings_in_ndlora"] = True
-    vars(module)["validate_config"] = validate_config
+    return validate_config
 
 
 def bring_in_plugin(cfg: Any) -> None:

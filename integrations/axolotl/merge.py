@@ -6,13 +6,14 @@ What it cannot do goes the "legacy" way, on the loaded model.
 
 from __future__ import annotations
 
-import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
 
+from ..patches import stand_before
 from ..peft.exports.merge import merge_files
 from ..peft.files.adapter import AdapterReader
 from ..peft.files.base import BaseFiles, NotInFilesError
@@ -31,11 +32,10 @@ def enable(cfg: Any) -> None:
     if module is None:
         cfg["merge_method"] = "legacy"
         return
-    original = module.do_merge_lora
-    if getattr(original, "merges_ndlora", False):
-        return
+    stand_before(module, "do_merge_lora", _merging_by_shard)
 
-    @functools.wraps(original)
+
+def _merging_by_shard(original: Callable[..., None]) -> Callable[..., None]:
     def do_merge_lora(*, cfg: Any) -> None:
         if cfg.adapter == "ndlora" and cfg.merge_method != "legacy":
             try:
@@ -45,8 +45,7 @@ def enable(cfg: Any) -> None:
                 cfg.merge_method = "legacy"
         return original(cfg=cfg)
 
-    vars(do_merge_lora)["merges_ndlora"] = True
-    vars(module)["do_merge_lora"] = do_merge_lora
+    return do_merge_lora
 
 
 def _merge(cfg: Any) -> None:

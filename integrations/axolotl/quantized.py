@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import Any
+
+from ..patches import stand_before
 
 __all__ = ["enable"]
 
@@ -15,14 +18,11 @@ def enable() -> None:
     from axolotl.loaders.model import ModelLoader
 
     for name in _STEPS:
-        step = getattr(ModelLoader, name)
-        if not getattr(step, "quantises_ndlora", False):
-            setattr(ModelLoader, name, _wrap(step))
+        stand_before(ModelLoader, name, _named_for_its_bits)
 
 
-def _wrap(step):
-    @functools.wraps(step)
-    def wrapped(self, *args, **kwargs):
+def _named_for_its_bits(step: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = self.cfg
         if cfg.adapter != "ndlora" or not (cfg.load_in_4bit or cfg.load_in_8bit):
             return step(self, *args, **kwargs)
@@ -32,5 +32,4 @@ def _wrap(step):
         finally:
             cfg.adapter = "ndlora"
 
-    vars(wrapped)["quantises_ndlora"] = True
     return wrapped

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from ndlora_plugins.errors import NdLoraValueError
 
+from ..patches import stand_before
 from ..peft.names import NAME, PREFIX
 
 __all__ = ["activate"]
@@ -27,24 +27,22 @@ def activate() -> None:
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.loaders.peft import PeftAdapterMixin
 
-    _stand_before(PeftAdapterMixin, "save_lora_adapter", _check_saved_component)
-    _stand_before(PeftAdapterMixin, "load_lora_adapter", _check_loaded)
-    _stand_before(LoraBaseMixin, "write_lora_layers", _check_written)
+    stand_before(PeftAdapterMixin, "save_lora_adapter", _after(_check_saved_component))
+    stand_before(PeftAdapterMixin, "load_lora_adapter", _after(_check_loaded))
+    stand_before(LoraBaseMixin, "write_lora_layers", _after(_check_written))
 
 
-def _stand_before(owner: type, name: str, check: Callable[..., None]) -> None:
-    original = vars(owner)[name]
-    function = getattr(original, "__func__", original)  # of a staticmethod
-    if getattr(function, "looks_for_ndlora", False):
-        return
+def _after(check: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function of diffusers -> the same after a check of its arguments."""
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return function(*args, **kwargs)
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return function(*args, **kwargs)
 
-    vars(checked)["looks_for_ndlora"] = True
-    setattr(owner, name, staticmethod(checked) if isinstance(original, staticmethod) else checked)
+        return checked
+
+    return make
 
 
 def _check_saved_component(

@@ -39,7 +39,7 @@ _CHOSEN = ("method", "r", "lora_alpha", "init_lora_weights", "anchor", "options"
 
 @dataclass(frozen=True)
 class Choice:
-    """What to train, and what is known of it.
+    """An adapter to train, and what is known of it.
 
     Attributes:
         options: of `NdLoraConfig`, those that are not its defaults.
@@ -76,7 +76,7 @@ class Choice:
 
 
 def lora_parameters(model: nn.Module, rank: int, **targets: Any) -> int:
-    """How many parameters plain LoRA has on the layers that would be adapted.
+    """The parameters that plain LoRA has on the layers that would be adapted.
 
     Args:
         targets: `target_modules` and other fields of NdLoraConfig that say which layers.
@@ -106,14 +106,16 @@ def choose_adapter(
     Raises:
         NdLoraValueError: no budget or two, one that no method fits into, or a rate that is none.
     """
-    if (parameters is None) == (file_bytes is None):
+    if parameters is not None and file_bytes is None:
+        limit, size = parameters, _trained
+    elif file_bytes is not None and parameters is None:
+        limit, size = file_bytes // BYTES_A_NUMBER, _saved
+    else:
         raise NdLoraValueError("Give exactly one budget: parameters, or the bytes of the file.")
     if not 0 < lora_rate < 1:
         raise NdLoraValueError(
             f"lora_rate={lora_rate!r}: give a learning rate between 0 and 1, such as 2e-4."
         )
-    limit = (parameters or 0) if file_bytes is None else file_bytes // BYTES_A_NUMBER
-    size = _trained if file_bytes is None else _saved
     lora = lora_parameters(model, _LORA_RANK, **targets)
     best: Choice | None = None
     for family in _by_worth(limit / lora):

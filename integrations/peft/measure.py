@@ -85,7 +85,7 @@ def start_from_gradients(model: nn.Module, adapter: str, step: Callable[[], Any]
 
 
 def waits_for_gradients(model: nn.Module, adapter: str) -> bool:
-    """Whether an adapter's start reads gradients, and it has got no values yet, neither from these nor from a file."""
+    """Tell whether an adapter's start reads gradients, and has no values yet, neither of these nor of a file."""
     layers = [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]
     return any("gradient" in layer.plan[adapter].start.reads for layer in layers) and not any(
         value.any() for layer in layers for group in layer.tensors(adapter) for value in group.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -43,15 +43,13 @@ def model_on_meta(
             names, else the causal language model, else the bare model.
     """
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    if auto_class is None and named is None:
-        auto_class = (
-            AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-        )
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if auto_class is None:
-            model = cast(Any, named)(config)
+        if auto_class is None and named is not None:
+            model = named(config)
         else:
+            known = type(config) in AutoModelForCausalLM._model_mapping
+            auto_class = auto_class or (AutoModelForCausalLM if known else AutoModel)
             model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model

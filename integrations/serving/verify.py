@@ -28,7 +28,7 @@ _FEWEST = 8  # log-probabilities that a verdict needs
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a server serves.
+    """The answer to what a server serves.
 
     Attributes:
         serves: "adapter", "base" or "something else".

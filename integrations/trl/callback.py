@@ -99,7 +99,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
         self._noted: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        """What the trainer's state keeps: the schedules of each adapter, and arguments that JSON can hold."""
+        """The state that the trainer keeps: the schedules of each adapter, and arguments that JSON can hold."""
         return {
             "args": {**self._arguments, "schedules": self.schedules},
             "attributes": {"_noted": self._noted},

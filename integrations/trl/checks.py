@@ -26,7 +26,7 @@ _NAMED = 5  # how many layers a message names
 
 @dataclass(frozen=True)
 class StartReport:
-    """What trains.
+    """The parts that train.
 
     Attributes:
         adapters: adapter name -> (method's name, adapted layers, trainable numbers); the frozen ones have 0.
@@ -41,7 +41,7 @@ class StartReport:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """What one backward pass brought.
+    """The gradients of one backward pass.
 
     Attributes:
         silent: whether every gradient is exactly zero, so that the step says nothing (GRPO, equal rewards).

@@ -29,7 +29,7 @@ _OPTIONS = set(inspect.signature(export_adapter).parameters) - {"adapter", "outp
 def make_export(
     given: str | Mapping[str, Any] | Callable[[nn.Module, TrainingArguments], Any] | None,
 ) -> Callable[[nn.Module, TrainingArguments], Any] | None:
-    """What `NdLoraCallback(export=...)` takes, as a function of (model, args).
+    """Make of what `NdLoraCallback(export=...)` takes a function of (model, args).
 
     Raises:
         NdLoraTypeError: none of those.
@@ -68,7 +68,7 @@ class EndExport:
         self.options = options
 
     def target(self, args: TrainingArguments) -> Path:
-        """Where it will be written.
+        """The place that it will be written to.
 
         Raises:
             NdLoraValueError: something is there already.

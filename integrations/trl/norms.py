@@ -33,7 +33,7 @@ def base_norm(layer: NdLoraLayer) -> float:
 def update_norms(
     layers: Sequence[tuple[str, NdLoraLayer]], base_norms: Mapping[str, float]
 ) -> dict[str, float]:
-    """What is logged: for each active adapter the median over its layers, and the largest.
+    """Collect what is logged: for each active adapter the median over its layers, and the largest.
 
     Args:
         layers: (name, layer).

@@ -24,7 +24,7 @@ def noted_schedules(clocks: Iterable[Clock]) -> dict[str, dict[str, Any]]:
 
 
 def check_resumed(state: TrainerState, now: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """What differs from the checkpoint that the trainer goes on from, one sentence each."""
+    """List what differs from the checkpoint that the trainer goes on from, one sentence each."""
     saved = cast("dict[str, Any]", state.stateful_callbacks or {}).get("NdLoraCallback")
     if not state.global_step or not isinstance(saved, dict):
         return ()

@@ -65,14 +65,14 @@ class CoreOnly:
                 self._stopped += [value for key, value in trainable.items() if key != CORE]
 
     def advance(self, step: int) -> bool:
-        """Before a step is made: stop if it is time. True exactly when that happens."""
+        """Stop if it is time, before a step is made. True exactly when that happens."""
         if self._hooks or step < self._step or not self._stopped:
             return False
         self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in self._stopped]
         return True
 
     def drop_gradients(self) -> None:
-        """Before the optimizer's step."""
+        """Drop them before the optimizer's step."""
         if self._hooks:
             for parameter in self._stopped:
                 parameter.grad = None

@@ -47,7 +47,7 @@ _TAKEN_OVER = {
 
 @dataclass
 class NdLoraArguments:
-    """What is added to TRL's arguments.
+    """The arguments that are added to TRL's.
 
     Attributes:
         ndlora: a method's name, or a mapping of NdLoraConfig's options (docs/options.md), with `callback` a
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Run(NamedTuple):
-    """What the YAML and the command line say: TRL's arguments, ours, and the names of those that were given."""
+    """The YAML and the command line: TRL's arguments, ours, and the names of those that were given."""
 
     script: trl.ScriptArguments
     training: trl.SFTConfig

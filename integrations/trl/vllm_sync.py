@@ -97,7 +97,7 @@ def lora_of(model: PeftModel, adapter: str) -> tuple[LoraConfig, dict[str, Tenso
             f"{', '.join(held)} of adapter {adapter!r} has no place in a LoRA that vLLM serves."
         )
     tensors, ranks, transposed = {}, {}, False
-    for name, layer in cast(Any, model).base_model.model.named_modules():
+    for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, NdLoraLayer) or adapter not in layer.plan:
             continue
         plan = layer.plan[adapter]

@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """In which order the modes are contracted, and what one token costs.
+    """The order in which the modes are contracted, and what one token costs.
 
     Attributes:
         order: mode indices (from 0), the first to be contracted first.

@@ -246,7 +246,7 @@ class TritonModeProduct(Product):
         return grad_x, self._gradients(kept[0], grad, tensors, needs, scaling)
 
     def constants(self, dtype: torch.dtype, transposed: bool = False) -> dict[str, object]:
-        """What both kernels are compiled for, and their launch options; for x of `dtype`.
+        """The sizes that both kernels are compiled for, and their launch options; for x of `dtype`.
 
         Args:
             transposed: whether the product is dW^T, from out modes to in modes.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ndlora_plugins.checks import NoOptions
+from ndlora_plugins.methods.options import NoOptions
 from ndlora_plugins.structures.base import Factor, Layout, Structure
 
 __all__ = ["Method"]
@@ -49,7 +49,7 @@ class Method:
         return self.factors(options) if callable(self.factors) else self.factors
 
     def trained_names(self, options: Any, names: Iterable[str] | None = None) -> frozenset[str]:
-        """Those of the factors `names` that train, by default of `factor_names`."""
+        """The trained ones of the factors `names`, by default of `factor_names`."""
         names = self.factor_names(options) if names is None else names
         trains = self.trains(options) if callable(self.trains) else self.trains
         return frozenset(name for name in names if trains is None or name in trains)

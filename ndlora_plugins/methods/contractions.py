@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.modes import balanced_modes
+from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.structures import Chain, Composed, Einsum, Factor, Layout, Structure
 from ndlora_plugins.structures.einsum import Equation
 
@@ -68,7 +68,7 @@ tucker = Method(
 
 @dataclass(frozen=True)
 class Ring:
-    """How the features are split.
+    """The split of the features.
 
     Attributes:
         num_modes: of each side, as even as they come.
@@ -82,7 +82,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Train(Ring):
-    """As `Ring`, and how the modes are joined.
+    """The split of `Ring`, and the order in which the modes are joined.
 
     Attributes:
         order: "matrix", factor k has mode k of both sides; "sides", first the modes of out, then those of in: a LoRA

@@ -12,7 +12,7 @@ __all__ = ["CrossedModes", "crossed"]
 
 @dataclass(frozen=True)
 class CrossedModes(Modes):
-    """As `Modes`, with small modes of size 4."""
+    """`Modes` with small modes of size 4."""
 
     crossed_modes: int = 4
 

@@ -19,7 +19,7 @@ __all__ = ["Contraction", "einsum"]
 
 @dataclass(frozen=True)
 class Contraction:
-    """What the contraction is.
+    """A contraction of named factors.
 
     Attributes:
         equation: such as "out r, r s, s in -> out in": factors by commas, axes by spaces. Behind "->" stand the

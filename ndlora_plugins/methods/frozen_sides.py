@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.methods.base import Method
+from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.structures import Chain
 
 __all__ = ["FirstStep", "loldu", "lora_sb", "lora_xs", "svfit"]

@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ndlora_plugins.checks import check_number
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.modes import balanced_modes, check_modes, crossed_modes
+from ndlora_plugins.methods.options import check_number
 from ndlora_plugins.structures import KroneckerSum, Layout
 
 __all__ = ["Modes", "kronecker_sum", "ndlinear"]
@@ -21,7 +21,7 @@ __all__ = ["Modes", "kronecker_sum", "ndlinear"]
 
 @dataclass(frozen=True)
 class Modes:
-    """How features are split into modes.
+    """The split of the features into modes.
 
     Attributes:
         num_modes: into how many, where `in_modes`, `out_modes` do not say it; experts and the axes of a kernel are

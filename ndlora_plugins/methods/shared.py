@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.crossed import CrossedModes, crossed
+from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.structures import Chain, Composed, Factor, Layout
 from ndlora_plugins.structures.base import Factors
 
@@ -28,7 +28,7 @@ STEP = 3.0
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which layers share their sides.
+    """The layers that share their sides.
 
     Attributes:
         share: "all", cut to each layer's size; "kind", those of one name such as q_proj; "shape", those of one width.
@@ -42,7 +42,7 @@ class Sharing:
 
 @dataclass(frozen=True)
 class CoreSharing(Sharing):
-    """As `Sharing`, and what lies between the sides.
+    """`Sharing`, and a choice of what lies between the sides.
 
     Attributes:
         core: "full", a matrix a layer; "tucker", a vector a layer that mixes rank shared matrices.
@@ -76,7 +76,7 @@ def _cut_sides(layout: Layout, core: Callable[[Factors], Tensor]) -> Callable[[F
 
 
 def _side_key(factor: Factor, layer: str, layout: Layout) -> str | None:
-    """Under which a side is shared."""
+    """The key under which a side is shared, or None."""
     if factor.name not in ("side_in", "side_out"):
         return None
     share = layout.options.share
@@ -91,7 +91,7 @@ def _kind(layer: str) -> str:
 
 
 def _place(layer: str) -> str:
-    """Which of the model's layers: the first number in the name."""
+    """The index of the layer in the model: the first number in the name."""
     return next((part for part in layer.split(".") if part.isdecimal()), "0")
 
 
@@ -153,7 +153,7 @@ shared_diagonal = replace(
 
 @dataclass(frozen=True)
 class TrainCores(Sharing):
-    """As `Sharing`, and the cores of the train.
+    """`Sharing`, and the cores of the train.
 
     Attributes:
         core: "full", a matrix for each layer and each kind; "diagonal", a vector: a sum of products of rank 1 over all
@@ -203,7 +203,7 @@ metatt = Method(
 
 @dataclass(frozen=True)
 class SharedModes(CrossedModes):
-    """As `CrossedModes`; layers that read equally wide inputs share the last mode."""
+    """`CrossedModes`; layers that read equally wide inputs share the last mode."""
 
 
 def _mode_key(factor: Factor, layer: str, layout: Layout) -> str | None:

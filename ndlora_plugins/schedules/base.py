@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ndlora_plugins.checks import NoOptions
+from ndlora_plugins.methods.options import NoOptions
 from ndlora_plugins.structures.base import Structure
 
 __all__ = [
@@ -59,7 +59,7 @@ class Place:
 
 
 class Ranks(NamedTuple):
-    """Which ranks a training forward sees.
+    """The ranks that a training forward sees.
 
     Attributes:
         seen: the first so many.
@@ -90,7 +90,7 @@ class TrainedLayer:
 
 
 class Outputs(NamedTuple):
-    """What the last training forward gave.
+    """The result of the last training forward.
 
     Attributes:
         logits, base: (..., classes), of the model and, without gradient, of its base.
@@ -155,18 +155,18 @@ class Chosen(NamedTuple):
     options: Any
 
     def ranks(self, moment: Moment, place: Place) -> Ranks:
-        """Which ranks a training forward of this layer sees, with their scale."""
+        """The ranks that a training forward of this layer sees, with their scale."""
         if self.schedule.ranks is None:
             return Ranks(place.rank)
         found = self.schedule.ranks(self.options, moment, place)
         return found._replace(scale=self.scale(place.rank, found.seen))
 
     def scale(self, rank: int, seen: int) -> float:
-        """What the update of the first `seen` of so many ranks is multiplied by."""
+        """The factor that the update of the first `seen` of so many ranks is multiplied by."""
         return 1.0 if self.schedule.scale is None else self.schedule.scale(self.options, rank, seen)
 
     def misfit(self, plan: Any) -> str | None:
-        """Why it cannot work on a layer, or None."""
+        """The reason why it cannot work on a layer, or None."""
         if self.schedule.ranks is not None and not any(plan.structure.rank_axes.values()):
             return "its update has no rank axis, of which a part could be hidden"
         return None if self.schedule.misfit is None else self.schedule.misfit(self.options, plan)

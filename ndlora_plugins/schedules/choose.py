@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ndlora_plugins.checks import make_options
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.methods.options import make_options
 from ndlora_plugins.registry import look_up, schedules
 from ndlora_plugins.schedules.base import Chosen
 

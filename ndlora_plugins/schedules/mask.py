@@ -16,7 +16,7 @@ __all__ = ["seen_factors"]
 def seen_factors(
     structure: Structure, factors: Factors, ranks: Ranks, trained: Sequence[Factor]
 ) -> dict[str, Tensor]:
-    """Some factors of the structure, cut to the first ranks.
+    """Cut some factors of the structure to the first ranks.
 
     Args:
         trained: those of the structure that train, of which the smallest one takes the scale.

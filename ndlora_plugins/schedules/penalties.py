@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.checks import check_choice, check_number
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.schedules.base import Schedule, TrainedLayer, Training
 from ndlora_plugins.structures.base import Structure
 
@@ -28,7 +28,8 @@ Group = list[tuple[Tensor, int | None]]
 
 @dataclass(frozen=True)
 class SparseRanks:
-    """
+    """Options of `sparse_ranks`.
+
     Attributes:
         threshold: what each gate comes nearer to zero after a step, whatever the learning rate is.
         penalty: strength of the mean of the gates' absolute values, as a part of the loss.
@@ -74,7 +75,7 @@ def soft_threshold(options: SparseRanks, training: Training) -> None:
 
 
 def without_gates(options: SparseRanks, plan: Any) -> str | None:
-    """Why a layer has no gates, or None."""
+    """The reason why a layer has no gates, or None."""
     found = gates(plan.structure, [factor.name for factor in plan.trained])
     if found and not set(found) & set(dict(plan.shared)):
         return None
@@ -94,7 +95,8 @@ sparse_ranks = Schedule(
 
 @dataclass(frozen=True)
 class GroupLasso:
-    """
+    """Options of `group_lasso`.
+
     Attributes:
         strength: of the sum of the groups' norms, as a part of the loss.
         groups: "block" (all factors of one block of the model), "layer", "matrix" (each factor) or "rank" (of a layer).
@@ -167,7 +169,7 @@ def shrink(options: GroupLasso, training: Training) -> None:
 
 
 def shared_groups(options: GroupLasso, plan: Any) -> str | None:
-    """Why a layer's factors make no such groups, or None."""
+    """The reason why a layer's factors make no such groups, or None."""
     if options.groups == "rank" and not any(plan.structure.rank_axes.get(f.name) for f in plan.trained):
         return "what it trains has no rank axis: use other groups"
     if options.proximal and plan.shared:
@@ -190,7 +192,8 @@ group_lasso = Schedule(
 
 @dataclass(frozen=True)
 class KeepClose:
-    """
+    """Options of `keep_close`.
+
     Attributes:
         strength: of the mean of KL(base || model) over the positions that the loss counts.
     """

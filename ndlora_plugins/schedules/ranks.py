@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ndlora_plugins.checks import check_choice, check_number
+from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.schedules.base import Moment, Place, Ranks, Schedule, Training
 from ndlora_plugins.schedules.penalties import squares
 
@@ -20,7 +20,8 @@ __all__ = ["nested_rank", "ordered_dropout"]
 
 @dataclass(frozen=True)
 class NestedRank:
-    """
+    """Options of `nested_rank`.
+
     Attributes:
         least: a number of ranks from here up to the whole rank is drawn for each step.
         learn: "last": of the ranks that are seen the last one gets a gradient; or "all".
@@ -62,7 +63,8 @@ nested_rank = Schedule(
 
 @dataclass(frozen=True)
 class OrderedDropout:
-    """
+    """Options of `ordered_dropout`.
+
     Attributes:
         tails: strength of a penalty on the norms of the factors' ranks from each rank on; the paper has 1e-6.
     """

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ndlora_plugins.checks import check_number
+from ndlora_plugins.methods.options import check_number
 from ndlora_plugins.schedules.base import Moment, Place, Ranks, Schedule, TrainedLayer, Training
 from ndlora_plugins.structures import Chain
 from ndlora_plugins.structures.base import Factors
@@ -62,7 +62,7 @@ def rewrite(
 
 
 def misfit(options: object, plan: Any) -> str | None:
-    """Why a layer's factors cannot be made anew, or None."""
+    """The reason why a layer's factors cannot be made anew, or None."""
     structure = plan.structure
     if not isinstance(structure, Chain) or structure.indexed:
         return "its update is no product of two sides, which could be made anew"
@@ -77,7 +77,8 @@ def misfit(options: object, plan: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Reorthogonalise:
-    """
+    """Options of `reorthogonalise`.
+
     Attributes:
         every: so many steps.
     """
@@ -107,7 +108,8 @@ reorthogonalise = Schedule(
 
 @dataclass(frozen=True)
 class AnnealRank:
-    """
+    """Options of `anneal_rank`.
+
     Attributes:
         to: the rank at the end.
         first: the step after which the rank falls for the first time.
@@ -127,7 +129,7 @@ class AnnealRank:
 
 
 def rank_at(options: AnnealRank, rank: int, step: int) -> int:
-    """How many of the layer's ranks a step sees."""
+    """The number of the layer's ranks that a step sees."""
     falls = 0 if step < options.first else 1 + (step - options.first) // options.every
     return max(min(options.to, rank), math.ceil(rank * options.keep**falls))
 

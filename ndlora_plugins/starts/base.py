@@ -24,7 +24,7 @@ RECIPE_ALPHA = (
 
 @dataclass(frozen=True)
 class Seen:
-    """What a start may read; None unless its `reads` names it.
+    """Everything that a start may read; None unless its `reads` names it.
 
     Attributes:
         weight: (out_features, in_features) of the base layer, dequantised.
@@ -84,7 +84,7 @@ class Start:
     implies: str | None = None
 
     def recomputes(self, shared: bool) -> bool:
-        """Whether frozen factors can be made again at load, of a method that shares factors or not."""
+        """Tell whether frozen factors can be made again at load, of a method that shares factors or not."""
         known = {"seed"} if shared else {"seed", "weight"}
         return self.recomputable and bool(self.reads) and self.reads <= known
 

@@ -85,6 +85,7 @@ def scaled_slices(structure: Chain, trains: frozenset[str], slices: Values) -> V
 
 
 def smaller_side(structure: Chain) -> int:
+    """The largest rank that a matrix of the layer can have."""
     return min(structure.layout.in_features, structure.layout.out_features)
 
 

@@ -18,7 +18,7 @@ _PROBES = 16
 
 
 def first_step(structure: Structure, values: Values, name: str) -> float:
-    """How far Adam's first step of one factor, which is zero, moves the output, LoRA's step being 1.
+    """The length by which Adam's first step of one factor, which is zero, moves the output, LoRA's step being 1.
 
     Adam changes every number of the factor by the learning rate, with its gradient's sign: the output moves along a
     direction d by the sum of the absolute values of d's gradient by the factor. It is measured on random inputs and

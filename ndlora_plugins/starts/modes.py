@@ -16,7 +16,7 @@ __all__ = ["first_step_gain", "nearest_kronecker", "starts"]
 
 
 def first_step_gain(structure: KroneckerSum) -> float:
-    """What Kaiming-uniform modes 2 ... N are multiplied by, all together, for a first step as large as LoRA's.
+    """The factor of Kaiming-uniform modes 2 ... N, all together, for a first step as large as LoRA's.
 
     Adam's first step changes every number by the learning rate, with its gradient's sign. In units of the learning
     rate and of x's root mean square, the output of LoRA (up zero, down Kaiming-uniform) then moves along its gradient

@@ -97,7 +97,7 @@ class Structure:
 
     @property
     def mode_sizes(self) -> Mapping[str, tuple[int, ...]]:
-        """How the features are split, as the options `in_modes` and `out_modes` say it; empty where they are not."""
+        """The split of the features, as the options `in_modes` and `out_modes` say it; empty where they are not."""
         return {}
 
     @property
@@ -172,7 +172,7 @@ class Structure:
         return torch.matmul(up, y.flatten(2)).view(len(y), len(up), *y.shape[2:])
 
     def in_groups(self, x: Tensor) -> bool:
-        """Whether a convolution of x (batch, in_channels, *size) has groups: each sees a part of the channels."""
+        """Tell whether a convolution of x (batch, in_channels, *size) has groups: each sees a part of the channels."""
         return x.shape[1] * math.prod(self.layout.trailing) != self.layout.in_features
 
     # A smaller rank
@@ -192,7 +192,7 @@ class Structure:
 
     @property
     def rank(self) -> int:
-        """How many updates of rank 1 are added up: the layout's rank, but for sums."""
+        """The number of updates of rank 1 that are added up: the layout's rank, but for sums."""
         return self.layout.rank
 
     @property

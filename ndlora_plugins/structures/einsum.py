@@ -113,7 +113,7 @@ class Einsum(Structure):
 
     @cached_property
     def size(self) -> dict[str, int]:
-        """Of each axis."""
+        """The size of each axis."""
         return dict(self.sizes) | dict.fromkeys(self.ranked, self.layout.rank)
 
     @cached_property

@@ -35,7 +35,7 @@ HOSTS = {
 }
 MOST_LINES_OF_A_MODULE = 350
 MOST_FILES_OF_A_ROOM = 10
-MOST_LINES_OF_THE_CORE = 2480  # the aim is 1,800
+MOST_LINES_OF_THE_CORE = 2460  # the aim is 1,800
 RECORDS = ("methods", "starts", "schedules", "kernels")  # folders of the core that are not counted with it
 KNOW_METHODS = [
     *(CORE / name for name in ("methods", "starts", "structures", "builtin.py")),
@@ -88,7 +88,7 @@ def test_hosts_know_only_those_below(host):
         for name in names_of(module, path) if module.startswith(package) else ():
             assert not name.startswith("ndlora_plugins.commands"), path
             if name.startswith("ndlora_plugins.integrations."):
-                assert name.split(".")[2] in HOSTS[host] | {host}, path
+                assert name.split(".")[2] in HOSTS[host] | {host, "patches"}, path
 
 
 @pytest.mark.parametrize("folder", ["integrations", "commands"])

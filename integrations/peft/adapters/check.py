@@ -39,7 +39,7 @@ class CheckedLayer:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_adapter` found.
+    """The findings of `check_adapter`.
 
     Attributes:
         problems: what makes the adapter unfit for use, a sentence each.
@@ -61,7 +61,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no problem."""
+        """True if there is no problem."""
         return not self.problems
 
     @property

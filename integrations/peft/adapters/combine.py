@@ -36,7 +36,7 @@ __all__ = ["CombineReport", "combine_adapters"]
 
 @dataclass(frozen=True)
 class CombineReport:
-    """What `combine_adapters` wrote.
+    """The adapter that `combine_adapters` wrote.
 
     Attributes:
         layers: layer's name -> the rank of the combined update.

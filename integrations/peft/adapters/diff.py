@@ -38,7 +38,7 @@ class LayerDiff:
 
 @dataclass(frozen=True)
 class AdapterDiff:
-    """What differs between A and B.
+    """The differences between A and B.
 
     Attributes:
         fields: field of the configuration -> its values in A and in B, where they differ.
@@ -54,7 +54,7 @@ class AdapterDiff:
 
     @property
     def same(self) -> bool:
-        """Whether they give the same answers, however they are made: up to 1e-6 of each update."""
+        """Tell whether they give the same answers, however they are made: up to 1e-6 of each update."""
         return not any(self.only) and not self.beside and all(layer.change <= 1e-6 for layer in self.layers)
 
 

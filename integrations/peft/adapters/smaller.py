@@ -53,7 +53,7 @@ class SmallerLayer:
 
 @dataclass(frozen=True)
 class SmallerReport:
-    """What was written.
+    """The smaller adapter that was written.
 
     Attributes:
         numbers: in the file, those that layers share counted once.
@@ -65,7 +65,7 @@ class SmallerReport:
 
     @property
     def largest_error(self) -> float:
-        """Of all layers."""
+        """The largest relative error of a layer."""
         return max(layer.error for layer in self.layers)
 
 

@@ -46,7 +46,7 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class InitReport:
-    """What `init_adapter` wrote.
+    """The adapter that `init_adapter` wrote.
 
     Attributes:
         trainable, numbers: that train, and that are in the file.

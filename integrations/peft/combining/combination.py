@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.utils import merge_utils
@@ -47,7 +48,7 @@ COMBINATIONS = (*_EXACT, "svd", *_PRUNED, *_OF_FORMS)
 
 @dataclass(frozen=True)
 class Combination:
-    """How updates are combined; the options of PEFT's `add_weighted_adapter`.
+    """A way to combine updates; the options of PEFT's `add_weighted_adapter`.
 
     Attributes:
         type: one of `COMBINATIONS`.
@@ -91,7 +92,7 @@ class Combination:
 
     @property
     def exact(self) -> bool:
-        """Whether the sum keeps all of the updates."""
+        """Tell whether the sum keeps all of the updates."""
         return self.type in _EXACT
 
     def __call__(self, updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -208,7 +209,7 @@ def _of_forms(name: str, parts: Sequence[Part], combination: Combination) -> Sum
         # up = dW A^T (A A^T)^-1, the least squares of up A = dW = sum_i B_i A_i
         down = forms[0][0]
         inverse = torch.linalg.pinv(down)
-        up = cast(Tensor, sum(own_up @ (own_down @ inverse) for own_down, own_up in forms))
+        up = reduce(torch.add, [own_up @ (own_down @ inverse) for own_down, own_up in forms])
     else:
         rank = combination.svd_rank or round(sum(len(down) for down, _ in forms) / len(forms))
         down, up = cluster_units(

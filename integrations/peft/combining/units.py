@@ -31,7 +31,7 @@ def select_units(structure: Structure, factors: Factors, units: Sequence[int]) -
 
 
 def subtracts_start(plan: LayerAdapter) -> bool:
-    """Whether a start is subtracted whose units count too: a factor that changes alone is linear in its change."""
+    """Tell whether a start is subtracted whose units count too: a factor that changes alone is linear in its change."""
     return plan.anchor == "snapshot" and len(plan.trained) > 1
 
 

@@ -285,7 +285,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
             layer: the module's full name in the model, without the name of the adapter.
             resolved: what `resolved` gave, where it is asked for many layers.
         """
-        from ndlora_plugins.checks import make_options
+        from ndlora_plugins.methods.options import make_options
 
         found = resolved or self.resolved()
         rank, alpha = _of_pattern(self.rank_pattern, layer), _of_pattern(self.alpha_pattern, layer)
@@ -318,7 +318,7 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As PEFT's, but patterns keep their order; beside an adapter's file README.md is brought up to date too."""
+        """Save as PEFT does, but patterns keep their order; README.md beside an adapter is brought up to date too."""
         from ..files.card import write_model_card
 
         super().save_pretrained(save_directory, **kwargs)

@@ -14,7 +14,7 @@ __all__ = ["Session"]
 
 @dataclass
 class Session:
-    """Of one configuration, in this process.
+    """The state of one configuration in this process.
 
     Attributes:
         base_fingerprint, layers, checksums: of the model that it is on; become the fields of these names when it is

@@ -52,7 +52,7 @@ class TrainingFields:
                 chosen_schedules(schedules)
 
     def chosen_schedules(self) -> tuple[Chosen, ...]:
-        """Its schedules with their options; none of an adapter that does not train."""
+        """The schedules with their options; none of an adapter that does not train."""
         from ndlora_plugins.schedules.choose import chosen_schedules
 
         return () if cast(Any, self).inference_mode else chosen_schedules(as_schedules(self.schedules or {}))

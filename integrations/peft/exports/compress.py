@@ -39,7 +39,7 @@ _SMALL_SIDE = 256
 
 @dataclass(frozen=True)
 class RankTarget:
-    """How the rank of a layer is chosen. Exactly one of the three is given.
+    """A rule for the rank of a layer. Exactly one of the three is given.
 
     Attributes:
         rank: this one (or the layer's smaller side).
@@ -74,7 +74,11 @@ class RankTarget:
         """
         if self.rank is not None:
             return self.rank if self.rank <= len(values) else None
-        lost = 1 - self.energy if self.energy is not None else (self.max_error or 0) ** 2
+        if self.energy is not None:
+            lost = 1 - self.energy
+        else:
+            assert self.max_error is not None, "exactly one of the three is given"
+            lost = self.max_error**2
         # what rounding leaves of an exact zero
         enough = total - values.square().cumsum(0) <= (lost + 1e-14) * total
         return int(enough.int().argmax()) + 1 if enough.any() else None

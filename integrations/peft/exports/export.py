@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from peft import LoKrConfig, LoraConfig
@@ -21,7 +20,6 @@ from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ...serving.self_test import PROMPTS, make_self_test, write_self_test
 from ..adapters.smaller import cut_adapter
 from ..files.adapter import AdapterReader
-from ..files.base import BaseFiles
 from ..files.directories import check_new, new_directory
 from ..files.problems import check_sound
 from ..files.tensors import ADAPTER_FILE, save_tensors
@@ -44,7 +42,7 @@ LYCORIS_FILE = "lycoris.safetensors"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_adapter` wrote.
+    """The files that `export_adapter` wrote.
 
     Attributes:
         notes: sentences on what others will not take.
@@ -61,12 +59,12 @@ class ExportReport:
 
     @property
     def largest_error(self) -> float:
-        """Of all layers."""
+        """The largest relative error of a layer."""
         return max(layer.error for layer in self.layers)
 
     @property
     def server_flags(self) -> str | None:
-        """What vLLM is started with to serve it; None if it cannot."""
+        """The flags that vLLM is started with to serve it; None if it cannot."""
         largest = self.largest_rank
         if self.kind != "lora" or largest is None:
             return None
@@ -151,7 +149,8 @@ def export_adapter(
         if probes:
             write_self_test(probes, directory)
         if to == "merged":
-            merged = merge_files(reader, cast(BaseFiles, files), directory)
+            assert files is not None, "opened above"
+            merged = merge_files(reader, files, directory)
             layers = tuple(
                 ExportedLayer(layer.name, "merged", layer.parameters, layer.lost) for layer in merged
             )
@@ -164,7 +163,8 @@ def export_adapter(
             layers, notes, largest_rank = stock.layers, (), stock.config.r
             experts = bool(getattr(stock.config, "target_parameters", None))
             if to == "gguf":
-                write_gguf(stock, cast(BaseFiles, files), directory / GGUF_FILE)
+                assert files is not None, "opened above"
+                write_gguf(stock, files, directory / GGUF_FILE)
             elif to == "lycoris":
                 save_tensors(to_lycoris(stock), directory / LYCORIS_FILE)
             else:

@@ -24,7 +24,7 @@ GGUF_FILE = "adapter_model.gguf"
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp knows a `model_type` of transformers.
+    """The names by which llama.cpp knows a `model_type` of transformers.
 
     Attributes:
         name: its `general.architecture`, as a member of `gguf.MODEL_ARCH` in lower case.

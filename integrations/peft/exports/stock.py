@@ -55,7 +55,7 @@ class ExportedLayer:
 
 
 class StockAdapter(NamedTuple):
-    """What PEFT's `save_pretrained` would write: configuration and file, and the layers for a report."""
+    """An adapter as PEFT's `save_pretrained` would write it: configuration and file, and the layers for a report."""
 
     config: LoraConfig | LoKrConfig
     tensors: dict[str, Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig
@@ -104,24 +104,24 @@ class AdapterReader:
 
     @cached_property
     def reads_base(self) -> bool:
-        """Whether factors are recomputed from the base weights."""
+        """Tell whether factors are recomputed from the base weights."""
         return self._resolved.reads_base
 
     def name(self, path: str) -> str:
-        """Of a layer in the model: its name in the file, or that of the parameter that is adapted in its place."""
+        """The name of a layer, as the file has it, or that of the parameter that is adapted in its place."""
         return self.forms[path][0]
 
     def form(self, path: str) -> WeightForm | None:
-        """Of the base weight; None where the configuration does not list it and the tensors do not tell it."""
+        """The form of the base weight; None where the configuration does not list it and the tensors do not tell it."""
         return self.forms[path][1]
 
     def is_parameter(self, path: str) -> bool:
-        """Whether a bare parameter is adapted, not a layer's weight."""
+        """Tell whether a bare parameter is adapted, not a layer's weight."""
         form = self.form(path)
         return form is not None and form.kind == "parameter"
 
     def known_form(self, path: str, base: BaseFiles | None = None) -> WeightForm:
-        """Of the base weight, of the base model's own if it is given.
+        """The form of the base weight, of the base model's own if it is given.
 
         Raises:
             NdLoraValueError: the base model has no such layer, or neither it nor the tensors tell the form.
@@ -199,7 +199,7 @@ class AdapterReader:
         return ReadLayer(name, plan, trained, cast_factors(frozen, next(iter(trained.values())).dtype))
 
     def seen(self, plan: LayerAdapter, name: str, base: BaseFiles | None = None) -> Seen:
-        """What the start of a layer reads to make its frozen factors again.
+        """Collect what the start of a layer reads to make its frozen factors again.
 
         Raises:
             NdLoraValueError: it reads the base weight, and there is no base.
@@ -223,7 +223,7 @@ class AdapterReader:
         return dtypes.get(kinds.pop()) if len(kinds) == 1 else None
 
     def tensors(self, path: str) -> dict[str, Tensor]:
-        """What the file holds of one layer: "ndlora_factors.down" and the like."""
+        """The tensors that the file holds of one layer: "ndlora_factors.down" and the like."""
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(f"{KEY_PREFIX}{path}.{name}") for name in self.shapes[path]}
 
@@ -233,11 +233,11 @@ class AdapterReader:
             return file.get_tensor(key)
 
     def other_tensors(self) -> dict[str, Tensor]:
-        """What is not ours, as it stands in the file."""
+        """The tensors that are not ours, as it stands in the file."""
         return {key: self.tensor(key) for key in self.others}
 
     def token_indices(self, key: str) -> list[int]:
-        """Which rows of the embedding the trained rows under `key` are.
+        """The rows of the embedding that the trained rows under `key` are.
 
         Raises:
             NdLoraValueError: `trainable_token_indices` does not say it.
@@ -309,7 +309,8 @@ def _read_config(directory: Path) -> NdLoraConfig:
         raise NdLoraValueError(
             f"{directory} holds an adapter of type {kind}, not {NAME}: PEFT reads it by itself."
         )
-    config = cast(NdLoraConfig, PeftConfig.from_pretrained(str(directory)))
+    config = PeftConfig.from_pretrained(str(directory))
+    assert isinstance(config, NdLoraConfig), f"peft_type {NAME} is registered for it"
     if config.base_fingerprint is not None:
         check_fingerprint(config.base_fingerprint)
     return config

@@ -87,7 +87,7 @@ class BaseFiles:
             return None
 
     def form(self, name: str) -> WeightForm | None:
-        """Of a layer's weight, or of a bare parameter; None for what cannot be adapted, or is not there."""
+        """The form of a layer's weight, or of a bare parameter; None for what cannot be adapted, or is not there."""
         module, parameter_name = self._locate(name)
         return None if module is None else weight_form(module, parameter_name)
 
@@ -106,7 +106,7 @@ class BaseFiles:
         return (module, parameter_name) if found else (None, None)
 
     def parameter_shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a parameter of the model; None if it has none of that name."""
+        """The shape of a parameter of the model; None if it has none of that name."""
         try:
             return tuple(self.model.get_parameter(self.full_name(name)).shape)
         except AttributeError:
@@ -118,7 +118,7 @@ class BaseFiles:
         return self._aliases.get(parameter, [parameter])
 
     def stored_name(self, parameter: str) -> str:
-        """Under which one name the files hold a parameter of the model.
+        """The one name under which the files hold a parameter of the model.
 
         Raises:
             NotInFilesError: under none that is known, or in parts.
@@ -129,7 +129,7 @@ class BaseFiles:
         return stored
 
     def whole_name(self, parameter: str) -> str | None:
-        """As `stored_name`, and None where it raises."""
+        """The name that `stored_name` gives, and None where it raises."""
         for name in self.same_tensor(parameter):
             # some checkpoints hold the model without its head, and so without the prefix
             for candidate in (name, name.removeprefix(f"{self._head_prefix}.")):

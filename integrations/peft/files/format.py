@@ -52,12 +52,12 @@ def split_key(key: str) -> tuple[str | None, str]:
 
 
 def shared_key(group: str, key: str) -> str:
-    """Under which a file holds what layers share: a group, and the key that the method gave it."""
+    """The key under which a file holds what layers share: a group, and the key that the method gave it."""
     return f"{_SHARED[group]}{key}"
 
 
 def tensor_key(group: str, factor: str, shared: Mapping[str, str]) -> str:
-    """Of a factor among its layer's tensors, or of the tensor that its layer shares.
+    """The key of a factor among its layer's tensors, or of the tensor that its layer shares.
 
     Args:
         shared: factor -> key, of those that are shared.

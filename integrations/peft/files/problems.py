@@ -29,9 +29,11 @@ _EMBEDDINGS = (*_INPUT_EMBEDDINGS, "shared", "lm_head", "embed_out")
 
 
 class Problem(NamedTuple):
-    """Attributes:
-    sentence: what is wrong, and where.
-    path: the layer, as the file names it, that cannot be used for it; None if no single one.
+    """A fault in an adapter.
+
+    Attributes:
+        sentence: what is wrong, and where.
+        path: the layer, as the file names it, that cannot be used for it; None if no single one.
     """
 
     sentence: str

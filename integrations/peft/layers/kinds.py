@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class NdLoraLinear(NdLoraLayer):
     """Adapters on `nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `NdLoraLayer.forward`; a plain `nn.Linear` and its first adapter go through one function."""
+        """Run as `NdLoraLayer.forward` does; a plain `nn.Linear` and its first adapter go through one function."""
         base, factors = self._modules["base_layer"], self._modules["ndlora_factors"]._modules
         if args or kwargs or self.merged_adapters or self._disable_adapters or not _is_plain_linear(base):
             return super().forward(x, *args, **kwargs)
@@ -101,8 +102,9 @@ class NdLoraConvolution(NdLoraLayer):
 
     def _convolution(self, x: Tensor, weight: Tensor) -> Tensor:
         """As the base layer convolves, in as many groups as the shapes tell."""
-        base = cast(Any, self.get_base_layer())
-        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(base.kernel_size)]
+        base = self.get_base_layer()
+        assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), "as `weight_form` says"
+        convolve: Callable[..., Tensor] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(base.kernel_size)]
         padding = base.padding
         if base.padding_mode != "zeros":
             x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0

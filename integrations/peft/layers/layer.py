@@ -113,12 +113,12 @@ class NdLoraLayer(nn.Module, Merging):
 
     @property
     def ndlora_shared(self) -> nn.ModuleDict:
-        """What the layers of the model share and what trains: adapter -> key -> parameter."""
+        """The tensors that layers of the model share and that train: adapter -> key -> parameter."""
         return self.bank.factors
 
     @property
     def ndlora_shared_frozen(self) -> nn.ModuleDict:
-        """The same of what does not train."""
+        """The tensors that layers of the model share and that do not train."""
         return self.bank.frozen
 
     def get_base_weight(self) -> Tensor:
@@ -205,7 +205,7 @@ class NdLoraLayer(nn.Module, Merging):
         return plan.initialize(seen, generator)
 
     def ranks(self, adapter: str) -> Ranks | None:
-        """What a training forward sees, where a schedule hides a part; else None."""
+        """The ranks that a training forward sees, where a schedule hides a part; else None."""
         return self.clock.ranks(adapter, self.name) if self.training and self.clock.chosen else None
 
     def trained_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
@@ -214,7 +214,7 @@ class NdLoraLayer(nn.Module, Merging):
         return {**own, **self.bank.parameters(adapter, self.plan[adapter])}
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
-        """What one adapter adds to the layer's output for the input x."""
+        """The update that one adapter adds to the layer's output for the input x."""
         raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -254,7 +254,7 @@ class NdLoraLayer(nn.Module, Merging):
             self.tensors(adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer gives for x plus the updates, in the base layer's dtype.
+        """Add the updates to what the base layer gives for x, in the base layer's dtype.
 
         Args:
             adapter_names: for each sample the adapter to use instead of the active ones; "__base__" for none.

@@ -19,12 +19,12 @@ def add_and_round(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 class Merging(BaseTunerLayer):
-    """What an NDLORA layer does to merge; for `NdLoraLayer`."""
+    """The part of an NDLORA layer that merges; for `NdLoraLayer`."""
 
     ndlora_factors: nn.ModuleDict
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the weight, as the base layer stores it."""
+        """The matrix that the adapter adds to the weight, as the base layer stores it."""
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -63,7 +63,7 @@ class OutputsWatch:
             output.loss = output.loss + total.to(output.loss.device)
 
     def read(self) -> Outputs:
-        """Of the last forward, which is forgotten.
+        """The outputs of the last forward, which is forgotten.
 
         Raises:
             NdLoraValueError: there was none, or it gave no logits.

@@ -22,7 +22,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def index_problem(name: str, value: Tensor, limit: int) -> str | None:
-    """What is wrong with stored indices of features, if anything is."""
+    """The fault in stored indices of features, if anything is."""
     if value.is_meta or (value.dtype == torch.int64 and bool(((value >= 0) & (value < limit)).all())):
         return None
     return f"{name!r} chooses features: it must be of dtype int64, from 0 to below {limit}."
@@ -185,7 +185,7 @@ class Clock:
         return Moment(self.step, self.seeds.get(adapter, 0))
 
     def ranks(self, adapter: str, layer: str) -> Ranks | None:
-        """Which ranks of a layer a training forward sees; None for all of them."""
+        """The ranks of a layer that a training forward sees; None for all of them."""
         for each in self.chosen.get(adapter, ()):
             if each.schedule.ranks is not None:
                 place = self.places[adapter][layer]

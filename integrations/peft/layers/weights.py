@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ __all__ = ["WeightForm", "base_weight", "quantization_backend", "weight_form"]
 
 @dataclass(frozen=True)
 class WeightForm:
-    """How a stored weight reads as the matrix that a method updates.
+    """A stored weight, read as the matrix that a method updates.
 
     Attributes:
         kind: "linear", "embedding", "convolution" or "parameter" (a bare tensor, such as the experts' of a layer).
@@ -29,12 +29,12 @@ class WeightForm:
 
     @property
     def in_features(self) -> int:
-        """Of the matrix; a convolution's kernel counts to it."""
+        """The columns of the matrix; a convolution's kernel counts to it."""
         return math.prod(self.shape) // self.out_features
 
     @property
     def out_features(self) -> int:
-        """Of the matrix; experts count to it."""
+        """The rows of the matrix; experts count to it."""
         if self.transposed:
             return self.shape[1]
         return math.prod(self.shape[:-1]) if self.kind == "parameter" else self.shape[0]
@@ -85,7 +85,7 @@ def weight_form(layer: nn.Module, parameter_name: str | None = None) -> WeightFo
         return WeightForm("convolution", _shape(layer.weight))
     backend = quantization_backend(layer)
     if backend is not None and backend.layer_type == "linear" and hasattr(layer, "in_features"):
-        quantised = cast(Any, layer)
+        quantised = cast(nn.Linear, layer)  # as every backend's: the same attributes, another class
         return WeightForm("linear", (quantised.out_features, quantised.in_features))
     return None
 
@@ -115,7 +115,8 @@ def _unknown():
 def base_weight(layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
     """The weight of a base layer, dequantised, as the layer stores it."""
     if backend is None:
-        return cast(Any, layer).weight.data
+        assert isinstance(layer.weight, Tensor), f"{type(layer).__name__} has a form, so it has a weight"
+        return layer.weight.data
     if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
         # bitsandbytes 4-bit: a forward in eval mode on the CPU has packed the weight in another order, which
         # dequantising does not know of; asking for the state dict brings the usual one back

@@ -91,7 +91,7 @@ def _storage(planned: Planned) -> str:
 
 
 def check_shared(planned: Sequence[Planned]) -> None:
-    """What layers share must be one tensor for all of them.
+    """Refuse what layers share unless it is one tensor for all of them.
 
     Raises:
         NdLoraValueError: two layers would share tensors of different shapes under one key.

@@ -153,7 +153,7 @@ def other_weights(first: dict | None, second: dict | None) -> str | None:
 
 
 def checksum(factors: Mapping[str, Tensor]) -> dict[str, float] | None:
-    """For each tensor a number between -1 and 1 in which its entries count with their signs; None on "meta"."""
+    """A number for each tensor, between -1 and 1 in which its entries count with their signs; None on "meta"."""
     if any(value.is_meta for value in factors.values()):
         return None
     return {name: _checksum(value.detach().flatten().double().cpu()) for name, value in factors.items()}

@@ -75,7 +75,7 @@ class NdLoraModel(Scheduled):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As PEFT's; a failure halfway, such as no memory left, leaves the model as it was."""
+        """Inject as PEFT does; a failure halfway, such as no memory left, leaves the model as it was."""
         try:
             with undone_on_failure(self, self.bank.factors, self.bank.frozen):
                 self.bank.delete(adapter_name)  # one of that name is replaced

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, cast
 
+import torch
 from torch import nn
 
 from ndlora_plugins.errors import NdLoraValueError
@@ -49,6 +49,7 @@ def _check_layer(name: str, module: nn.Module, indices: list[int], is_adapted: b
         raise NdLoraValueError(
             f"{given}: PEFT leaves out the layer's bias where rows of it train. Name it in modules_to_save instead."
         )
-    count = len(cast(Any, module).weight)
+    assert isinstance(module.weight, torch.Tensor), f"{type(module).__name__} has rows"
+    count = len(module.weight)
     if max(indices) >= count:
         raise NdLoraValueError(f"{given}: it has {count} rows. Choose indices from 0 to {count - 1}.")

@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Scheduled(BaseTuner):
-    """Of the tuner: schedules in a loop of one's own."""
+    """The tuner's part for schedules in a loop of one's own."""
 
     def set_schedules(
         self,
@@ -76,7 +76,7 @@ def adapted(model: nn.Module, adapter: str) -> list[NdLoraLayer]:
 
 
 def set_schedules(model: nn.Module, adapter: str, schedules: Any) -> None:
-    """As `Scheduled.set_schedules`, of any model with adapters."""
+    """Do what `Scheduled.set_schedules` does, for any model with adapters."""
     from ndlora_plugins.schedules.choose import chosen_schedules
 
     schedules = check_schedules(schedules)
@@ -113,7 +113,7 @@ def check_schedules(schedules: Any) -> dict[str, dict[str, Any] | None]:
 
 
 def check_plans(chosen: Iterable[Chosen], plans: Iterable[tuple[str, LayerAdapter]]) -> None:
-    """Before anything is changed.
+    """Refuse schedules that cannot work, before anything is changed.
 
     Raises:
         NdLoraValueError: a schedule that cannot work on a layer.
@@ -219,7 +219,7 @@ def add_penalty_gradients(model: nn.Module) -> None:
 
 
 def after_step(model: nn.Module, optimizer: Any = None) -> None:
-    """As `Scheduled.after_step`, of any model with adapters."""
+    """Do what `Scheduled.after_step` does, for any model with adapters."""
     clock = _clock(model)
     if clock is None:
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -134,7 +134,7 @@ def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> str | list[str] |
     if config.layers_to_transform is not None:
         # the names are full ones, and for those PEFT does not look at the index of the layer
         names = {name for name in names if _is_in_layers(config, name)}
-    cast(Any, config).target_modules = names  # a set, as PEFT makes one
+    config.target_modules = names  # pyright: ignore[reportAttributeAccessIssue]  a set, as PEFT makes one
     return asked
 
 
@@ -146,7 +146,7 @@ def _is_in_layers(config: NdLoraConfig, name: str) -> bool:
 
 
 def matched_targets(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
-    """As PEFT matches `target_modules` and `target_parameters`."""
+    """Match as PEFT does `target_modules` and `target_parameters`."""
     inside = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside or ("\0",)):
@@ -181,7 +181,7 @@ def plan_targets(
 
 
 def layer_generator(seed: int | None, path: str) -> torch.Generator | None:
-    """What a layer's start draws from; None, the global generator, without a seed.
+    """The generator that a layer's start draws from; None, the global generator, without a seed.
 
     Args:
         path: the layer's name in the adapter's file.
@@ -198,7 +198,7 @@ def largest(forms: Iterable[WeightForm]) -> tuple[int, int]:
 
 
 def target_form(config: NdLoraConfig, target: Target) -> WeightForm:
-    """How a target's weight is read; refuses what cannot be adapted.
+    """The form of a target's weight; refuses what cannot be adapted.
 
     Raises:
         NdLoraValueError, NdLoraTypeError: with the layer's name.

@@ -50,7 +50,7 @@ def part_of(layer: str, parts: dict[str, str]) -> str | None:
 
 
 def layers_of_part(shorthand: str, names: Iterable[str], model: nn.Module) -> set[str]:
-    """Those of the linear layers `names` that a shorthand means.
+    """The part of the linear layers `names` that a shorthand means.
 
     Raises:
         NdLoraValueError: the model has no such part.
