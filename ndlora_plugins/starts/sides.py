@@ -18,6 +18,10 @@ __all__ = ["starts"]
 
 SIDES = ("down", "core", "up")
 
+# lora_sb's sides are so much longer than orthonormal ones, and its core shorter by the square: the model is the same,
+# and a LoRA recipe's learning rate holds (with orthonormal sides 3 to 10 times that was best; docs/evidence.md).
+LORA_SB_LENGTH = 2.0
+
 
 def _shape(structure: Structure, name: str) -> tuple[int, ...]:
     return next(factor.shape for factor in structure.factors if factor.name == name)
@@ -64,8 +68,9 @@ def _lora_sb(structure: Chain, trains: frozenset[str], seen: Seen, generator: Ge
     else:  # as long as its sign
         step = gradient * (math.sqrt(gradient.numel()) / gradient.norm().clamp(min=1e-30))
     left, values, right = largest_singular_vectors(-options.first_step * step, structure.layout.rank)
-    return structure.hold(right, left.T) | {
-        "core": values if structure.core == "diagonal" else torch.diag(values)
+    core = values / LORA_SB_LENGTH**2
+    return structure.hold(LORA_SB_LENGTH * right, LORA_SB_LENGTH * left.T) | {
+        "core": core if structure.core == "diagonal" else torch.diag(core)
     }
 
 
@@ -189,7 +194,7 @@ starts = (
     Start(
         name="lora_sb",
         summary="the largest singular vectors and values of a first step of full fine-tuning: moves the model by it",
-        source="arXiv 2411.19557; github.com/RaghavSinghal10/lora-sb",
+        source="arXiv 2411.19557; github.com/RaghavSinghal10/lora-sb, there with orthonormal sides",
         gives=SIDES,
         reads=frozenset({"gradient"}),
         recomputable=False,
