@@ -6,7 +6,7 @@ from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.contractions import random_tucker, tensor_ring, tensor_train, tucker
 from ndlora_plugins.methods.crossed import crossed
 from ndlora_plugins.methods.einsum import einsum
-from ndlora_plugins.methods.frozen_sides import loldu, lora_sb, lora_xs, svfit
+from ndlora_plugins.methods.frozen_sides import loldu, lora_sb, lora_xs, random_diagonal, svfit
 from ndlora_plugins.methods.inttune import inttune
 from ndlora_plugins.methods.ndlinear import ndlinear
 from ndlora_plugins.methods.nlora import nlora
@@ -27,7 +27,7 @@ switch_on()
 def ndlora_methods() -> list[Method]:
     return [
         *(crossed, ndlinear, slora, nlora, inttune),
-        *(lora_xs, lora_sb, svfit, loldu, rows, columns, ffa_lora, mica, tiled, sora),
+        *(lora_xs, lora_sb, svfit, random_diagonal, loldu, rows, columns, ffa_lora, mica, tiled, sora),
         *(shared_core, shared_diagonal, shared_crossed, metatt, nola),
         *(tensor_train, tensor_ring, tucker, random_tucker, einsum),
     ]

@@ -21,6 +21,7 @@ NEEDED = {
     "lora_xs": {"r": 6},
     "lora_sb": {"r": 6, "init_lora_weights": "svd_step"},
     "svfit": {"r": 6},
+    "random_diagonal": {"r": 6},
     "loldu": {"r": 6},
 }
 

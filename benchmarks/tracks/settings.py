@@ -82,6 +82,7 @@ def _field(
     vera: int,
     bank: int,
     nola: int,
+    directions: Sequence[int],
 ) -> tuple[Setting, ...]:
     """The whole field, with sizes that fit the model; in the order in which the queue takes it.
 
@@ -95,6 +96,7 @@ def _field(
         blocks: C3A's.
         bank: length of VB-LoRA's vectors.
         nola: bases a side.
+        directions: random ones a layer.
     """
     return (
         Setting("head alone", "NONE", {}, 1e-3),
@@ -168,6 +170,12 @@ def _field(
         _ours(f"nola k={nola}", 3e-3, method="nola", options={"bases": nola}),
         _ours("ffa_lora r=4", 1e-3, method="ffa_lora", r=4),
         _ours(f"loldu r={values[0]}", 3e-3, method="loldu", r=values[0]),
+        *(_ours(f"random_diagonal r={r}", 1e-3, method="random_diagonal", r=r) for r in directions),
+        # the sizes that CDKA's authors recommend, and ours of as many numbers
+        _ours("CDKA 2 x 8, 4 terms", 3e-4, method="ndlinear", r=4, components=(2, 8)),
+        _ours("CDKA 2 x 2, 8 terms", 3e-4, method="ndlinear", r=8, components=(2, 2)),
+        _ours("crossed 8 terms", 3e-4, r=8),
+        _ours("CDKA 2 x 8", 1e-3, method="ndlinear", components=(2, 8)),
     )  # fmt: skip
 
 
@@ -175,12 +183,12 @@ _FIELDS = {
     # layers of 384 and 1536 features, 18 of them
     "sentences": _field(
         core=(8, 16, 32), psoft=(16, 32), length=(1296, 5184), waves=(144, 576), values=(64, 384, 144), tiny=(64, 256),
-        blocks=(384, 128), vera=256, bank=128, nola=64,
+        blocks=(384, 128), vera=256, bank=128, nola=64, directions=(72, 144, 288, 576),
     ),
     # layers of 128 and 512 features, 24 of them
     "images": _field(
         core=(4, 8, 16), psoft=(8, 16), length=(576, 2304), waves=(48, 192), values=(16, 128, 48), tiny=(24, 96),
-        blocks=(128, 64), vera=64, bank=64, nola=16,
+        blocks=(128, 64), vera=64, bank=64, nola=16, directions=(24, 48, 96, 192),
     ),
     # a run takes minutes: two rates, three seeds
     "rl": (
@@ -209,6 +217,9 @@ def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> Pe
     if setting.peft_type == "NONE":
         return None
     options, targets = dict(setting.options), list(layers)
+    if "components" in options:  # arXiv 2602.01267: kron of (out / r1, r2) and (r1, in / r2)
+        r1, r2 = options.pop("components")
+        options["modes"] = {name: _components(model.get_submodule(name), r1, r2) for name in targets}
     if setting.peft_type == "IA3":
         down = [name for name in targets if _is_down(model, name)]
         if options.pop("authors", False):  # keys, values and what the second product of the MLP reads
@@ -221,3 +232,11 @@ def peft_config(setting: Setting, model: nn.Module, layers: Sequence[str]) -> Pe
 def _is_down(model: nn.Module, name: str) -> bool:
     layer = model.get_submodule(name)
     return layer.in_features > layer.out_features
+
+
+def _components(layer: nn.Module, r1: int, r2: int) -> dict[str, list[int]]:
+    assert isinstance(layer, nn.Linear)
+    return {
+        "in_modes": [r2, layer.in_features // r2],
+        "out_modes": [layer.out_features // r1, r1],
+    }

@@ -1,7 +1,7 @@
-"""A trained core between two sides that come from the base weight, or from the first gradient, and stay.
+"""A trained core between two sides that come from the base weight, the first gradient or a seed, and stay.
 
 Sources: LoRA-XS, arXiv 2405.17604 (MohammadrezaBanaei/LoRA-XS); LoRA-SB, arXiv 2411.19557 (RaghavSinghal10/lora-sb);
-SVFit, arXiv 2409.05926; LoLDU (SKDDJ/LoLDU, minloldu/loldu.py).
+SVFit, arXiv 2409.05926; LoLDU (SKDDJ/LoLDU, minloldu/loldu.py); VeRA, arXiv 2310.11454, whose d is such a diagonal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.structures import Chain
 
-__all__ = ["FirstStep", "loldu", "lora_sb", "lora_xs", "svfit"]
+__all__ = ["FirstStep", "loldu", "lora_sb", "lora_xs", "random_diagonal", "svfit"]
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,11 @@ loldu = replace(
     summary="a number for each of the first pivots of the weight's LU decomposition",
     source="github.com/SKDDJ/LoLDU",
     start="lu",
+)
+random_diagonal = replace(
+    svfit,
+    name="random_diagonal",
+    summary="a number for each of r random directions, which are made again from a seed",
+    source="docs/evidence.md, after arXiv 2310.11454",
+    start="random_sides",
 )

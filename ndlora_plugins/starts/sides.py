@@ -51,6 +51,13 @@ def _scaled_sides(structure: Chain, trains: frozenset[str], down: Tensor, up: Te
     return scaled_slices(structure, trains, _zero_core(structure, down, up))
 
 
+def _random_sides(
+    structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None
+) -> Values:
+    sides = {name: torch.randn(_shape(structure, name), generator=seen.draw(name)) for name in ("down", "up")}
+    return _scaled_sides(structure, trains, **sides)
+
+
 def _lu(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
     rank = structure.layout.rank
     permutation, lower, upper = torch.linalg.lu(seen.weight.float())
@@ -167,6 +174,16 @@ starts = (
         reads=frozenset({"weight"}),
         function=_singular_sides("weight"),
         max_rank=smaller_side,
+        alpha=RECIPE_ALPHA,
+    ),
+    Start(
+        name="random_sides",
+        summary="normal sides, drawn from the seed by the layer's name, scaled so that a LoRA recipe holds; core zero",
+        source="arXiv 2310.11454; scaled_slices in ndlora_plugins/starts/chain.py",
+        gives=SIDES,
+        zero=("core",),
+        reads=frozenset({"seed"}),
+        function=_random_sides,
         alpha=RECIPE_ALPHA,
     ),
     Start(

@@ -133,13 +133,19 @@ def test_a_lora_of_which_one_side_stays(method):
     assert [factor.name for factor in plan.frozen] == ([stays] if stays else [])
 
 
-def test_a_diagonal_between_sides_that_stay_is_pefts_vera_without_its_second_vector():
-    plan = planned("shared_diagonal")
+# method -> its sides, and what a number of each of its factors counts
+DIAGONALS = {"shared_diagonal": ("side_in", "side_out", STEP), "random_diagonal": ("down", "up", 1.0)}
+
+
+@pytest.mark.parametrize("method", DIAGONALS)
+def test_a_diagonal_between_sides_is_pefts_vera_without_its_second_vector(method):
+    side_in, side_out, step = DIAGONALS[method]
+    plan = planned(method)
     weight, factors = moved(plan)
     layer, update = pefts(VeraConfig(target_modules=["q"], r=RANK), weight)
-    layer.vera_A["default"] = factors["side_in"] * STEP
-    layer.vera_B["default"] = factors["side_out"] * STEP
-    layer.vera_lambda_d["default"].data = factors["core"] * STEP
+    layer.vera_A["default"] = factors[side_in] * step
+    layer.vera_B["default"] = factors[side_out] * step
+    layer.vera_lambda_d["default"].data = factors["core"] * step
     layer.vera_lambda_b["default"].data.fill_(1)
     torch.testing.assert_close(delta(plan, factors), update())
 
