@@ -39,9 +39,6 @@ class ContractionPlan:
         largest_intermediate: numbers held for one token between two contractions.
     """
 
-    in_modes: tuple[int, ...]
-    out_modes: tuple[int, ...]
-    terms: int
     order: tuple[int, ...]
     multiply_adds: int
     largest_intermediate: int
@@ -66,7 +63,7 @@ def plan_contraction(
         size = size // in_modes[k] * out_modes[k]
         if position < len(order) - 1:
             largest = max(largest, terms * size)
-    return ContractionPlan(in_modes, out_modes, terms, order, cost, largest)
+    return ContractionPlan(order, cost, largest)
 
 
 @dataclass(frozen=True)
