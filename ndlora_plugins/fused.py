@@ -269,6 +269,7 @@ def add_product(
     x: Tensor,
     scaling: float = 1.0,
     in_place: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """output + scaling * dW x.
 
@@ -278,11 +279,13 @@ def add_product(
         x: (..., in_features), any floating dtype.
         in_place: whether the memory of `output` may be taken for the result: nobody else reads it and what
             computed it does not need it for backward. Done where autograd and the dtypes allow it.
+        dtype: to compute in; None for that of `compute_dtype`.
 
     Returns:
         (..., out_features), in output's dtype.
     """
-    dtype = compute_dtype(x, tensors, torch.is_autocast_enabled(x.device.type))
+    if dtype is None:
+        dtype = compute_dtype(x, tensors, torch.is_autocast_enabled(x.device.type))
     given = output.dtype
     x = x.to(dtype)
     if not _can_fuse(output, x, *tensors):
@@ -328,4 +331,4 @@ def linear_with_product(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if frozen and x.dtype == weight.dtype == dtype and _can_fuse(weight, bias, x, *tensors):
         return _run(product, tensors, weight, bias, None, x, scaling)
-    return add_product(product, tensors, F.linear(x, weight, bias), x, scaling, in_place=True)
+    return add_product(product, tensors, F.linear(x, weight, bias), x, scaling, True, dtype)

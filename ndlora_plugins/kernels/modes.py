@@ -39,9 +39,6 @@ class ContractionPlan:
         largest_intermediate: numbers held for one token between two contractions.
     """
 
-    in_modes: tuple[int, ...]
-    out_modes: tuple[int, ...]
-    terms: int
     order: tuple[int, ...]
     multiply_adds: int
     largest_intermediate: int
@@ -66,7 +63,7 @@ def plan_contraction(
         size = size // in_modes[k] * out_modes[k]
         if position < len(order) - 1:
             largest = max(largest, terms * size)
-    return ContractionPlan(in_modes, out_modes, terms, order, cost, largest)
+    return ContractionPlan(order, cost, largest)
 
 
 @dataclass(frozen=True)
@@ -296,9 +293,7 @@ class ModeProduct(Product):
 
     def _first(self, needs: Sequence[bool]) -> int | None:
         """The first step whose factor trains; every chain has the same order."""
-        if True not in needs:
-            return None
-        return next(k for k, step in enumerate(self.chains[0]) if needs[step.mode])
+        return next((k for k, step in enumerate(self.chains[0]) if needs[step.mode]), None)
 
 
 @cache
@@ -341,10 +336,8 @@ others: list[Callable[[tuple[int, ...], tuple[int, ...], int], Product | None]] 
 
 def fastest_product(in_modes: tuple[int, ...], out_modes: tuple[int, ...], terms: int) -> Product:
     """The first of `others` that can do it, else `mode_product`."""
-    made = [make(in_modes, out_modes, terms) for make in others] if others else []
-    return next((product for product in made if product is not None), None) or mode_product(
-        in_modes, out_modes, terms
-    )
+    made = [make(in_modes, out_modes, terms) for make in others]
+    return next((one for one in made if one is not None), mode_product(in_modes, out_modes, terms))
 
 
 def kron_with_identity(matrix: Tensor, before: int = 1, after: int = 1) -> Tensor:

@@ -110,7 +110,9 @@ def _train(layout: Layout, places: Sequence[Sequence[str]], closed: bool = False
     bonds = [f"bond{k}" for k in range(len(places) + 1)]
     if closed:
         bonds[-1] = bonds[0]
-    factors = [(left, *axes, right) for left, axes, right in zip(bonds, places, bonds[1:], strict=False)]
+    factors: list[tuple[str, ...]] = [
+        (left, *axes, right) for left, axes, right in zip(bonds, places, bonds[1:], strict=False)
+    ]
     if not closed:
         bonds, factors[0], factors[-1] = bonds[1:-1], factors[0][1:], factors[-1][:-1]
     outs, ins = _modes(layout)

@@ -64,7 +64,7 @@ def gate_penalty(options: SparseRanks, training: Training) -> Tensor | None:
     values = [gate for layer in training.layers for _, _, gate in gate_values(layer)]
     if not options.penalty or training.moment.step < options.begin:
         return None
-    return options.penalty * sum(value.abs().sum() for value in values) / sum(map(torch.numel, values))
+    return options.penalty * torch.cat(values).abs().mean()
 
 
 def soft_threshold(options: SparseRanks, training: Training) -> None:
@@ -148,8 +148,10 @@ def lasso(options: GroupLasso, training: Training) -> Tensor | None:
     if options.proximal or training.moment.step < options.begin:
         return None
     # the root has no gradient at zero
-    return options.strength * sum(
-        (squared_norms(group) + 1e-12).sqrt().sum() for group in grouped(options, training.layers)
+    groups = grouped(options, training.layers)
+    return (
+        options.strength
+        * torch.stack([(squared_norms(group) + 1e-12).sqrt().sum() for group in groups]).sum()
     )
 
 
@@ -157,7 +159,7 @@ def shrink(options: GroupLasso, training: Training) -> None:
     """Shorten each group by `strength` times the learning rate, in place."""
     if not options.proximal or training.moment.step < options.begin:
         return
-    rates = {layer.rate for layer in training.layers} - {None}
+    rates = {layer.rate for layer in training.layers if layer.rate is not None}
     if not rates:
         raise NdLoraValueError(
             "group_lasso with proximal=True needs the learning rate: after_step(optimizer)."

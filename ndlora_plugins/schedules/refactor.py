@@ -55,6 +55,7 @@ def rewrite(
 ) -> Sequence[TrainedLayer]:
     """Give each layer its leading factors, in place, and return the layers."""
     for layer in layers:
+        assert isinstance(layer.structure, Chain), "`misfit` lets no other in"
         factors = {**layer.frozen, **layer.trained}
         for name, value in leading_factors(layer.structure, factors, keep(layer), balanced).items():
             factors[name].copy_(value)
