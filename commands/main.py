@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -13,11 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ndlora_plugins.errors import NdLoraError, NdLoraValueError
+from ndlora_plugins.errors import MissingExtraError, NdLoraError, NdLoraValueError
 
 from .check import check
 from .combine import combine
-from .demo import demo
 from .diff import diff
 from .doctor import doctor
 from .export import export
@@ -34,6 +34,11 @@ app = typer.Typer(
 )
 # a table that is piped into a file is not folded at 80 columns
 console = Console(width=None if Console().is_terminal else 160)
+# for a command that looks at its options, `--help` among them, by itself
+TAKES_ANYTHING = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
 
 
 def run() -> None:
@@ -213,9 +218,7 @@ def methods(
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 
-@app.command(
-    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command(**TAKES_ANYTHING)
 def sft(context: typer.Context) -> None:
     """Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block.
 
@@ -226,8 +229,21 @@ def sft(context: typer.Context) -> None:
     main(context.args)
 
 
-for command in (tune, init, check, export, verify, combine, prune, diff, demo, doctor):
+def no_demo(_context: typer.Context) -> None:
+    """Not installed: `pip install "ndlora-plugins[demo]"` brings it."""
+    raise MissingExtraError(
+        '`ndlora demo` is a package of its own: run `pip install "ndlora-plugins[demo]"`.'
+    )
+
+
+for command in (tune, init, check, export, verify, combine, prune, diff):
     app.command()(command)
+elsewhere = metadata.entry_points(group="ndlora_plugins.commands")  # of the package ndlora-plugins-demo
+if "demo" in elsewhere.names:
+    app.command("demo")(elsewhere["demo"].load())
+else:
+    app.command("demo", **TAKES_ANYTHING)(no_demo)
+app.command()(doctor)
 
 
 if __name__ == "__main__":

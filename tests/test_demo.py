@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ndlora_plugins.commands.demo_progress import SILENCE, Bars
-from ndlora_plugins.commands.problems import FINAL_MARKER, Problem, final_answer, generate
+from ndlora_demo.problems import FINAL_MARKER, Problem, final_answer, generate
+from ndlora_demo.progress import SILENCE, Bars
 from ndlora_plugins.errors import NdLoraValueError
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
@@ -108,7 +108,7 @@ def test_the_demo_is_not_silent_where_there_is_no_terminal(terminal, lines):
 
 
 def test_the_output_head_gets_one_block_of_memory(tiny_model):
-    from ndlora_plugins.commands import finetune
+    from ndlora_demo import finetune
 
     bench = finetune.prepare(tiny_model, None, steps=1, seed=0, batch_size=2, held_out=2, exact=2)
     blocks = []
@@ -119,7 +119,7 @@ def test_the_output_head_gets_one_block_of_memory(tiny_model):
 
 
 def run_tiny(tiny_model, output, **options):
-    from ndlora_plugins.commands.demo_run import run_demo
+    from ndlora_demo.run import run_demo
 
     sizes = {"steps": 2, "batch_size": 2, "held_out": 4, "exact": 2, **options}
     return run_demo(tiny_model, output=output, **sizes)
@@ -127,7 +127,6 @@ def run_tiny(tiny_model, output, **options):
 
 @pytest.mark.slow
 def test_demo_from_end_to_end(tiny_model, tmp_path):
-    pytest.importorskip("matplotlib")
     output, said = tmp_path / "out", io.StringIO()
     report = run_tiny(tiny_model, output, methods=["lora", "crossed", "ndlinear"], console=Console(file=said))
     assert report.failures == []
@@ -149,7 +148,6 @@ def test_demo_from_end_to_end(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_demo_on_the_users_own_data(tiny_model, tmp_path):
-    pytest.importorskip("matplotlib")
     data = tmp_path / "data.jsonl"
     lines = [json.dumps(asdict(problem)) for problem in generate(7, 5)]
     data.write_text("\n".join([*lines, "", lines[0]]))
@@ -159,13 +157,10 @@ def test_demo_on_the_users_own_data(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_demo_fails_when_a_saved_adapter_answers_otherwise(tiny_model, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from ndlora_plugins.commands import demo_run
+    from ndlora_demo import run
 
-    script = demo_run._RELOAD_SCRIPT.replace(
-        "    base = model", "    answers[adapter] += '!'\n    base = model"
-    )
-    monkeypatch.setattr(demo_run, "_RELOAD_SCRIPT", script)
+    script = run._RELOAD_SCRIPT.replace("    base = model", "    answers[adapter] += '!'\n    base = model")
+    monkeypatch.setattr(run, "_RELOAD_SCRIPT", script)
     report = run_tiny(tiny_model, tmp_path / "out", methods=["lora"])
     assert len(report.failures) == 1
     assert report.failures[0].startswith("lora: the saved adapter answers ")
@@ -185,7 +180,6 @@ def test_demo_refuses_sizes_below_one(tmp_path):
 
 
 def test_demo_refuses_data_without_questions(tmp_path):
-    pytest.importorskip("matplotlib")
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1 + 1?", "answer": "2"}\n{"text": "no question"}\n')
     with pytest.raises(NdLoraValueError, match=r"data\.jsonl, line 2: expected a JSON object with the texts"):
@@ -193,7 +187,6 @@ def test_demo_refuses_data_without_questions(tmp_path):
 
 
 def test_demo_refuses_too_little_data(tiny_model, tmp_path):
-    pytest.importorskip("matplotlib")
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1 + 1?", "answer": "2"}\n')
     with pytest.raises(NdLoraValueError, match="has 1 usable problems .* keeps 4 for the evaluation"):
@@ -202,20 +195,19 @@ def test_demo_refuses_too_little_data(tiny_model, tmp_path):
 
 
 def test_command_ends_with_exit_code_1_on_a_mismatch(tmp_path, monkeypatch):
-    from ndlora_plugins.commands import demo, demo_run
+    from ndlora_demo import command, run
 
-    report = demo_run.DemoReport("tiny", "data", 2, 0, results=[], failures=["lora: [answers] differ"])
-    monkeypatch.setattr(demo_run, "run_demo", lambda *_, **__: report)
+    report = run.DemoReport("tiny", "data", 2, 0, results=[], failures=["lora: [answers] differ"])
+    monkeypatch.setattr(run, "run_demo", lambda *_, **__: report)
     app = typer.Typer()
-    app.command()(demo.demo)
+    app.command()(command.demo)
     result = CliRunner().invoke(app, ["--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "failed: lora: [answers] differ" in result.output
 
 
 def test_command_names_the_data_that_is_missing(tmp_path):
-    pytest.importorskip("matplotlib")
-    from ndlora_plugins.commands.demo import demo
+    from ndlora_demo.command import demo
 
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         demo(data=tmp_path / "nowhere.jsonl", output=tmp_path / "out")

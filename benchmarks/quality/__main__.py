@@ -18,7 +18,7 @@ from benchmarks.quality import report, sweep
 from benchmarks.quality.runs import Run, describe, path_of, read_results, run
 from benchmarks.quality.settings import Setting, settings_for
 from benchmarks.quality.task import TASKS, LastBlocks, Task, bench_for, load_problems
-from ndlora_plugins.commands import finetune
+from ndlora_demo import finetune
 from ndlora_plugins.errors import NdLoraError, NdLoraValueError
 
 

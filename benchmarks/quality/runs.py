@@ -19,7 +19,7 @@ from peft import get_peft_model
 from benchmarks.common import begin_peak, peak_memory
 from benchmarks.quality.settings import Setting, peft_config
 from benchmarks.quality.task import LastBlocks, Task
-from ndlora_plugins.commands import finetune
+from ndlora_demo import finetune
 
 __all__ = ["Run", "describe", "path_of", "read_results", "run"]
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ndlora_plugins.commands import finetune
-from ndlora_plugins.commands.problems import Problem, generate
+from ndlora_demo import finetune
+from ndlora_demo.problems import Problem, generate
 from ndlora_plugins.errors import NdLoraValueError
 
 __all__ = ["TASKS", "LastBlocks", "Task", "bench_for", "load_problems"]

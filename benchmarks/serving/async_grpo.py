@@ -20,9 +20,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.serving.__main__ import running
 from benchmarks.serving.servers import SERVERS, Started
+from ndlora_demo import finetune
+from ndlora_demo.problems import generate
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.commands import finetune
-from ndlora_plugins.commands.problems import generate
 from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.integrations.serving.verify import verify_server
 from ndlora_plugins.integrations.trl import sync_as_lora

@@ -25,8 +25,8 @@ from torch import nn
 from benchmarks.quality.settings import peft_config
 from benchmarks.tracks.sentences import read_sentences
 from benchmarks.tracks.track import Run, line
-from ndlora_plugins.commands import finetune
-from ndlora_plugins.commands.problems import Problem, final_answer, generate
+from ndlora_demo import finetune
+from ndlora_demo.problems import Problem, final_answer, generate
 
 __all__ = ["Arithmetic", "Sizes"]
 

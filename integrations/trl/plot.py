@@ -15,7 +15,7 @@ __all__ = ["check_matplotlib", "draw_history"]
 def check_matplotlib() -> None:
     """Raise MissingExtraError unless matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError('plot= needs matplotlib: run `pip install "ndlora-plugins[demo]"`.')
+        raise MissingExtraError("plot= needs matplotlib: run `pip install matplotlib`.")
 
 
 def draw_history(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:

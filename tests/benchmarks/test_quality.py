@@ -106,8 +106,8 @@ def test_the_front_holds_what_nothing_beats(quality):
 def tiny(quality, save_tiny_model, tmp_path_factory):
     """(task, bench with the first seed's batches, last block of two) of a tiny random model."""
     from benchmarks.quality.task import LastBlocks, Task, bench_for, load_problems
-    from ndlora_plugins.commands import finetune
-    from ndlora_plugins.commands.problems import generate
+    from ndlora_demo import finetune
+    from ndlora_demo.problems import generate
 
     texts = [f"Question: {problem.question}\nAnswer: {problem.answer}" for problem in generate(300, 0)]
     model, tokenizer, name = finetune.load_model(str(save_tiny_model(tmp_path_factory.mktemp("tiny"), texts)))
@@ -130,7 +130,7 @@ def tiny(quality, save_tiny_model, tmp_path_factory):
 
 
 def test_the_last_blocks_alone_give_the_models_loss(tiny):
-    from ndlora_plugins.commands import finetune
+    from ndlora_demo import finetune
 
     _, bench, last = tiny
     whole = finetune.held_out_loss(bench, last.whole)
@@ -219,7 +219,7 @@ def test_committed_runs_of_one_task_are_comparable(quality):
 def test_runs_of_another_task_are_not_mixed_in(quality, save_tiny_model, tmp_path):
     from benchmarks.common import write_json
     from benchmarks.quality.__main__ import main
-    from ndlora_plugins.commands.problems import generate
+    from ndlora_demo.problems import generate
 
     model = str(save_tiny_model(tmp_path / "tiny", [problem.question for problem in generate(50, 0)]))
     (other,) = made({(1e-3, 0): 1.0}, "lora-r8")

@@ -143,7 +143,7 @@ def sums(tracks, save_tiny_model, tmp_path_factory):
     """(function that makes the track of reinforcement learning with a tiny random model, its folder)."""
     pytest.importorskip("trl")
     from benchmarks.tracks.rl import Arithmetic, Sizes
-    from ndlora_plugins.commands.problems import generate
+    from ndlora_demo.problems import generate
 
     texts = [f"Question: {problem.question}\nAnswer: {problem.answer}" for problem in generate(300, 0)]
     model = str(save_tiny_model(tmp_path_factory.mktemp("tiny"), texts))

@@ -20,6 +20,7 @@ FOLDERS = {
     "ndlora_plugins": CORE,
     "ndlora_plugins.integrations": ROOT / "integrations",
     "ndlora_plugins.commands": ROOT / "commands",
+    "ndlora_demo": ROOT / "demo" / "ndlora_demo",
 }
 # files of the core -> what they may import besides the standard library and what all may
 ALL_MAY = {"torch", "pluggy", "ndlora_plugins", "ndlora_autoload"}
@@ -39,7 +40,7 @@ MOST_LINES_OF_THE_CORE = 2460  # the aim is 1,800
 RECORDS = ("methods", "starts", "schedules", "kernels")  # folders of the core that are not counted with it
 KNOW_METHODS = [
     *(CORE / name for name in ("methods", "starts", "structures", "builtin.py")),
-    ROOT / "commands" / "demo_run.py",  # an example, which shows some of them
+    ROOT / "demo" / "ndlora_demo" / "run.py",  # an example, which shows some of them
 ]
 
 
@@ -91,10 +92,16 @@ def test_hosts_know_only_those_below(host):
                 assert name.split(".")[2] in HOSTS[host] | {host, "patches"}, path
 
 
-@pytest.mark.parametrize("folder", ["integrations", "commands"])
-def test_a_room_names_its_own_modules_by_where_they_lie(folder):
-    absolute = re.compile(rf"^\s*from ndlora_plugins\.{folder}\b", re.MULTILINE)
-    assert [path for path in (ROOT / folder).rglob("*.py") if absolute.search(path.read_text())] == []
+@pytest.mark.parametrize("package", ["ndlora_plugins.integrations", "ndlora_plugins.commands", "ndlora_demo"])
+def test_a_room_names_its_own_modules_by_where_they_lie(package):
+    absolute = re.compile(rf"^\s*from {re.escape(package)}\b", re.MULTILINE)
+    assert [path for path in FOLDERS[package].rglob("*.py") if absolute.search(path.read_text())] == []
+
+
+def test_nothing_below_the_demo_imports_it():
+    below = {module: path for module, path in MODULES.items() if not module.startswith("ndlora_demo")}
+    known = {module: names_of(module, path) for module, path in below.items()}
+    assert not [module for module in known if any(name.startswith("ndlora_demo") for name in known[module])]
 
 
 def test_no_module_imports_itself_by_way_of_others():

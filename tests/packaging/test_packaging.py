@@ -1,5 +1,6 @@
-"""The distribution holds what the tree holds, under the names that the contract gives."""
+"""The two distributions hold what the tree holds, under the names that the contract gives."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -35,6 +36,8 @@ FILES = [
     "LICENSE",
     "ndlora_autoload.py",
 ]
+# a distribution of its own, with a pyproject.toml of its own
+DEMO = ROOT / "demo"
 # the starts of lines of the wheel's metadata
 METADATA = [
     "Author: the ndlora-plugins authors",
@@ -49,8 +52,8 @@ METADATA = [
 SHOWN_ELSEWHERE = ["README.md"]
 
 
-def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+def project(folder=ROOT):
+    return tomllib.loads((folder / "pyproject.toml").read_text())
 
 
 def packages_in_the_tree():
@@ -77,6 +80,12 @@ def test_versions_agree():
     assert ndlora_plugins.__version__ == project()["project"]["version"] == metadata.version("ndlora-plugins")
 
 
+def test_the_demo_is_of_this_version():
+    version, demo = project()["project"]["version"], project(DEMO)["project"]
+    assert version == demo["version"] == metadata.version("ndlora-plugins-demo")
+    assert f"ndlora-plugins=={version}" in demo["dependencies"]
+
+
 def test_the_changelog_and_the_citation_are_of_this_version():
     version = project()["project"]["version"]
     dated = re.search(
@@ -98,6 +107,7 @@ def test_no_dependency_is_pinned():
     for requirement in [
         *project()["project"]["dependencies"],
         *(r for extra in extras.values() for r in extra),
+        *(r for r in project(DEMO)["project"]["dependencies"] if not r.startswith("ndlora-plugins")),
     ]:
         version, _, _marker = requirement.partition(";")
         assert "==" not in version and "<" not in version, requirement
@@ -116,8 +126,22 @@ def distribution(tmp_path_factory):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, source / name)
+    build(source, target)
+    return target
+
+
+def build(source, target):
     command = [sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", target, source]
     subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def demo_distribution(tmp_path_factory):
+    """As `distribution`, of the demo."""
+    pytest.importorskip("build")
+    source, target = tmp_path_factory.mktemp("source") / "demo", tmp_path_factory.mktemp("dist")
+    shutil.copytree(DEMO, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    build(source, target)
     return target
 
 
@@ -126,15 +150,16 @@ def wheel(distribution):
     return zipfile.ZipFile(next(distribution.glob("*.whl")))
 
 
-def test_the_index_would_take_it(distribution):
+def test_the_index_would_take_them(distribution, demo_distribution):
     check = pytest.importorskip("twine.commands.check")
-    assert not check.check([str(path) for path in distribution.iterdir()], strict=True)
+    files = [*distribution.iterdir(), *demo_distribution.iterdir()]
+    assert len(files) == 4 and not check.check([str(path) for path in files], strict=True)
 
 
 def test_the_sdist_holds_what_a_reader_looks_for(distribution):
     with tarfile.open(next(distribution.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert set(FILES) <= names and not [name for name in names if name.startswith("tests")]
+    assert set(FILES) <= names and not [name for name in names if name.startswith(("tests", "demo"))]
 
 
 def test_the_wheel_says_where_it_is_from(wheel):
@@ -148,7 +173,38 @@ def test_the_wheel_holds_every_module(wheel):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder)}" in names
     assert {"ndlora_autoload.py", "ndlora_plugins/py.typed"} <= names
-    assert not [name for name in names if name.startswith(("integrations/", "commands/", "tests/"))]
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {
+        "ndlora_autoload.py",
+        "ndlora_plugins",
+        f"ndlora_plugins-{project()['project']['version']}.dist-info",
+    }
+
+
+def test_the_demos_wheel_holds_every_module_and_the_command(demo_distribution):
+    wheel = zipfile.ZipFile(next(demo_distribution.glob("*.whl")))
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == {str(path.relative_to(DEMO)) for path in DEMO.rglob("ndlora_demo/*.py")}
+    text = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
+    assert "[ndlora_plugins.commands]\ndemo = ndlora_demo.command:demo" in text
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "1"], ["--help"]])
+def test_without_its_package_the_demo_says_what_to_install(arguments, wheel, tmp_path):
+    """Our wheel alone, beside what this environment holds of others."""
+    others = pathlib.Path(pytest.importorskip("typer").__file__).parents[1]
+    for path in others.iterdir():
+        if "ndlora" not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    code = "from ndlora_plugins.commands.main import run; run()"
+    result = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", code, "demo", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([wheel.filename, str(tmp_path)])},
+        capture_output=True,
+        text=True,
+    )
+    said = 'Error: `ndlora demo` is a package of its own: run `pip install "ndlora-plugins[demo]"`.\n'
+    assert (result.returncode, result.stderr) == (2, said)
 
 
 def test_the_wheel_names_its_entry_points(wheel):

@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from ndlora_demo.finetune import load_model
+from ndlora_demo.problems import generate
 from ndlora_plugins import NdLoraConfig
-from ndlora_plugins.commands.finetune import load_model
-from ndlora_plugins.commands.problems import generate
 from ndlora_plugins.integrations.trl import NdLoraCallback
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

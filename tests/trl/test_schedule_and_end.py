@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused_at_once(arguments, error, words):
         NdLoraCallback(**arguments)
 
 
-def test_plot_without_matplotlib_names_the_extra(monkeypatch):
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"ndlora-plugins\[demo\]"):
+    with pytest.raises(MissingExtraError, match="pip install matplotlib"):
         NdLoraCallback(plot="run.png")

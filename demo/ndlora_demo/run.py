@@ -6,7 +6,6 @@ Everything that touches an adapter here goes through PEFT's public calls: `get_p
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,13 +18,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
+from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.registry import method_and_start
 from ndlora_plugins.registry import methods as registered
 
-from . import demo_report, finetune
-from .demo_progress import Bars
-from .demo_report import DemoReport, MethodResult
+from . import finetune
+from .progress import Bars
+from .report import DemoReport, MethodResult, write_files
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -211,7 +210,7 @@ def run_demo(
 
     Raises:
         NdLoraValueError: for an unknown method, a size below 1, or unusable data.
-        MissingExtraError: if the default model, its reader or matplotlib is not installed.
+        MissingExtraError: if the default model is not installed.
         OSError: if ``model`` or ``data`` is not found. All of these before anything is written.
     """
     known = every_method()
@@ -225,11 +224,6 @@ def run_demo(
         raise NdLoraValueError(
             f"steps={steps}, batch_size={batch_size}, held_out={held_out}, exact={exact}: "
             f"give at least 1 of each"
-        )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError(
-            "the demo draws its loss curves with matplotlib, which is not installed: run "
-            '`pip install "ndlora-plugins[demo]"`'
         )
     console = console or Console()
     results: list[MethodResult] = []
@@ -277,5 +271,5 @@ def run_demo(
         bars.finish("done")
     data_name = "generated arithmetic problems" if data is None else str(data)
     report = DemoReport(bench.name, data_name, steps, seed, results, failures)
-    demo_report.write_files(report, output)
+    write_files(report, output)
     return report

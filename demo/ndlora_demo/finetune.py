@@ -63,7 +63,7 @@ def prepare(
 
     Raises:
         NdLoraValueError: if the data cannot be read or has too few problems.
-        MissingExtraError: if the default model or the reader of its format is not installed.
+        MissingExtraError: if the default model is not installed.
         OSError: if the model or the data is not found.
     """
     wanted = steps * batch_size
@@ -111,10 +111,6 @@ def load_model(model: str | None) -> tuple[Any, Any, str]:
         model = str(Path(package.origin).parent / _PACKAGE_FILE)
     where, name, options = model, model, {}
     if model.endswith(".gguf"):
-        if importlib.util.find_spec("gguf") is None:
-            raise MissingExtraError(
-                'reading a .gguf model needs the package gguf: run `pip install "ndlora-plugins[demo]"`'
-            )
         where, name, options = str(Path(model).parent), Path(model).stem, {"gguf_file": Path(model).name}
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     loaded = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)

@@ -44,13 +44,13 @@ def demo(
     """
     from transformers.utils import logging as transformers_logging
 
-    from . import demo_report
-    from .demo_run import METHODS, run_demo
+    from .report import show
+    from .run import METHODS, run_demo
 
     transformers_logging.disable_progress_bar()  # they would break into ours
     warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do
     console = Console(width=None if Console().is_terminal else 160)  # a file does not fold the table at 80
     report = run_demo(model, data, method or METHODS, steps=steps, seed=seed, output=output, console=console)
-    demo_report.show(report, output, console)
+    show(report, output, console)
     if report.failures:
         raise typer.Exit(1)
