@@ -228,10 +228,7 @@ def test_the_peft_snippet(tiny_hub):
 @pytest.mark.slow
 def test_the_trl_snippet(tiny_hub):
     pytest.importorskip("trl")
-    on_a_cpu = (
-        'report_to="none", bf16=False'  # TRL's default is bf16=True, which transformers refuses on a CPU
-    )
-    run_snippet(blocks("README.md", "python")[1].replace('report_to="none"', on_a_cpu), tiny_hub)
+    run_snippet(blocks("README.md", "python")[1], tiny_hub)
 
 
 @pytest.mark.slow
