@@ -232,6 +232,17 @@ def test_the_trl_snippet(tiny_hub):
 
 
 @pytest.mark.slow
+def test_the_snippet_of_the_page_on_reinforcement(tiny_hub):
+    pytest.importorskip("trl")
+    run_snippet(blocks("docs/rl.md", "python")[0], tiny_hub)
+
+
+def test_the_snippet_of_the_page_on_quantised_bases(tiny_hub):
+    pytest.importorskip("bitsandbytes")
+    run_snippet(blocks("docs/quantised.md", "python")[0], tiny_hub)
+
+
+@pytest.mark.slow
 def test_the_snippet_of_the_trl_page(tiny_hub):
     pytest.importorskip("trl")
     from datasets import Dataset
