@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP = "ndlora"
-OWN_PLUGIN = "ndlora-plugins"
 
 _BROUGHT = {"ndlora_methods": Method, "ndlora_starts": Start, "ndlora_schedules": Schedule}
 Record = TypeVar("Record", Method, Start, Schedule)
@@ -50,7 +49,7 @@ class Registered(Generic[Record]):
 def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager("ndlora")
     manager.add_hookspecs(hookspecs)
-    manager.register(builtin, name=OWN_PLUGIN)
+    manager.register(builtin, name="ndlora-plugins")
     manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP)
     return manager
 
@@ -195,9 +194,8 @@ def _misfit(method: Method, start: Start, options: Any) -> str | None:
 def _look_up(known: dict[str, Registered[Record]], name: str, option: str, kind: str) -> Record:
     if isinstance(name, str) and name in known:
         return known[name].value
-    listed = ", ".join(repr(n) if r.plugin == OWN_PLUGIN else f"{n!r} ({r.plugin})" for n, r in known.items())
-    near = difflib.get_close_matches(str(name), known, n=1)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(map(repr, known))
+    meant = "".join(f" Did you mean {near!r}?" for near in difflib.get_close_matches(str(name), known, n=1))
     raise NdLoraValueError(
         f"{option}={name!r} is no known {kind}.{meant} Known: {listed}. A {kind} of another package comes with its "
         f"plugin: install the one that registers {name!r} under the entry-point group {ENTRY_POINT_GROUP!r}."
