@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .tables import group_by, kind_of, spread
+
 if TYPE_CHECKING:
     from ndlora_plugins.integrations.peft.adapters.check import CheckReport
 
@@ -62,15 +64,14 @@ def _show(report: CheckReport, adapter: str) -> None:
     table = Table(title=f"{report.method} adapter {escape(adapter)}", title_justify="left")
     for column in ("layers", "count", "trainable", "in the file", "size of the update", "idle"):
         table.add_column(column, justify="left" if column == "layers" else "right")
-    for kind in dict.fromkeys(layer.name.rpartition(".")[2] for layer in report.layers):
-        layers = [layer for layer in report.layers if layer.name.rpartition(".")[2] == kind]
+    for kind, layers in group_by(report.layers, lambda layer: kind_of(layer.name)).items():
         norms = [layer.norm for layer in layers if layer.norm is not None]
         table.add_row(
             kind,
             str(len(layers)),
             f"{sum(layer.trainable for layer in layers):,}",
             f"{sum(layer.numbers for layer in layers):,}",
-            f"{min(norms):.3g} to {max(norms):.3g}" if norms else "needs --base",
+            spread(norms) if norms else "needs --base",
             str(sum(layer.idle for layer in layers)),
         )
     console.print(table)

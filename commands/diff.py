@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .tables import group_by, kind_of, spread
+
 __all__ = ["diff"]
 
 
@@ -37,10 +39,16 @@ def diff(
         console = Console(width=None if Console().is_terminal else 160)
         for name, (one, other) in found.fields.items():
             console.print(f"{name}: {escape(shorten(one))} -> {escape(shorten(other))}", highlight=False)
-        table = Table("layer", "||A||", "||B||", "||B - A|| / ||A||", "cosine")
-        for layer in found.layers:
-            cosine = "-" if layer.cosine is None else f"{layer.cosine:.4f}"
-            table.add_row(layer.name, *(f"{norm:.4g}" for norm in layer.norms), f"{layer.change:.3g}", cosine)
+        table = Table("layers", "count", "||A||", "||B||", "||B - A|| / ||A||", "cosine")
+        for kind, layers in group_by(found.layers, lambda layer: kind_of(layer.name)).items():
+            cosines = [layer.cosine for layer in layers if layer.cosine is not None]
+            table.add_row(
+                kind,
+                str(len(layers)),
+                *(spread([layer.norms[side] for layer in layers]) for side in (0, 1)),
+                spread([layer.change for layer in layers]),
+                spread(cosines) if cosines else "-",
+            )
         if found.layers:
             console.print(table)
         for side, names in zip("AB", found.only, strict=True):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ HOSTS = (
     "torch", "peft", "transformers", "trl", "axolotl", "accelerate", "ms-swift", "unsloth", "vllm", "bitsandbytes",
     "deepspeed", "triton",
 )  # fmt: skip
-# variable -> whether a value of it shuts the door
+# variable -> whether a value of it turns off that hosts find us without an import
 SWITCHES = {
     "NDLORA_AUTOLOAD": lambda value: value.strip().lower() in ("0", "false", "no", "off"),
     "TORCH_DEVICE_BACKEND_AUTOLOAD": lambda value: value != "1",
@@ -34,6 +34,14 @@ _PROBES = {
         ours = getattr(found, "__module__", "").startswith("ndlora_plugins.integrations.peft.configuration.config")
         said = "NDLORA is one of its types" if ours else "" if found is None else f"NDLORA stands for {found!r}"
         bad = None if ours else "peft does not know NDLORA"
+    """,
+    "transformers": """
+        import peft
+        from packaging.version import Version
+        from transformers.integrations import peft as theirs
+        wanted = getattr(theirs, "MIN_PEFT_VERSION", "0")
+        if Version(wanted) > Version(peft.__version__):
+            off = f"model.add_adapter asks for PEFT {wanted}, here is {peft.__version__}: use get_peft_model"
     """,
     "trl": """
         import trl
@@ -64,27 +72,33 @@ class Finding:
     remedy: str = ""
 
 
-def examine(hosts: Sequence[str] | None = None) -> list[Finding]:
-    """Look at the door, the switches, each of `HOSTS`, or of these, in a process of its own, and the plugins."""
-    findings = [_door(), *_switches(os.environ)]
+def examine(hosts: Sequence[str] | None = None) -> Iterator[Finding]:
+    """Look at the entry point, the switches, each of `HOSTS`, or of these, in a process of its own, and the plugins."""
+    yield _autoload()
+    yield from _switches(os.environ)
     for host in HOSTS if hosts is None else hosts:
         version = _version(host)
         if version is None:
-            findings.append(Finding(host, "off", "not installed"))
+            yield Finding(host, "off", "not installed")
         elif host in _PROBES:
-            findings.append(_probe(host, version))
+            yield _probe(host, version)
         else:
-            findings.append(Finding(host, "good", version))
-    return [*findings, _plugins()]
+            yield Finding(host, "good", version)
+    yield _plugins()
 
 
-def _door() -> Finding:
+def _autoload() -> Finding:
     entries = metadata.entry_points(group="torch.backends")
     if not any(entry.value.startswith("ndlora_autoload:") for entry in entries):
         return Finding(
-            "door", "problem", "torch's entry points do not name ndlora_autoload", "reinstall ndlora-plugins"
+            "autoload",
+            "problem",
+            "torch's entry points do not name ndlora_autoload",
+            "reinstall ndlora-plugins",
         )
-    return Finding("door", "good", f"ndlora-plugins {_version('ndlora-plugins')} is in torch's entry points")
+    return Finding(
+        "autoload", "good", f"ndlora-plugins {_version('ndlora-plugins')} is in torch's entry points"
+    )
 
 
 def _switches(environment: Mapping[str, str]) -> list[Finding]:
@@ -95,14 +109,16 @@ def _switches(environment: Mapping[str, str]) -> list[Finding]:
             continue
         shut = shuts(value)
         remedy = f"unset {name}, or `import ndlora_plugins` before an adapter is loaded" if shut else ""
-        said = f"{name}={value}: the door is {'shut' if shut else 'open'}"
+        said = f"{name}={value}: autoload is {'off' if shut else 'on'}"
         findings.append(Finding("switch", "problem" if shut else "good", said, remedy))
     return findings
 
 
 def _probe(host: str, version: str) -> Finding:
     code = textwrap.dedent(_PROBES[host])
-    code = f"import json\nsaid, bad = '', None\n{code}\nprint('\\n' + json.dumps([said, bad]))"
+    code = (
+        f"import json\nsaid, bad, off = '', None, None\n{code}\nprint('\\n' + json.dumps([said, bad, off]))"
+    )
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-W", "ignore", "-c", code],
@@ -117,10 +133,12 @@ def _probe(host: str, version: str) -> Finding:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         return Finding(host, "problem", f"{version}: {last[0][:300]}", f"reinstall {host} or ndlora-plugins")
-    said, bad = json.loads(done.stdout.strip().splitlines()[-1])
+    said, bad, off = json.loads(done.stdout.strip().splitlines()[-1])
     if bad is not None:
-        return Finding(host, "problem", f"{version}: {bad}. {said}".strip(), "see the door and the switches")
-    return Finding(host, "good", f"{version}: {said}")
+        return Finding(host, "problem", f"{version}: {bad}. {said}".strip(), "see autoload and the switches")
+    if off is not None:
+        return Finding(host, "off", f"{version}: {off}")
+    return Finding(host, "good", f"{version}: {said}" if said else version)
 
 
 def _plugins() -> Finding:
@@ -151,15 +169,17 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
     Example: ndlora doctor
     """
-    findings = examine()
     python = sys.version.split()[0]
+    findings = []
+    if not as_json:
+        typer.echo(f"Python {python}, {sys.executable}")
+    for finding in examine():  # each host's import takes seconds: what is found is shown at once
+        findings.append(finding)
+        if not as_json:
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            typer.echo(f"{finding.status:8} {finding.what:13} {finding.said}{remedy}")
     if as_json:
         found: dict[str, Any] = {"python": python, "findings": [asdict(finding) for finding in findings]}
         typer.echo(json.dumps(found, indent=2))
-    else:
-        typer.echo(f"Python {python}, {sys.executable}")
-        for finding in findings:
-            remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            typer.echo(f"{finding.status:8} {finding.what:13} {finding.said}{remedy}")
     if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)

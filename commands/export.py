@@ -1,4 +1,4 @@
-"""`ndlora export`: an NDLORA adapter as stock LoRA or LoKr, or merged into its base model."""
+"""`ndlora export`: an NDLORA adapter as plain LoRA or LoKr, or merged into its base model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+
+from .tables import group_by, kind_of
 
 __all__ = ["export"]
 
@@ -85,7 +87,7 @@ def export(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write an adapter that needs no ndlora-plugins: stock LoRA or LoKr, GGUF, or the merged model.
+    """Write an adapter that needs no ndlora-plugins: plain LoRA or LoKr, GGUF, or the merged model.
 
     Example: ndlora export my-adapter --to lora --output my-lora
     """
@@ -123,10 +125,14 @@ def export(
     console = Console(width=None if Console().is_terminal else 160)
     error = "lost to rounding" if to is Kind.merged else "relative error"
     table = Table(title=f"{escape(adapter)} to {to.value}", title_justify="left")
-    for column in ("layer", "form", "numbers", error):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    for layer in report.layers:
-        table.add_row(layer.name, layer.form, f"{layer.parameters:,}", _error(layer.error))
+    for column in ("layers", "count", "form", "numbers", error):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    alike = group_by(report.layers, lambda layer: (kind_of(layer.name), layer.form))
+    for (kind, form), layers in alike.items():
+        numbers = sum(layer.parameters for layer in layers)
+        table.add_row(
+            kind, str(len(layers)), form, f"{numbers:,}", _error(max(layer.error for layer in layers))
+        )
     console.print(table)
     for note in notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from importlib import metadata
 from typing import Annotated
 
@@ -46,6 +47,8 @@ def run() -> None:
 
     What goes wrong inside a training that was begun, or with NDLORA_TRACEBACK=1, keeps its traceback.
     """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do
     try:
         app(prog_name="ndlora")  # however it was started: completion asks for it
     except (NdLoraError, OSError) as error:

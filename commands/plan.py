@@ -51,6 +51,12 @@ def model_from_config(model: str) -> Any:
     from ndlora_plugins.integrations.peft.skeleton import model_on_meta
 
     path = os.path.dirname(model) or "." if model.endswith(".json") else model
+    if os.path.isfile(os.path.join(path, "adapter_config.json")) and not os.path.isfile(
+        os.path.join(path, "config.json")
+    ):
+        raise NdLoraValueError(
+            f"{model!r} is an adapter: give its base model. `ndlora check` looks at an adapter."
+        )
     try:
         model_config = AutoConfig.from_pretrained(path)
     except PermissionError:

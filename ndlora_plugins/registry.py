@@ -204,11 +204,10 @@ def look_up(known: dict[str, Registered[Record]], name: str, option: str, kind: 
     """
     if isinstance(name, str) and name in known:
         return known[name].value
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    listed = ", ".join(f"{n!r} ({r.plugin})" for n, r in known.items())
+    listed = ", ".join(map(repr, known))
+    meant = "".join(f" Did you mean {near!r}?" for near in difflib.get_close_matches(str(name), known, n=1))
     raise NdLoraValueError(
-        f"{option}={name!r} is no known {kind}.{hint} Known: {listed}. A {kind} of another package comes with its "
+        f"{option}={name!r} is no known {kind}.{meant} Known: {listed}. A {kind} of another package comes with its "
         f"plugin: install the one that registers {name!r} under the entry-point group {ENTRY_POINT_GROUP!r}."
     )
 

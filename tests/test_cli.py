@@ -51,6 +51,8 @@ REFUSED = [
         "ValueError: Couldn't instantiate",
     ),
     (["plan", "base", "--parameters", "1k", "--lora-rate", "-1"], "lora_rate=-1.0: give a learning rate"),
+    (["plan", "adapter"], "'adapter' is an adapter: give its base model"),
+    (["plan", "base", "--method", "crosed"], "is no known method. Did you mean 'crossed'?"),
     (["plan", "base", "--lora-rank", "0"], "Invalid value for '--lora-rank'"),
     (["plan", "base", "--like-lora-r", "0"], "Invalid value for '--like-lora-r'"),
 ]
@@ -64,6 +66,12 @@ JSON = [
     (["init", "base", "--output", "out"], "method"),
     (["plan", "base"], "parameters"),
     (["methods"], "schedules"),
+]
+# commands that show a table of an adapter's layers
+TABLES = [
+    ["export", "adapter", "--to", "lora", "--output", "out"],
+    ["diff", "adapter", "adapter"],
+    ["check", "adapter"],
 ]
 EXPORT = ["export", "adapter", "--to", "merged", "--output"]
 LONG = "n" * 300
@@ -263,6 +271,11 @@ def test_a_traceback_can_be_had(directories, monkeypatch):
 def test_what_a_script_reads(arguments, key, directories):
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0 and key in json.loads(result.stdout), result.output
+
+
+@pytest.mark.parametrize("arguments", TABLES, ids=lambda arguments: arguments[0])
+def test_a_table_has_one_line_for_each_kind_of_layer(arguments, directories):
+    assert invoke(*arguments).output.count("q_proj") == 1
 
 
 def test_a_broken_adapter_is_told_to_a_script(directories):

@@ -228,10 +228,18 @@ def test_the_peft_snippet(tiny_hub):
 @pytest.mark.slow
 def test_the_trl_snippet(tiny_hub):
     pytest.importorskip("trl")
-    on_a_cpu = (
-        'report_to="none", bf16=False'  # TRL's default is bf16=True, which transformers refuses on a CPU
-    )
-    run_snippet(blocks("README.md", "python")[1].replace('report_to="none"', on_a_cpu), tiny_hub)
+    run_snippet(blocks("README.md", "python")[1], tiny_hub)
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_page_on_reinforcement(tiny_hub):
+    pytest.importorskip("trl")
+    run_snippet(blocks("docs/rl.md", "python")[0], tiny_hub)
+
+
+def test_the_snippet_of_the_page_on_quantised_bases(tiny_hub):
+    pytest.importorskip("bitsandbytes")
+    run_snippet(blocks("docs/quantised.md", "python")[0], tiny_hub)
 
 
 @pytest.mark.slow

@@ -141,8 +141,8 @@ def test_doctor_sees_what_a_host_sees(switch, status, monkeypatch):
     if switch is not None:
         monkeypatch.setenv(switch, "0")
     found = {finding.what: finding for finding in examine(["peft"])}
-    assert found["peft"].status == status and found["door"].status == "good"
-    assert switch is None or f"{switch}=0: the door is shut" in found["switch"].said
+    assert found["peft"].status == status and found["autoload"].status == "good"
+    assert switch is None or f"{switch}=0: autoload is off" in found["switch"].said
 
 
 @pytest.mark.parametrize("value, status", [(None, 0), ("off", 1)])

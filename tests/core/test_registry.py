@@ -29,7 +29,7 @@ RESOLVED = [
 ]
 # method, init_lora_weights, what the error must say
 REFUSED = [
-    ("loha", True, "'ndlinear' .ndlora-plugins., .*'slora'.*entry-point group 'ndlora'"),
+    ("loha", True, "'ndlinear', .*'slora'.*entry-point group 'ndlora'"),
     (None, "pissa", "init_lora_weights='pissa' is no known start.*'n_lora'.*entry-point group"),
     ("inttune", "s_lora", "it starts 'up' at zero and the method keeps it frozen.*'n_lora'"),
     (

@@ -60,6 +60,8 @@ def test_a_saved_adapter_has_a_card(adapted, base, tmp_path, monkeypatch):
     assert text.count(HEADING) == 1 and COUNTS in text
     assert all(line in text for line in RECIPE) and "`nlora`: SLoRA started from rows" in text
     assert "learning rate" not in text and "![" not in text
+    assert "[More Information Needed]" not in text and "- PEFT" in text
+    assert "[arXiv 2502.14482](https://arxiv.org/abs/2502.14482)" in text
     assert [words for words in WAYS_OUT if words not in text] == []
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", text[text.index(HEADING) :], re.DOTALL)[1]

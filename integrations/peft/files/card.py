@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ Config = Any  # an NdLoraConfig, whose module imports this one
 
 _BEGIN = "<!-- ndlora: this part is written anew at each save, all else is left as it is -->"
 _END = "<!-- end of ndlora -->"
+_REPOSITORY = "https://github.com/ndlora-plugins/ndlora-plugins"
 _ADAPTER_TAG = "base_model:adapter:"  # PEFT's, with the base model's name behind it
 # fields that are said elsewhere in the card, or say nothing of the recipe
 _NOT_LISTED = {"method", "random_seed"}
@@ -40,8 +42,8 @@ _MODEL_CLASSES = {
 _TEXT = """\
 ## NDLORA adapter
 
-An adapter for {base}, made with [PEFT](https://github.com/huggingface/peft) and the package
-`ndlora-plugins`: {counts}. Method `{method}`: {summary} ({source}).
+An adapter for {base}, made with [PEFT](https://github.com/huggingface/peft) and
+[ndlora-plugins]({repository}): {counts}. Method `{method}`: {summary} ({source}).
 
 With `pip install ndlora-plugins`, and no import of it:
 
@@ -53,8 +55,8 @@ base = {model_class}.from_pretrained("{base_name}")
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_ADAPTER")
 ```
 
-If that ends in `KeyError: 'NDLORA'`, the door by which PEFT finds the package is shut here, by
-`TORCH_DEVICE_BACKEND_AUTOLOAD=0` or `NDLORA_AUTOLOAD=0`: write `import ndlora_plugins` above.
+If that ends in `KeyError: 'NDLORA'`, PEFT is kept from finding the package, by `TORCH_DEVICE_BACKEND_AUTOLOAD=0` or
+`NDLORA_AUTOLOAD=0`: write `import ndlora_plugins` above.
 
 Without it, export the adapter once where the package is installed. The command says how exact the result is, and asks
 for a `--rank` where there is no exact one:
@@ -63,7 +65,7 @@ for a `--rank` where there is no exact one:
 ndlora export PATH_OF_THIS_ADAPTER --to lora --output plain-lora --base "{base_name}"
 ```
 
-`plain-lora` is a stock LoRA adapter for PEFT; `--to merged` writes the whole model.
+`plain-lora` is a plain LoRA adapter for PEFT; `--to merged` writes the whole model.
 {serving}{picture}
 | recipe | |
 |---|---|
@@ -103,8 +105,8 @@ def write_model_card(config: Config, directory: str | Path) -> None:
     """Put our part into `directory`/README.md, and there only: after the first heading, or where it stood before.
 
     The header gets `library_name` and our tags, and loses a base model that is a directory of
-    this machine, which the hub refuses. A card that cannot be read is left as it is, with a warning: no save fails
-    for its card.
+    this machine, which the hub refuses. The hub's template, where nothing was filled in, goes. A card that cannot be
+    read is left as it is, with a warning: no save fails for its card.
 
     Args:
         config: of the adapter.
@@ -119,7 +121,7 @@ def write_model_card(config: Config, directory: str | Path) -> None:
             ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData()}\n---\n# Adapter\n")
         )
         _complete_header(card.data, config)
-        card.text = _put_in(card.text, _our_part(config, directory))
+        card.text = _put_in(_without_template(card.text), _our_part(config, directory))
         card.save(path)
     except Exception as error:
         warnings.warn(
@@ -155,6 +157,19 @@ def _is_on_hub(name: str | None) -> bool:
     return True
 
 
+def _without_template(text: str) -> str:
+    """A card that is still the hub's empty template loses it; what PEFT wrote behind it stays."""
+    empty, text = ModelCard.from_template(ModelCardData()).text.strip(), text.strip()
+    return f"# Adapter\n\n{text.removeprefix(empty).lstrip()}\n" if text.startswith(empty) else text
+
+
+def _linked(source: str) -> str:
+    """A method's source with its papers and pages as links."""
+    source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
+    source = re.sub(r"\b(docs/\w+\.md)", rf"[\1]({_REPOSITORY}/blob/main/\1)", source)
+    return re.sub(r"(?<![/\w])github\.com/[\w./-]+", r"<https://\g<0>>", source)
+
+
 def _put_in(text: str, part: str) -> str:
     before, begin, rest = text.partition(_BEGIN)
     if begin and _END in rest:
@@ -175,7 +190,8 @@ def _our_part(config: Config, directory: Path) -> str:
     text = _TEXT.format(
         method=method.name,
         summary=method.summary,
-        source=method.source,
+        source=_linked(method.source),
+        repository=_REPOSITORY,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else "a model that is not named here",
         base_name=base_name,
         counts=_counts(directory / ADAPTER_FILE),
