@@ -26,7 +26,10 @@ CHANGED = {
     "inttune": {"r": 2, "init_lora_weights": "n_lora"},
     "einsum": {"r": 2},
     # a trained number counts much: a smaller scale, so that the noise is no larger than others'
-    **{name: {"lora_alpha": 1} for name in ("svfit", "random_diagonal", "loldu", "nola", "random_tucker", "tensor_train")},
+    **{
+        name: {"lora_alpha": 1}
+        for name in ("svfit", "random_diagonal", "loldu", "nola", "random_tucker", "tensor_train")
+    },
 }
 ALL, NONE = tuple(methods()), ()
 
