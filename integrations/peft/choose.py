@@ -30,6 +30,7 @@ _LORA_RANK = 8  # what the tracks compare with
 _FULL = 0.98  # a budget is used up from here on
 _NEAR = 1.5  # so far beyond the sizes that a track had a method is still trusted
 _MOST = 4096  # no rank is tried beyond
+_COSTLIEST = 128  # nothing is chosen whose update takes more multiply-adds than LoRA of this rank
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 # fields that say which layers; a budget says the others of `_CHOSEN`
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
@@ -95,7 +96,8 @@ def choose_adapter(
     """The best known adapter of at most so many trained parameters, or of so large a file.
 
     Of what the tracks measured, the method that keeps most of LoRA r=8's gain at that size is taken, if it can use 98%
-    of the budget. To get there some layers have one rank more.
+    of the budget. To get there some layers have one rank more. Nothing is chosen that takes more multiply-adds than LoRA
+    of rank 128: some methods get more from a number than others by computing more with it.
 
     Args:
         model: may lie on the "meta" device.
@@ -232,12 +234,14 @@ def _largest(
     """The options with the largest rank that fits, and some layers of one rank more; None if not even rank 1 does."""
 
     def plan(rank: int) -> list | None:
-        """None where it is too large for the budget or for a layer."""
+        """None where it is too large for the budget or for a layer, or too slow."""
         try:
             layers = _plan(model, NdLoraConfig(**options, r=rank))
         except NdLoraValueError:
             return None
-        return layers if size(make_budget(layers, _LORA_RANK)) <= limit else None
+        budget = make_budget(layers, _COSTLIEST)
+        fits = size(budget) <= limit and budget.multiply_adds <= budget.lora_parameters
+        return layers if fits else None
 
     if plan(1) is None:
         return None
