@@ -36,6 +36,8 @@ def known(tracks: Mapping[str, Sequence[dict[str, Any]]], language: Path) -> dic
         *(each for name, some in tracks.items() for each in _of_track(name, some)),
     ]
     for options, point in points:
+        if "components" in options:  # sizes by hand for each layer of that model
+            continue
         config = NdLoraConfig(**options)
         if "gradient" in config.resolved().start.reads:  # needs more than a configuration
             continue
