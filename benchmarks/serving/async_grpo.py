@@ -1,7 +1,7 @@
 """A few steps of TRL's AsyncGRPO against a vLLM server on the CPU, which gets the adapter as LoRA at every step.
 
-`python -m benchmarks.serving.async_grpo .envs/vllm/bin/python`, after `pip install aiohttp`, ends with what `ndlora
-verify` says of the policies that the server has. TRL's trainer is made for CUDA: `on_cpu` stands in for three things.
+`python -m benchmarks.serving.async_grpo .envs/vllm/bin/python` ends with what `ndlora verify` says of the policies that
+the server has. TRL's trainer is made for CUDA: `on_cpu` stands in for three things.
 """
 
 from __future__ import annotations

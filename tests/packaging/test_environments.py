@@ -4,8 +4,11 @@ import importlib.util
 import pathlib
 import re
 import sys
+from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "environments"
@@ -66,6 +69,36 @@ def lock():
 def test_this_environment_is_its_lock(lock):
     module = load()
     assert module.moved(module.locked(lock), module.installed()) == []
+
+
+def needed(requirements):
+    """Names of what the requirements ask for, and all that they ask for in turn, as what is installed says."""
+    names, seen, todo = set(), set(), [*requirements]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        names.add(name)
+        for extra in {"", *requirement.extras}:
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                asked = asked_by(name)
+                todo += [one for one in asked if not one.marker or one.marker.evaluate({"extra": extra})]
+    return names
+
+
+def asked_by(name):
+    try:
+        return [Requirement(line) for line in metadata.requires(name) or []]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def test_a_lock_has_what_its_extras_need_and_no_more(lock):
+    """`pip check` does not look at extras, such as the one of `fsspec[http]`."""
+    extras = re.search(rf"^{lock.stem}_EXTRAS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    ours = Requirement(f"ndlora-plugins[{','.join(extras[1].split()[1::2])}]")
+    names = {n for n in needed([ours, Requirement("setuptools")]) if not OF_TORCHS_OWN_BUILD.match(n)}
+    assert names - load()._BESIDE_THE_LOCK == set(load().locked(lock))
 
 
 def test_locked_versions_do_not_forbid_each_other(lock, request):
