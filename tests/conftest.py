@@ -1,5 +1,6 @@
 """Fixtures that every folder uses. Models are tiny and random; the real one is in tests/peft/test_real_model.py."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -58,10 +59,21 @@ def pytest_collection_modifyitems(config, items):
             hypothesis.settings(max_examples=config.getoption("examples") or marker.args[0])(function)
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what was imported lives on: no collection looks through it again
+
+
+def seed(number):
+    """`torch.manual_seed`, which also formats the stack for every kind of device that is not in use yet."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test starts from the same global generator."""
-    torch.manual_seed(0)
+    seed(0)
 
 
 @pytest.fixture
