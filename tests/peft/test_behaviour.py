@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import merge_utils
-from representative import REPRESENTATIVE
+from representative import REPRESENTATIVE, each
 from torch import nn
 from transformers import (
     RobertaConfig,
@@ -518,7 +518,7 @@ def test_a_head_that_trains_in_full_gets_no_adapter(task, method, fields_of, tok
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", COMPILED, indirect=True)
+@pytest.mark.parametrize("method", each(COMPILED), indirect=True)
 def test_the_whole_model_compiles_into_one_graph(config, make_llama, tokens, shake):
     model = shake(get_peft_model(make_llama(num_hidden_layers=1), config()), scale=0.05)
     torch._dynamo.reset()
