@@ -1,8 +1,8 @@
 """The command `axolotl`, each call in a fork of this process, which has imported what the commands import: that takes
-ten seconds, and is the same every time. Nothing has been called here: our plugin is brought in by the call, in its fork.
+ten seconds, and is the same every time. Nothing has been called here: our plugin is brought in by the call.
 
-Reads a line of JSON for each call: its arguments, directory, and the files of its input and output. Answers with the exit
-code.
+Reads a line of JSON for each call: its arguments, directory, and the files of its input and output. Answers with the
+exit code.
 """
 
 import importlib
@@ -12,7 +12,13 @@ import sys
 
 # what the commands import when they are called
 COMMANDS = ["evaluate", "inference", "merge_lora", "preprocess", "train"]
-MODULES = [*(f"cli.{command}" for command in COMMANDS), "evaluate", "train", "common.datasets", "core.builders"]
+MODULES = [
+    *(f"cli.{command}" for command in COMMANDS),
+    "evaluate",
+    "train",
+    "common.datasets",
+    "core.builders",
+]
 
 
 def serve(calls, answers):

@@ -188,7 +188,7 @@ class Case:
     def __init__(self, kind, fields, base, work, shake):
         _, _, self.options, self.inputs, targets = BASES[kind]
         self.base, self.loaded = base
-        self.work, self.shake = work, shake
+        self.work, self.shake, self.kept = work, shake, None
         self.config = {"random_seed": 0, **fields, **targets}
         # of an output of about 1: what rounding a merged weight to 4 or 8 bits may cost
         self.tolerance = 0.3 if self.options else 1e-4
@@ -200,7 +200,8 @@ class Case:
         return get_peft_model(self.load(), NdLoraConfig(**self.config)).eval()
 
     def trained(self):
-        return self.shake(self.model(), scale=0.02).eval()
+        self.kept = self.kept or self.shake(self.model(), scale=0.02).eval()
+        return copy.deepcopy(self.kept)
 
     def saved(self):
         if not (self.work / "adapter").exists():
