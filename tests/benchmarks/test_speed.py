@@ -45,7 +45,7 @@ def test_a_quick_run_and_its_continuation(tmp_path):
     (case,) = first["cases"].values()
     assert set(case["both"]) == set(case["forward"]) == set(case["kept"]) == set(VARIANTS)
     assert path.with_suffix(".png").stat().st_size > 0
-    speed.main(path, "cpu", 0.01, ["576, 256 tokens"], None, True, True)
+    speed.main(path, "cpu", 0.01, None, ["576, 256 tokens"], True, True)
     second = json.loads(path.read_text())
     assert len(second["cases"]) == 2
     assert second["cases"].items() >= first["cases"].items()  # measured once
