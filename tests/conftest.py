@@ -1,5 +1,7 @@
 """Fixtures that every folder uses. Models are tiny and random; the real one is in tests/peft/test_real_model.py."""
 
+import copy
+import gc
 import importlib.util
 import os
 import pathlib
@@ -30,6 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("axolotl"):
     # they look at what is the same in both environments: torch and our own code
     collect_ignore = ["benchmarks", "core", "strangers", "test_demo.py", "trl/test_real_model.py"]
+    collect_ignore += ["packaging/test_example_plugin.py"]
 
 
 def pytest_addoption(parser):
@@ -59,10 +62,21 @@ def pytest_collection_modifyitems(config, items):
             hypothesis.settings(max_examples=config.getoption("examples") or marker.args[0])(function)
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what was imported lives on: no collection looks through it again
+
+
+def seed(number):
+    """`torch.manual_seed`, which also formats the stack for every kind of device that is not in use yet."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test starts from the same global generator."""
-    torch.manual_seed(0)
+    seed(0)
 
 
 @pytest.fixture
@@ -71,12 +85,27 @@ def fields_of():
     return lambda method: {"method": method, **NEEDED.get(method, {})}
 
 
-@pytest.fixture
+def copies(make):
+    """`make`, that runs once for the same arguments; what it made is copied, in half the time."""
+    made = {}
+
+    def copied(seed=0, dtype=torch.float32, **changes):
+        key = (seed, dtype, torch.get_default_device(), *sorted(changes.items()))
+        if key not in made:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                made[key] = make(**changes).to(dtype).eval()
+        return copy.deepcopy(made[key])
+
+    return copied
+
+
+@pytest.fixture(scope="session")
 def make_llama():
     """A function that makes the same tiny Llama every time: hidden 48, two layers, float32, eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    def make(seed=0, dtype=torch.float32, **changes):
+    def make(**changes):
         options = {
             "hidden_size": 48,
             "intermediate_size": 96,
@@ -85,11 +114,9 @@ def make_llama():
             "num_key_value_heads": 2,
             "vocab_size": 128,
         }
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).to(dtype).eval()
+        return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
 
-    return make
+    return copies(make)
 
 
 @pytest.fixture
@@ -139,19 +166,12 @@ def save_tiny_model():
     return save
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_gpt2():
     """The same for GPT-2, whose linear layers are transformers' Conv1D."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    def make(seed=0, dtype=torch.float32):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return (
-                GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=128)).to(dtype).eval()
-            )
-
-    return make
+    return copies(lambda: GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=128)))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from representative import each
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -47,7 +48,7 @@ def base(tmp_path, make_llama):
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", each(methods()))
 def test_a_fresh_directory_is_what_get_peft_model_would_save(
     method, base, fields_of, tmp_path, make_llama, tokens
 ):

@@ -1,4 +1,4 @@
-"""Data sets for a tiny real model, the least YAML, and the real command line in a subprocess."""
+"""Data sets for a tiny real model, the least YAML, and the real command line in processes of its own."""
 
 import json
 import os
@@ -54,13 +54,13 @@ def write_preferences(path: Path, rows: int = 16) -> Path:
     return path
 
 
-def base_yaml(tiny: Path, data: Path, output: Path) -> dict:
+def base_yaml(tiny: Path, data: Path, prepared: Path, output: Path) -> dict:
     """The least that `axolotl train` needs on a CPU; no key of ours, no lora key."""
     return {
         "base_model": str(tiny),
         "adapter": "ndlora",
         "datasets": [{"path": str(data), "ds_type": "json", "type": "alpaca"}],
-        "dataset_prepared_path": str(output.parent / "prepared"),
+        "dataset_prepared_path": str(prepared),
         "output_dir": str(output),
         "sequence_len": 128,
         "micro_batch_size": 2,
@@ -94,14 +94,42 @@ def preferences(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def least(tiny, data):
-    """The least YAML, as a dict: `least(output_directory)`."""
-    return lambda output: base_yaml(tiny, data, output)
+def least(tiny, data, tmp_path_factory):
+    """The least YAML, as a dict: `least(output_directory)`. Rows that are prepared once are found again: to write them
+    Axolotl spawns a process each time.
+    """
+    prepared = tmp_path_factory.mktemp("prepared")
+    return lambda output: base_yaml(tiny, data, prepared, output)
 
 
 @pytest.fixture(scope="session")
-def axolotl():
-    """Run `axolotl COMMAND CONFIG ...`; returns its output, fails the test unless it ends well."""
+def environment(tmp_path_factory):
+    """Of the commands."""
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(COMMAND.parent), os.environ.get("PATH", "")]),  # for accelerate
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(tmp_path_factory.mktemp("hf")),
+    }
+
+
+@pytest.fixture(scope="session")
+def server(environment):
+    """The process of command_server.py."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("command_server.py"))]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, text=True, bufsize=1, **streams) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def axolotl(environment, request):
+    """Run `axolotl COMMAND CONFIG ...`; returns its output, fails the test unless it ends well. `fresh`: the installed
+    script as a process of its own; else a fork of one that has imported the same (command_server.py).
+    """
 
     def run(
         command: str,
@@ -111,6 +139,7 @@ def axolotl():
         ok: bool = True,
         launcher: str = "python",
         stdin: str = "",
+        fresh: bool = False,
     ) -> str:
         import yaml
 
@@ -118,25 +147,28 @@ def axolotl():
         path = directory / "config.yml"
         path.write_text(yaml.safe_dump(config))
         launch = ["--launcher", launcher] if command in ("train", "evaluate", "inference") else []
-        done = subprocess.run(
-            [str(COMMAND), command, str(path), *launch, *options],
-            cwd=directory,
-            input=stdin,
-            env={
-                **os.environ,
-                "PATH": os.pathsep.join([str(COMMAND.parent), os.environ.get("PATH", "")]),  # for accelerate
-                "HF_HUB_OFFLINE": "1",
-                "AXOLOTL_DO_NOT_TRACK": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                "OMP_NUM_THREADS": "1",
-                "HF_HOME": str(directory / "hf"),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-        )
-        assert (done.returncode == 0) is ok, done.stdout[-6000:]
-        return done.stdout
+        arguments = [command, str(path), *launch, *options]
+        given, printed = directory / "stdin", directory / "stdout"
+        given.write_text(stdin)
+        if fresh:
+            with given.open() as source, printed.open("w") as target:
+                code = subprocess.run(
+                    [str(COMMAND), *arguments],
+                    cwd=directory,
+                    env=environment,
+                    stdin=source,
+                    stdout=target,
+                    stderr=subprocess.STDOUT,
+                    timeout=900,
+                ).returncode
+        else:
+            server = request.getfixturevalue("server")
+            call = {"arguments": arguments, "directory": str(directory)}
+            call |= {"input": str(given), "output": str(printed)}
+            server.stdin.write(json.dumps(call) + "\n")
+            code = int(server.stdout.readline())
+        found = printed.read_text()
+        assert (code == 0) is ok, found[-6000:]
+        return found
 
     return run

@@ -1,4 +1,4 @@
-"""The real `axolotl` commands, in a subprocess, on a tiny real model on the CPU."""
+"""The real `axolotl` commands, in processes of their own, on a tiny real model on the CPU."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def adapter_line_alone(axolotl, least, tmp_path_factory):
     """Trained with `adapter: ndlora` and no other key of ours: (YAML, directory, what was printed)."""
     directory = tmp_path_factory.mktemp("alone")
     config = {**least(directory / "out"), "val_set_size": 0.2, "learning_rate": 0.05, "max_steps": 8}
-    return config, directory, axolotl("train", config, directory, launcher="accelerate")
+    return config, directory, axolotl("train", config, directory, launcher="accelerate", fresh=True)
 
 
 @pytest.mark.step("train", method="crossed")
@@ -67,7 +67,7 @@ def test_the_adapter_line_alone_trains(adapter_line_alone):
 @pytest.mark.step("merge-lora, shard by shard", method="crossed")
 def test_merge_lora_by_default(axolotl, adapter_line_alone, tiny):
     config, directory, _ = adapter_line_alone
-    assert "merged 14 layers" in axolotl("merge-lora", config, directory)
+    assert "merged 14 layers" in axolotl("merge-lora", config, directory, fresh=True)
     assert_trained_and_merged(tiny, directory / "out")
 
 
@@ -214,7 +214,7 @@ def test_preference_tuning(axolotl, tiny, least, preferences, tmp_path):
 
 def test_a_wrong_yaml_ends_before_anything_is_written(axolotl, tiny, least, tmp_path):
     config = {**least(tmp_path / "out"), "peft_use_dora": True, "lora_mlp_kernel": True}
-    printed = axolotl("train", config, tmp_path, ok=False)
+    printed = axolotl("train", config, tmp_path, ok=False, fresh=True)
     assert "`peft_use_dora: True` cannot apply to adapter: ndlora" in printed
     assert "`lora_mlp_kernel: True` cannot apply to adapter: ndlora" in printed
     assert not (tmp_path / "out").exists()
@@ -222,6 +222,7 @@ def test_a_wrong_yaml_ends_before_anything_is_written(axolotl, tiny, least, tmp_
 
 def test_an_option_that_the_method_does_not_have_ends_before_the_data_is_prepared(axolotl, least, tmp_path):
     config = {**least(tmp_path / "out"), "ndlora": {"method": "slora", "options": {"size": 4}}}
+    config["dataset_prepared_path"] = str(tmp_path / "prepared")
     printed = axolotl("train", config, tmp_path, ok=False)
     assert "options={'size': ...}: method='slora' has no such option; it has none." in printed
     assert not (tmp_path / "out").exists() and not (tmp_path / "prepared").exists()

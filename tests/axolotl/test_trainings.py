@@ -48,6 +48,7 @@ def logits(directory, adapter):
 def test_preprocess_then_train_with_the_callback(axolotl, tiny, least, tmp_path):
     config = {
         **least(tmp_path / "out"),
+        "dataset_prepared_path": str(tmp_path / "prepared"),
         "max_steps": 4,
         "lora_r": 4,
         "ndlora": {"method": "slora", "callback": {"core_only_at": 2, "export": "merged", "plot": "run.png"}},

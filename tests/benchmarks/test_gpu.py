@@ -85,7 +85,7 @@ def test_a_part_that_runs_out_of_time_is_ended_and_told(tmp_path):
 def test_in_miniature_and_its_continuation(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     has_triton = importlib.util.find_spec("triton") is not None
-    names = ("tests of the kernels", "blocks of Llama-3-8B", "layers in float32")
+    names = ("tests of the kernels", "blocks of Llama-3-8B", "starts")
     parts = {part.name: part for part in gpu.PARTS}
     path = tmp_path / "cpu.json"
 

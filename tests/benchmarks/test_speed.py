@@ -15,6 +15,7 @@ from ndlora_plugins.registry import methods
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
+from benchmarks.speed import __main__ as speed  # noqa: E402
 from benchmarks.speed import family, report  # noqa: E402
 from benchmarks.speed.cases import OneLayer, _compiled  # noqa: E402
 from benchmarks.speed.measure import interleaved, kept_bytes, summary  # noqa: E402
@@ -44,7 +45,7 @@ def test_a_quick_run_and_its_continuation(tmp_path):
     (case,) = first["cases"].values()
     assert set(case["both"]) == set(case["forward"]) == set(case["kept"]) == set(VARIANTS)
     assert path.with_suffix(".png").stat().st_size > 0
-    benchmark(str(path), *only_one, "--only", "576, 256 tokens")
+    speed.main(path, "cpu", 0.01, None, ["576, 256 tokens"], True, True)
     second = json.loads(path.read_text())
     assert len(second["cases"]) == 2
     assert second["cases"].items() >= first["cases"].items()  # measured once

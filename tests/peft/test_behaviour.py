@@ -4,6 +4,8 @@ Each test runs for every method; the adapters are random and not zero.
 """
 
 import copy
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +49,8 @@ SUMS = [
 SAVES_BIASES = hasattr(BaseTuner, "_get_adapter_state_dict")
 
 
+# whose whole model is compiled: factors of a layer's own, and shared ones beside them
+WHOLE = ("crossed", "shared_core")
 # a method of each structure, and of each way to share
 COMPILED = ("crossed", "slora", "einsum", "columns", "shared_core", "metatt", "nola")
 
@@ -518,15 +522,27 @@ def test_a_head_that_trains_in_full_gets_no_adapter(task, method, fields_of, tok
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", COMPILED, indirect=True)
+@pytest.mark.parametrize("method", WHOLE, indirect=True)
 def test_the_whole_model_compiles_into_one_graph(config, make_llama, tokens, shake):
     model = shake(get_peft_model(make_llama(num_hidden_layers=1), config()), scale=0.05)
+    compiles_into_one_graph(model, lambda model: model(tokens, labels=tokens).loss)
+
+
+@pytest.mark.parametrize("method", COMPILED, indirect=True)
+def test_adapted_layers_compile_into_one_graph(config, shake):
+    base = nn.Sequential(OrderedDict(q_proj=nn.Linear(24, 18), down_proj=nn.Linear(18, 24)))
+    model = shake(get_peft_model(base, replace(config(), task_type=None)), scale=0.05)
+    x = torch.randn(5, 24)
+    compiles_into_one_graph(model, lambda model: model(x).square().mean())
+
+
+def compiles_into_one_graph(model, loss):
     torch._dynamo.reset()
-    expected = model(tokens, labels=tokens).loss
+    expected = loss(model)
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    found = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, labels=tokens).loss
+    found = loss(torch.compile(model, fullgraph=True, backend="aot_eager"))
     found.backward()
     torch.testing.assert_close(found, expected)
     for name, gradient in gradients.items():

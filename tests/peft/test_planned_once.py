@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from representative import each
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -228,7 +229,7 @@ def test_a_strangers_method_with_its_own_names_on_twenty_layers(
 
 
 @pytest.mark.parametrize("save_frozen", [None, True])
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", each(methods()))
 def test_a_budget_counts_what_is_there(method, save_frozen, fields_of, make_llama, tmp_path):
     config = NdLoraConfig(
         **fields_of(method), save_frozen=save_frozen, target_modules=["q_proj", "k_proj", "v_proj"]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from representative import each
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -58,7 +59,7 @@ def save(tmp_path, make_llama, shake, load):
     return make
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", each(methods()))
 def test_a_cut_adapter_answers_with_its_first_units(method, save, fields_of, tmp_path, tokens, load):
     model = save(**{**fields_of(method), "r": 4})
     report = cut_adapter(tmp_path / "adapter", tmp_path / "out", 2)

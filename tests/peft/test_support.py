@@ -3,8 +3,10 @@
 `python -P tests/peft/test_support.py` writes it anew.
 """
 
+import copy
 import pathlib
 import re
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraError
 from ndlora_plugins.integrations.peft.exports.export import export_adapter
 from ndlora_plugins.registry import methods
+
+if __name__ == "__main__":
+    sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tables"))
+from representative import each  # noqa: E402
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "support.md"
 # what of a method is not its default
@@ -154,17 +160,19 @@ BASES = {
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A function that saves a base model once and returns where."""
+def base(tmp_path_factory):
+    """A function that saves a base model once and loads it; returns where it is, and what was loaded."""
     saved = {}
 
     def save(kind):
         if kind not in saved:
-            name, options, *_ = BASES[kind]
+            name, options, loading, *_ = BASES[kind]
             torch.manual_seed(0)
             make = getattr(transformers, name)
-            saved[kind] = tmp_path_factory.mktemp("base")
-            make(make.config_class(**options)).save_pretrained(saved[kind])
+            directory = tmp_path_factory.mktemp("base")
+            make(make.config_class(**options)).save_pretrained(directory)
+            loading = torchao() if loading == "torchao" else loading
+            saved[kind] = directory, make.from_pretrained(directory, **loading).eval()
         return saved[kind]
 
     return save
@@ -180,22 +188,23 @@ def torchao():
 class Case:
     """One method on one kind of layer, as its steps see it."""
 
-    def __init__(self, kind, fields, directory, work, shake):
-        name, _, options, self.inputs, targets = BASES[kind]
-        self.kind, self.base, self.work, self.shake = kind, directory, work, shake
-        self.make, self.options = getattr(transformers, name), torchao() if options == "torchao" else options
+    def __init__(self, kind, fields, base, work, shake):
+        _, _, self.options, self.inputs, targets = BASES[kind]
+        self.base, self.loaded = base
+        self.work, self.shake, self.kept = work, shake, None
         self.config = {"random_seed": 0, **fields, **targets}
         # of an output of about 1: what rounding a merged weight to 4 or 8 bits may cost
         self.tolerance = 0.3 if self.options else 1e-4
 
     def load(self):
-        return self.make.from_pretrained(self.base, **self.options).eval()
+        return copy.deepcopy(self.loaded)
 
     def model(self):
         return get_peft_model(self.load(), NdLoraConfig(**self.config)).eval()
 
     def trained(self):
-        return self.shake(self.model(), scale=0.02).eval()
+        self.kept = self.kept or self.shake(self.model(), scale=0.02).eval()
+        return copy.deepcopy(self.kept)
 
     def saved(self):
         if not (self.work / "adapter").exists():
@@ -301,10 +310,10 @@ def works(step, case):
     return True
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", each(methods()))
 @pytest.mark.parametrize("kind", BASES)
-def test_cells(kind, method, fields_of, directory, tmp_path, shake):
-    case = Case(kind, {**fields_of(method), **CHANGED.get(method, {})}, directory(kind), tmp_path, shake)
+def test_cells(kind, method, fields_of, base, tmp_path, shake):
+    case = Case(kind, {**fields_of(method), **CHANGED.get(method, {})}, base(kind), tmp_path, shake)
     found = {step: works(step, case) for step in STEPS}
     assert found == {step: method in cell for step, cell in zip(STEPS, SUPPORT[kind], strict=True)}
 

@@ -1,6 +1,7 @@
 """`ndlora verify` against a server over HTTP that serves a real model: it tells the adapter from all else."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -108,9 +109,9 @@ def tokenizer():
     )
 
 
-@pytest.fixture
-def exported(tmp_path, make_llama, tokenizer):
-    """A base model that prefers some tokens, an adapter that changes it, and its LoRA with a self-test."""
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory, make_llama, tokenizer):
+    tmp_path = tmp_path_factory.mktemp("exported")
     base = make_llama()
     with torch.no_grad():
         base.lm_head.weight.mul_(20)
@@ -127,6 +128,12 @@ def exported(tmp_path, make_llama, tokenizer):
     model.save_pretrained(tmp_path / "adapter")
     export_adapter(tmp_path / "adapter", tmp_path / "lora", base=str(tmp_path / "base"), self_test=PROMPTS)
     return tmp_path
+
+
+@pytest.fixture
+def exported(exported_once, tmp_path):
+    """A base model that prefers some tokens, an adapter that changes it, and its LoRA with a self-test."""
+    return shutil.copytree(exported_once, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture

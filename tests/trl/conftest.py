@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from representative import each
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -27,6 +28,7 @@ METHODS = {
     "nlora": {"init_lora_weights": "n_lora", "r": 4},
     "inttune": {"method": "inttune", "r": 8},
 }
+METHODS = {name: METHODS[name] for name in each(METHODS)}
 
 
 @pytest.fixture(params=METHODS)

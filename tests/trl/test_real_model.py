@@ -18,7 +18,7 @@ from ndlora_plugins.integrations.trl import NdLoraCallback
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k.jsonl"
 
-STEPS, TRAINED, HELD_OUT, MAX_LENGTH = 12, 48, 16, 128
+STEPS, TRAINED, HELD_OUT, MAX_LENGTH = 8, 32, 8, 96
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from representative import each
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.integrations.trl import NdLoraCallback
@@ -134,7 +135,7 @@ def test_plain_trainer_with_peft_and_with_transformers_mixin(method, model, opti
 
 
 @pytest.mark.step("what TRL hands to vLLM (which was not run)", host="GRPOTrainer")
-@pytest.mark.parametrize("method", MOVED.values(), ids=MOVED)
+@pytest.mark.parametrize("method", [MOVED[name] for name in each(MOVED)], ids=each(MOVED))
 def test_what_trl_hands_to_vllm_is_the_merged_model(method, model):
     # names as in github.com/huggingface/trl, trl/generation/vllm_generation.py, `_iter_named_params`
     from peft import get_peft_model
