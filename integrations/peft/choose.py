@@ -96,8 +96,8 @@ def choose_adapter(
     """The best known adapter of at most so many trained parameters, or of so large a file.
 
     Of what the tracks measured, the method that keeps most of LoRA r=8's gain at that size is taken, if it can use 98%
-    of the budget. To get there some layers have one rank more. Nothing is chosen that takes more multiply-adds than LoRA
-    of rank 128: some methods get more from a number than others by computing more with it.
+    of the budget. To get there some layers have one rank more. Nothing is chosen that takes more multiply-adds than
+    LoRA of rank 128: some methods get more from a number than others by computing more with it.
 
     Args:
         model: may lie on the "meta" device.
