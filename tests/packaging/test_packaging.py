@@ -184,7 +184,7 @@ def test_the_wheel_holds_every_module(wheel):
 def test_the_demos_wheel_holds_every_module_and_the_command(demo_distribution):
     wheel = zipfile.ZipFile(next(demo_distribution.glob("*.whl")))
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == {str(path.relative_to(DEMO)) for path in DEMO.rglob("ndlora_demo/*.py")}
+    assert names == {str(path.relative_to(DEMO)) for path in (DEMO / "ndlora_demo").rglob("*.py")}
     text = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
     assert "[ndlora_plugins.commands]\ndemo = ndlora_demo.command:demo" in text
 

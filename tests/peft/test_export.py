@@ -522,7 +522,7 @@ def test_the_command(make_llama, trained, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     for words in (
-        "model.layers.1.mlp.down_proj",
+        "down_proj",
         "rank ",
         "Note: modules_to_save=",
         "vLLM serves it with --enable-lora --max-lora-rank 32",

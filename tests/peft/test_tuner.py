@@ -36,10 +36,10 @@ MODELS = ["make_llama", "make_gpt2"]
 
 @pytest.fixture
 def config(fields_of):
-    """A function: an entry of `METHODS`, and further fields -> a configuration."""
+    """A function: an entry of `METHODS` or a method, and further fields -> a configuration."""
 
     def make(name, **more):
-        fields = METHODS[name]
+        fields = METHODS.get(name, {"method": name})
         return NdLoraConfig(task_type="CAUSAL_LM", **{**fields_of(fields.get("method")), **fields, **more})
 
     return make
