@@ -241,11 +241,12 @@ def no_demo(_context: typer.Context) -> None:
 
 for command in (tune, init, check, export, verify, combine, prune, diff):
     app.command()(command)
-elsewhere = metadata.entry_points(group="ndlora_plugins.commands")  # of the package ndlora-plugins-demo
-if "demo" in elsewhere.names:
-    app.command("demo")(elsewhere["demo"].load())
-else:
+try:  # one package is asked, not every one that is installed: each start of `ndlora` waits for it
+    demo = metadata.distribution("ndlora-plugins-demo").entry_points["demo"]
+except metadata.PackageNotFoundError:
     app.command("demo", **TAKES_ANYTHING)(no_demo)
+else:
+    app.command("demo")(demo.load())
 app.command()(doctor)
 
 

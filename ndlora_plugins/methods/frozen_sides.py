@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.structures import Chain
@@ -29,7 +30,9 @@ class FirstStep:
     sign: bool = True
 
     def __post_init__(self) -> None:
-        check_number("first_step", self.first_step, least=1e-9)
+        check_number("first_step", self.first_step)
+        if self.first_step == 0:
+            raise NdLoraValueError(f"first_step={self.first_step!r}: choose a number above 0, such as 1e-4.")
         check_choice("sign", self.sign, (True, False))
 
 

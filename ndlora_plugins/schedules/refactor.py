@@ -126,7 +126,7 @@ class AnnealRank:
     def __post_init__(self) -> None:
         for name in ("to", "first", "every"):
             check_number(name, getattr(self, name), least=1, whole=True)
-        check_number("keep", self.keep, most=0.99)
+        check_number("keep", self.keep, most=1 - 1e-6)
 
 
 def rank_at(options: AnnealRank, rank: int, step: int) -> int:
