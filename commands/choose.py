@@ -49,7 +49,7 @@ def choose_for_config(
         )
     network = model_from_config(model)
     if file_bytes is not None:
-        return choose_adapter(network, file_bytes=parse_number(file_bytes.removesuffix("B")), **options)
+        return choose_adapter(network, file_bytes=parse_number(file_bytes, unit="B"), **options)
     if parameters is not None:
         return choose_adapter(network, parameters=parse_number(parameters), **options)
     assert like_lora_r is not None, "one of the three is given"

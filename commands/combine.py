@@ -14,7 +14,7 @@ __all__ = ["combine"]
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="The adapters' directories, or names on the hub.")],
     output: Annotated[Path, typer.Option(help="A directory that does not exist yet, or is empty.")],
-    how: Annotated[
+    combination_type: Annotated[
         str,
         typer.Option(
             help="cat, the exact sum; svd, ties_svd, dare_linear_svd, dare_ties_svd or magnitude_prune_svd, the "
@@ -24,7 +24,7 @@ def combine(
     weights: Annotated[
         str | None, typer.Option(help="One for each adapter, with commas: 0.7,0.3. Default: 1 for each.")
     ] = None,
-    rank: Annotated[
+    svd_rank: Annotated[
         int | None, typer.Option(help="The rank to keep, with cluster and what ends in svd.")
     ] = None,
     density: Annotated[
@@ -49,7 +49,7 @@ def combine(
         numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise NdLoraValueError(f"--weights {weights!r}: give numbers with commas, as 0.7,0.3.") from None
-    combination = Combination(how, rank, density, majority_sign_method)
+    combination = Combination(combination_type, svd_rank, density, majority_sign_method)
     report = combine_adapters(
         adapters, output, numbers, combination, base=model, trust_remote_code=trust_remote_code
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,27 +39,40 @@ def tune(
 
     Example: ndlora tune run.yaml --setting crossed --setting svfit --steps 100
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     from ndlora_plugins.integrations.trl.tune import RATES, tune
 
-    def report(trial: Trial) -> None:
-        typer.echo(f"{_named(trial)}: {_ended(trial)}", err=as_json)
-
-    trials = tune(
-        config,
-        output,
-        rates=tuple(rate or RATES),
-        settings=tuple(setting or (None,)),
-        steps=steps,
-        held_out=held_out,
-        report=report,
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
     )
+    with _without_bars(), Progress(*columns, console=Console(stderr=as_json), transient=True) as progress:
+        bar = progress.add_task("", total=steps, visible=False)
+        trials = tune(
+            config,
+            output,
+            rates=tuple(rate or RATES),
+            settings=tuple(setting or (None,)),
+            steps=steps,
+            held_out=held_out,
+            report=lambda trial: typer.echo(
+                f"{_named(trial.setting, trial.rate)}: {_ended(trial)}", err=as_json
+            ),
+            watch=lambda setting, rate, step: progress.update(
+                bar, completed=step, visible=True, description=_named(setting, rate)
+            ),
+        )
     if as_json:
         typer.echo(json.dumps([asdict(trial) for trial in trials], indent=2))
         return
     best = trials[0]
     if best.loss is None or best.stopped:
         raise NdLoraValueError("Every training diverged: try lower rates (--rate).")
-    typer.echo(f"Best: {_named(best)}, held-out loss {best.loss:.4f} after {steps} steps.")
+    typer.echo(f"Best: {_named(best.setting, best.rate)}, held-out loss {best.loss:.4f} after {steps} steps.")
     if len(rates := sorted({trial.rate for trial in trials})) > 1 and best.rate in (rates[0], rates[-1]):
         typer.echo(f"It is at the edge of the rates: try one beyond {best.rate:g} too.")
     typer.echo(f"In the YAML:\n  learning_rate: {best.rate:g}")
@@ -65,8 +80,26 @@ def tune(
         typer.echo(f"  ndlora: {best.setting}\nIn Python: NdLoraConfig({_as_fields(best.setting)})")
 
 
-def _named(trial: Trial) -> str:
-    return f"{trial.setting or 'the YAML'} at {trial.rate:g}"
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers and datasets from drawing bars of their own for every training."""
+    from datasets.utils import logging as of_datasets
+    from transformers.utils import logging as of_transformers
+
+    drawn = of_datasets.is_progress_bar_enabled(), of_transformers.is_progress_bar_enabled()
+    of_datasets.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn[0]:
+            of_datasets.enable_progress_bar()
+        if drawn[1]:
+            of_transformers.enable_progress_bar()
+
+
+def _named(setting: Any, rate: float) -> str:
+    return f"{setting or 'the YAML'} at {rate:g}"
 
 
 def _ended(trial: Trial) -> str:

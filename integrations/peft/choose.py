@@ -157,13 +157,16 @@ def _by_worth(fraction: float) -> list[dict[str, Any]]:
     return [one[0] for one in sorted(known, key=worth, reverse=True)]
 
 
-def parse_number(text: str) -> int:
+def parse_number(text: str, unit: str = "") -> int:
     """`1M`, `250k`, `1.5M`, `1_000_000`.
+
+    Args:
+        unit: what may stand behind it, as the B of `2MB`.
 
     Raises:
         NdLoraValueError: anything else, or nothing left.
     """
-    match = re.fullmatch(r"([\d_,.]+)\s*([kMGB]?)", text.strip())
+    match = re.fullmatch(r"([\d_,.]+)\s*([kMGB]?)", text.strip().removesuffix(unit))
     try:
         number = int(Fraction(match[1].replace(",", "").replace("_", "")) * _UNITS[match[2]]) if match else 0
     except ValueError:

@@ -118,7 +118,8 @@ def read_run(argv: list[str], command: str) -> Run:
         )
     except (ValueError, yaml.YAMLError) as error:  # of TRL's and transformers' own checks
         said = " ".join(str(error).split())
-        raise NdLoraValueError(f"The arguments of `{command}` cannot work: {said}") from error
+        remedy = " TRL's default is true: write `bf16: false` to train on a CPU." if "bf16" in said else ""
+        raise NdLoraValueError(f"The arguments of `{command}` cannot work: {said}{remedy}") from error
     if unknown:
         raise NdLoraValueError(
             f"Unknown arguments {unknown}: take them out. `trl sft --help` lists TRL's, `ndlora:` takes "

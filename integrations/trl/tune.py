@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 
@@ -60,6 +60,7 @@ def tune(
     steps: int = 100,
     held_out: int = 64,
     report: Callable[[Trial], None] = lambda trial: None,
+    watch: Callable[[Any, float, int], None] = lambda setting, rate, step: None,
 ) -> list[Trial]:
     """Train every setting at every rate for a few steps; goes on where a killed call stopped.
 
@@ -71,6 +72,7 @@ def tune(
         steps: of one training, with the YAML's schedule, batch size and data.
         held_out: rows that are kept from the training split, where the YAML's test split is not there.
         report: called with each trial that ends.
+        watch: called after each step with the setting, the rate and the steps so far; the trainer prints nothing.
 
     Returns:
         The trials, best first.
@@ -112,12 +114,13 @@ def tune(
         setting = settings[trial.suggest_categorical("setting", grid["setting"])]
         run = runs[trial.suggest_categorical("rate", grid["rate"])]
         chosen, callback = _configure(run, setting)
-        watch = _Watch(trial)
-        trainer = make_trainer(run, chosen, [callback, watch], training_data, kept)
+        watcher = _Watcher(trial, lambda step: watch(setting, run.training.learning_rate, step))
+        trainer = make_trainer(run, chosen, [callback, watcher], training_data, kept)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-        if watch.behind:
+        if watcher.behind:
             raise optuna.TrialPruned
-        return watch.loss
+        return watcher.loss
 
     def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         report(_trial(trial, settings, rates))
@@ -129,11 +132,14 @@ def tune(
     return sorted(found, key=lambda trial: (trial.stopped, math.inf if trial.loss is None else trial.loss))
 
 
-class _Watch(TrainerCallback):
-    """Reports the held-out losses, and stops a training that is behind the median of the others."""
+class _Watcher(TrainerCallback):
+    """Reports steps and held-out losses, and stops a training that is behind the median of the others."""
 
-    def __init__(self, trial: optuna.Trial):
-        self.trial, self.loss, self.behind = trial, math.nan, False
+    def __init__(self, trial: optuna.Trial, report: Callable[[int], None]):
+        self.trial, self.report, self.loss, self.behind = trial, report, math.nan, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.report(state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.loss = (metrics or {}).get("eval_loss", math.nan)
@@ -156,6 +162,7 @@ def _run(config: str | Path, output: str | Path, rate: float, steps: int) -> Run
         "eval_steps": steps // PARTS,
         "save_strategy": "no",
         "report_to": "none",
+        "disable_tqdm": True,
         "output_dir": Path(output) / "trainer",
     }
     if not Path(config).is_file():

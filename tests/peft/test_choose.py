@@ -29,6 +29,7 @@ WRONG = {
     "two budgets": ({"parameters": "1M", "file_bytes": "1MB"}, "Give one budget"),
     "a part of nothing": ({"parameters": "1M", "fraction": "1/2"}, "Give one budget"),
     "no number": ({"parameters": "many"}, "write a number such as"),
+    "no bytes": ({"file_bytes": "2XB"}, "'2XB': write a number such as"),
     "no fraction": ({"like_lora_r": 8, "fraction": "1/0"}, "write it as 1/16"),
     "nothing fits": ({"parameters": "2"}, "the smallest has"),
     "no such layer": ({"parameters": "1k", "target_modules": ["nothing"]}, "match no layer"),

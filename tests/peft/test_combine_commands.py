@@ -53,8 +53,11 @@ REFUSED = {
 # what follows `ndlora combine one two --output out`, what the message says
 WRONG = {
     "no number": (["--weights", "1,two"], "--weights '1,two': give numbers"),
-    "unknown": (["--how", "mean"], "combination_type='mean': choose"),
-    "rank": (["--how", "keep_down", "--rank", "2"], "svd_rank=2 with combination_type='keep_down'"),
+    "unknown": (["--combination-type", "mean"], "combination_type='mean': choose"),
+    "rank": (
+        ["--combination-type", "keep_down", "--svd-rank", "2"],
+        "svd_rank=2 with combination_type='keep_down'",
+    ),
     "not there": (["--model", "nowhere"], "'nowhere' is neither a directory"),
 }
 
