@@ -1,4 +1,4 @@
-"""Tables and a picture of the runs that are done. `python -m benchmarks.quality.report` writes docs/quality.md anew."""
+"""Tables and a picture of the runs that are done. `python -m benchmarks.quality.report` writes docs/quality*.md anew."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Row", "front", "page", "recipe_table", "rows", "sweep_table", "table
 
 BASELINE = "lora-r8"
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
+PAGES = tuple(Path(__file__).parents[2] / "docs" / name for name in ("quality.md", "quality_tables.md"))
 _GENERATED = re.compile(r"(<!-- (\w+) ([\w-]+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -265,11 +265,12 @@ _PARTS = {"table": table, "recipes": recipe_table, "sweep": sweep_table}
 
 
 def page(text: str) -> str:
-    """docs/quality.md with its generated parts made anew; a part is marked `<!-- PART TASK: ... -->`."""
+    """A page with its generated parts made anew; a part is marked `<!-- PART TASK: ... -->`."""
     return _GENERATED.sub(lambda m: m[1] + _PARTS[m[2]](read_results(RESULTS / m[3])) + m[4], text)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for file in PAGES:
+        file.write_text(page(file.read_text()))
     for folder in sorted(RESULTS.iterdir()):
         write_files(folder)

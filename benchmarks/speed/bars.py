@@ -1,4 +1,4 @@
-"""The bars of docs/speed.md, and what a run of the benchmark has measured of them."""
+"""The bars of docs/speed_tables.md, and what a run of the benchmark has measured of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from benchmarks.speed.cases import DTYPES, LAYERS
 from benchmarks.speed.variants import BASELINE, KRONECKER, OURS
 
-__all__ = ["BARS", "CUDA_BARS", "LAYER", "Bar", "kept_of", "layers_of", "ratios_of"]
+__all__ = ["BARS", "CUDA_BARS", "LARGE", "LAYER", "Bar", "kept_of", "layers_of", "model_ratios_of", "ratios_of"]
 
 LAYER = re.compile(
     r"layer, (?P<model>.+), (?P<shape>\d+ -> \d+), (?P<tokens>\d+) tokens, (?P<dtype>\w+)(, r=(?P<rank>\d+))?"
 )
-_LARGE = ("Qwen3-1.7B", "Llama-3-8B")
+LARGE = ("Qwen3-1.7B", "Llama-3-8B")
 
 
 def layers_of(found: dict, *, models=tuple(LAYERS), dtypes=tuple(DTYPES), rank=None) -> Iterable[dict]:
@@ -43,7 +43,7 @@ def kept_of(cases: Iterable[dict], variants: Iterable[str]) -> list[float]:
     ]
 
 
-def _model(found: dict, kind: str, dtype: str, variant: str, other: str = BASELINE) -> list[float]:
+def model_ratios_of(found: dict, kind: str, dtype: str, variant: str, other: str = BASELINE) -> list[float]:
     return [
         ratio
         for name, case in found["cases"].items()
@@ -80,7 +80,7 @@ BARS = (
         Bar(
             f"whole layer, {variant} / LoRA r=8, Qwen3-1.7B and Llama-3-8B, {dtype}",
             lambda found, dtype=dtype, variant=variant: ratios_of(
-                layers_of(found, models=_LARGE, dtypes=(dtype,)), variant
+                layers_of(found, models=LARGE, dtypes=(dtype,)), variant
             ),
             mean,
             worst,
@@ -133,7 +133,7 @@ BARS = (
     *(
         Bar(
             f"training step, SmolLM2-135M, {variant} / {other}, {dtype}",
-            lambda found, dtype=dtype, variant=variant, other=other: _model(
+            lambda found, dtype=dtype, variant=variant, other=other: model_ratios_of(
                 found, "training step", dtype, variant, other
             ),
             mean,
@@ -154,7 +154,7 @@ BARS = (
     *(
         Bar(
             f"generation, SmolLM2-135M, not merged, {variant} / LoRA, {dtype}",
-            lambda found, dtype=dtype, variant=variant: _model(found, "generation", dtype, variant),
+            lambda found, dtype=dtype, variant=variant: model_ratios_of(found, "generation", dtype, variant),
             1.00,
         )
         for variant in OURS
@@ -178,7 +178,7 @@ CUDA_BARS = (
     *(
         Bar(
             f"training step, 4 blocks of Llama-3-8B, {variant} / LoRA r=8, bfloat16",
-            lambda found, variant=variant: _model(found, "block stack, 4 of Llama-3-8B", "bfloat16", variant),
+            lambda found, variant=variant: model_ratios_of(found, "block stack, 4 of Llama-3-8B", "bfloat16", variant),
             1.00,
         )
         for variant in OURS
@@ -194,7 +194,7 @@ CUDA_BARS = (
     *(
         Bar(
             f"{kind}, NdLinear by Triton / NdLinear, {dtype}",
-            lambda found, kind=kind, dtype=dtype: _model(found, kind, dtype, *_TRITON),
+            lambda found, kind=kind, dtype=dtype: model_ratios_of(found, kind, dtype, *_TRITON),
             1.00,
         )
         for kind in ("block stack", "training step", "generation")

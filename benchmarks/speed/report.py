@@ -1,4 +1,4 @@
-"""From the JSON of a run: the bars with what was measured, the tables of docs/speed.md, a picture."""
+"""From the JSON of a run: the bars with what was measured, the tables of docs/speed.md and docs/speed_tables.md."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.speed.bars import BARS, CUDA_BARS, kept_of, layers_of, ratios_of
+from benchmarks.speed.bars import BARS, CUDA_BARS, LARGE, kept_of, layers_of, model_ratios_of, ratios_of
 from benchmarks.speed.cases import DTYPES, LAYERS, cases
 from benchmarks.speed.family import family_table
-from benchmarks.speed.variants import BASELINE, ON_CUDA, VARIANTS
+from benchmarks.speed.variants import BASELINE, ON_CUDA, OURS, VARIANTS
 
-__all__ = ["PAGE", "RESULTS", "bars_table", "layers_table", "models_table", "parts_table", "write_docs"]
+__all__ = [
+    "PAGES",
+    "RESULTS",
+    "bars_table",
+    "layers_table",
+    "models_table",
+    "parts_table",
+    "summary_table",
+    "write_docs",
+]
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
+_DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = (_DOCS / "speed.md", _DOCS / "speed_tables.md")
 RESULTS = Path(__file__).resolve().parent / "results"
 # a part of the page, and whose results it shows: the name of a file in results/
 _GENERATED = re.compile(r"(<!-- speed: (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,6 +33,24 @@ _GENERATED = re.compile(r"(<!-- speed: (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value >= 0.02 else f"1/{1 / value:,.0f}"
+
+
+def summary_table(found: dict) -> str:
+    """Mean ratios to LoRA r=8: of the large models' layers, of a model's step and generation, and what is kept."""
+    large = {dtype: list(layers_of(found, models=LARGE, dtypes=(dtype,))) for dtype in DTYPES}
+    columns = {f"layer, {dtype}": lambda v, cases=cases: ratios_of(cases, v) for dtype, cases in large.items()}
+    columns |= {
+        f"{kind}, {dtype}": lambda v, kind=kind, dtype=dtype: model_ratios_of(found, kind, dtype, v)
+        for kind in ("training step", "generation")
+        for dtype in DTYPES
+    }
+    columns |= {f"kept, {dtype}": lambda v, cases=cases: kept_of(cases, (v,)) for dtype, cases in large.items()}
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for variant in VARIANTS:
+        cells = [_mean(ratios) if (ratios := values_of(variant)) else "" for values_of in columns.values()]
+        name = f"**{variant}**" if variant in OURS else variant
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def bars_table(found: dict) -> str:
@@ -143,6 +171,7 @@ def _machine(found: dict) -> str:
 
 _PARTS = {
     "machine": _machine,
+    "summary": summary_table,
     "bars": bars_table,
     "layers": layers_table,
     "models": models_table,
@@ -152,10 +181,11 @@ _PARTS = {
 
 
 def write_docs(text: str) -> str:
-    """The page with its tables made anew from the results."""
+    """A page with its tables made anew from the results."""
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     return _GENERATED.sub(lambda match: match[1] + _PARTS[match[2]](results[match[3]]) + match[4], text)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(write_docs(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(write_docs(page.read_text()))

@@ -1,4 +1,4 @@
-"""Tables and pictures of the runs that are done: `python -m benchmarks.tracks.report` writes docs/evidence.md anew."""
+"""Tables and pictures of the runs that are done: `python -m benchmarks.tracks.report` writes docs/evidence*.md anew."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["bars", "budget_table", "field_results", "page", "reward_table", "swe
 
 RESULTS = Path(__file__).parent / "results"
 LANGUAGE = Path(__file__).parents[1] / "quality" / "results" / "gsm8k"
-PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+PAGES = tuple(Path(__file__).parents[2] / "docs" / name for name in ("evidence.md", "evidence_tables.md"))
 _GENERATED = re.compile(r"(<!-- (\w+) (\w+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 _MEASURES = {"held_out_score": "score", "transfer_loss": "transfer", "forgetting": "forgetting"}
 
@@ -195,7 +195,7 @@ _PARTS = {
 
 
 def page(text: str) -> str:
-    """docs/evidence.md with its generated parts made anew; a part is marked `<!-- PART TRACK: ... -->`."""
+    """A page with its generated parts made anew; a part is marked `<!-- PART TRACK: ... -->`."""
 
     def made(match: re.Match) -> str:
         return match[1] + _PARTS[match[2]](sweep.read_results(RESULTS / f"{match[3]}.jsonl")) + match[4]
@@ -209,7 +209,8 @@ def field_results() -> dict[str, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for file in PAGES:
+        file.write_text(page(file.read_text()))
     files = field_results()
     write_json(known.known(files, LANGUAGE), known.FILE)
     found = {track: rows(results) for track, results in files.items()}

@@ -112,7 +112,7 @@ starts = (
     Start(
         name="n_lora_step",
         summary="n_lora's slices, scaled so that the learning rate and alpha of a LoRA recipe hold",
-        source="arXiv 2502.14482; scaled_slices in ndlora_plugins/starts/chain.py; docs/quality.md",
+        source="arXiv 2502.14482; scaled_slices in ndlora_plugins/starts/chain.py; docs/quality_tables.md",
         gives=("down", "core", "up"),
         reads=frozenset({"weight"}),
         function=_n_lora_step,
@@ -123,7 +123,7 @@ starts = (
     Start(
         name="n_lora_pivots",
         summary="n_lora_step, but with the rows and columns that QR with column pivoting takes, which are saved",
-        source="Businger and Golub (1965); docs/quality.md",
+        source="Businger and Golub (1965); docs/quality_tables.md",
         gives=("down", "core", "up"),
         reads=frozenset({"weight"}),
         recomputable=False,

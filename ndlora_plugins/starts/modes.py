@@ -106,7 +106,7 @@ starts = (
         name="lora_step",
         summary="zero_mode, scaled so that the learning rate and alpha of a LoRA recipe hold whatever the modes and "
         "terms",
-        source="first_step_gain in ndlora_plugins/starts/modes.py; docs/quality.md",
+        source="first_step_gain in ndlora_plugins/starts/modes.py; docs/quality_tables.md",
         gives=("mode_1", "mode_2"),
         zero=("mode_1",),
         function=_lora_step,
@@ -116,7 +116,7 @@ starts = (
         name="kronecker",
         summary="the Kronecker products nearest to the base weight, scaled as lora_step: all modes train from the "
         "first step",
-        source="Van Loan and Pitsianis (1993); docs/quality.md",
+        source="Van Loan and Pitsianis (1993); docs/quality_tables.md",
         gives=("mode_1", "mode_2"),
         reads=frozenset({"weight"}),
         function=_kronecker,

@@ -1,4 +1,4 @@
-"""The speed benchmark runs and goes on where it stopped; the page says what its results say. No time is asserted."""
+"""The speed benchmark runs and goes on where it stopped; the pages say what its results say. No time is asserted."""
 
 import json
 import pathlib
@@ -32,8 +32,9 @@ def benchmark(*arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def test_the_page_says_what_the_results_say():
-    assert report.PAGE.read_text() == report.write_docs(report.PAGE.read_text())
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_the_pages_say_what_the_results_say(page):
+    assert page.read_text() == report.write_docs(page.read_text())
 
 
 @pytest.mark.slow
@@ -141,5 +142,5 @@ def test_every_method_is_timed_at_its_default_size():
     found = family.measure(chosen, 192, 256, torch.float32, torch.device("cpu"), seconds=0)
     assert list(found) == ["LoRA", *chosen]
     assert all(row["rounds"] == 5 for row in found.values())
-    page = report.PAGE.read_text()
+    page = (ROOT / "docs" / "speed_tables.md").read_text()
     assert [name for name in chosen if f"| `{name}` | " not in page] == []
