@@ -1,4 +1,4 @@
-"""Tables and a picture of the runs that are done. `python -m benchmarks.quality.report` writes docs/quality*.md anew."""
+"""Tables and a picture of the runs that are done; `python -m benchmarks.quality.report` writes the quality pages."""
 
 from __future__ import annotations
 

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from benchmarks.speed.cases import DTYPES, LAYERS
 from benchmarks.speed.variants import BASELINE, KRONECKER, OURS
 
-__all__ = ["BARS", "CUDA_BARS", "LARGE", "LAYER", "Bar", "kept_of", "layers_of", "model_ratios_of", "ratios_of"]
+__all__ = [
+    "BARS",
+    "CUDA_BARS",
+    "LARGE",
+    "LAYER",
+    "Bar",
+    "kept_of",
+    "layers_of",
+    "model_ratios_of",
+    "ratios_of",
+]
 
 LAYER = re.compile(
     r"layer, (?P<model>.+), (?P<shape>\d+ -> \d+), (?P<tokens>\d+) tokens, (?P<dtype>\w+)(, r=(?P<rank>\d+))?"
@@ -178,7 +188,9 @@ CUDA_BARS = (
     *(
         Bar(
             f"training step, 4 blocks of Llama-3-8B, {variant} / LoRA r=8, bfloat16",
-            lambda found, variant=variant: model_ratios_of(found, "block stack, 4 of Llama-3-8B", "bfloat16", variant),
+            lambda found, variant=variant: model_ratios_of(
+                found, "block stack, 4 of Llama-3-8B", "bfloat16", variant
+            ),
             1.00,
         )
         for variant in OURS

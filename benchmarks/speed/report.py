@@ -38,13 +38,17 @@ def _figure(value: float | None) -> str:
 def summary_table(found: dict) -> str:
     """Mean ratios to LoRA r=8: of the large models' layers, of a model's step and generation, and what is kept."""
     large = {dtype: list(layers_of(found, models=LARGE, dtypes=(dtype,))) for dtype in DTYPES}
-    columns = {f"layer, {dtype}": lambda v, cases=cases: ratios_of(cases, v) for dtype, cases in large.items()}
+    columns = {
+        f"layer, {dtype}": lambda v, cases=cases: ratios_of(cases, v) for dtype, cases in large.items()
+    }
     columns |= {
         f"{kind}, {dtype}": lambda v, kind=kind, dtype=dtype: model_ratios_of(found, kind, dtype, v)
         for kind in ("training step", "generation")
         for dtype in DTYPES
     }
-    columns |= {f"kept, {dtype}": lambda v, cases=cases: kept_of(cases, (v,)) for dtype, cases in large.items()}
+    columns |= {
+        f"kept, {dtype}": lambda v, cases=cases: kept_of(cases, (v,)) for dtype, cases in large.items()
+    }
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for variant in VARIANTS:
         cells = [_mean(ratios) if (ratios := values_of(variant)) else "" for values_of in columns.values()]

@@ -1,4 +1,4 @@
-"""Tables and pictures of the runs that are done: `python -m benchmarks.tracks.report` writes docs/evidence*.md anew."""
+"""Tables and pictures of the runs that are done; `python -m benchmarks.tracks.report` writes the evidence pages."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ sys.path.append(str(ROOT))  # the benchmarks are not installed
 
 from benchmarks import gpu  # noqa: E402
 from benchmarks.speed import __main__ as speed  # noqa: E402
-from benchmarks.speed import cases, report  # noqa: E402
+from benchmarks.speed import cases  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
