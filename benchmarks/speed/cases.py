@@ -40,6 +40,13 @@ ARCHITECTURES = {
         num_key_value_heads=8,
         vocab_size=1024,
     ),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    ),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -85,7 +92,7 @@ def cases(quick: bool = False, cuda: bool = False) -> Iterator[Case]:
             name = f"training step beside {beside}, SmolLM2-135M, 2 x 256 tokens, {dtype}"
             yield _step(name, "SmolLM2-135M", 1 if quick else 30, (2, 256), dtype, variants)
     if quick or cuda:
-        yield from _block_stacks(*(("SmolLM2-135M", 1, 16) if quick else ("Llama-3-8B", 4, 2048)))
+        yield from _block_stacks(*(("tiny", 1, 16) if quick else ("Llama-3-8B", 4, 2048)))
     for dtype in DTYPES:
         yield _generation(dtype, layers=1 if quick else 30, new_tokens=4 if quick else 16)
     for dtype in list(DTYPES)[: 1 if quick else None]:
@@ -201,7 +208,7 @@ def _llama(architecture: str, layers: int, dtype: torch.dtype, device: torch.dev
 
 
 def _block_stacks(architecture: str, blocks: int, tokens: int) -> Iterator[Case]:
-    """The training step of a few blocks of a large model, under autocast as trainers do it, and without."""
+    """The training step of a few blocks of a model, under autocast as trainers do it, and without."""
     for autocast in (True, False):
         name = f"block stack, {blocks} of {architecture}, 1 x {tokens} tokens, {'autocast to ' * autocast}bfloat16"
         variants = ("no adapter", BASELINE, *OURS)
