@@ -132,7 +132,9 @@ def _layer(
             for what in (both, forward)
             for variant, model in models.items()
         }
-        times = interleaved(works, device, seconds, least=5 if tokens < 4096 else 3, turn=0.01)
+        times = interleaved(
+            works, device, seconds, least=5 if tokens < 4096 else 3, turn=min(0.01, seconds / 100)
+        )
         return {
             what.__name__: summary({v: times[f"{what.__name__} {v}"] for v in models}, BASELINE)
             for what in (both, forward)

@@ -95,7 +95,7 @@ def measure(
             config = NdLoraConfig(**{"method": name, "target_modules": ["layer"], **FIELDS.get(name, {})})
             model = get_peft_model(layer, config)
         works[name] = partial(both, shake(model))
-    return summary(interleaved(works, device, seconds, turn=0.01), BASELINE)
+    return summary(interleaved(works, device, seconds, turn=min(0.01, seconds / 100)), BASELINE)
 
 
 def family_table(found: dict[str, Any]) -> str:

@@ -327,7 +327,7 @@ def exported_logits(base_model, directory, to):
     return PeftModel.from_pretrained(copy.deepcopy(base_model), directory).eval()(X).logits
 
 
-@pytest.mark.examples(200)
+@pytest.mark.examples(80)
 @given(
     adapter=st.sampled_from(sorted(ADAPTERS)),
     changes=st.lists(CHANGES, min_size=1, max_size=2),

@@ -262,7 +262,7 @@ def test_every_field_has_values():
     assert set(VALUES) == {field.name for field in fields(NdLoraConfig)}
 
 
-@pytest.mark.examples(300)
+@pytest.mark.examples(120)
 @given(configurations())
 @example({"rank_pattern": {"query|gate": 1, "query": 2}})
 @example({"alpha_pattern": {"query|gate": 1, "query": 2}, "r": 2})

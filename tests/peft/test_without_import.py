@@ -77,15 +77,17 @@ def test_loads_without_our_import(saved):
 # what the process does first, its environment, whether PEFT knows NDLORA then
 MODES = [
     ("import peft", {}, True),
-    ("from peft import PeftModel", {}, True),
-    ("import torch, transformers", {}, True),
     ("import peft", {"NDLORA_AUTOLOAD": "0"}, False),
     ("import peft", {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, False),
     ("import peft; import ndlora_plugins", {"NDLORA_AUTOLOAD": "0"}, True),
     ("import ndlora_plugins", {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, True),
     ("import ndlora_plugins; import torch", {}, True),
     ("from ndlora_plugins import NdLoraConfig", {"NDLORA_AUTOLOAD": "0"}, True),
-    ("import ndlora_plugins.integrations.peft.configuration.config", {}, True),
+    (
+        "from ndlora_plugins.integrations.trl import NdLoraCallback; import sys; assert 'trl' not in sys.modules",
+        {},
+        True,
+    ),
 ]
 
 
@@ -114,41 +116,37 @@ def test_a_broken_install_of_ours_breaks_nothing():
     assert err.count("could not attach itself to peft.tuners") == 1 and "NDLORA_AUTOLOAD=0" in err
 
 
-def test_a_peft_that_we_do_not_fit_gets_a_stub_that_explains_itself(saved):
+def test_another_peft_than_we_know_is_left_alone_and_told_of(saved):
     code = f"""
-        import ndlora_autoload, warnings
+        import ndlora_autoload, os, warnings
         import ndlora_plugins.integrations.peft.registration as registration
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+
+        def said():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                registration.activate()
+            assert caught[0].category is RuntimeWarning
+            return str(caught[0].message)
+
+        if child := os.fork():  # one that has its own NDLORA
+            assert os.waitpid(child, 0)[1] == 0
+        else:
+            class Theirs: pass
+            Theirs.__module__ = "peft.tuners.ndlora"
+            PEFT_TYPE_TO_CONFIG_MAPPING["NDLORA"] = Theirs
+            assert "PEFT has its own NDLORA" in said()
+            assert PEFT_TYPE_TO_CONFIG_MAPPING["NDLORA"] is Theirs
+            os._exit(0)
+        # one that we do not fit gets a stub that explains itself
         PEFT_TYPE_TO_CONFIG_MAPPING.pop("NDLORA")
         def broken(): raise AttributeError("PeftType has changed")
         registration._register = broken
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            registration.activate()
-        assert caught[0].category is RuntimeWarning and "does not fit this version of PEFT" in str(caught[0].message)
+        assert "does not fit this version of PEFT" in said()
         PeftConfig.from_pretrained({str(saved / "adapter")!r})
     """
-    assert (
-        "ImportError: This adapter is of type NDLORA, of the package ndlora-plugins"
-        in run(code, expect_error=True)[1]
-    )
-
-
-def test_pefts_own_ndlora_is_left_alone():
-    code = """
-        import warnings
-        import ndlora_plugins.integrations.peft.registration as registration
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-        class Theirs: pass
-        Theirs.__module__ = "peft.tuners.ndlora"
-        PEFT_TYPE_TO_CONFIG_MAPPING["NDLORA"] = Theirs
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            registration.activate()
-        assert "PEFT has its own NDLORA" in str(caught[0].message)
-        assert PEFT_TYPE_TO_CONFIG_MAPPING["NDLORA"] is Theirs
-    """
-    run(code)
+    error = run(code, expect_error=True)[1]
+    assert "ImportError: This adapter is of type NDLORA, of the package ndlora-plugins" in error
 
 
 def test_a_model_unpickles_in_a_fresh_process(tmp_path):

@@ -1,6 +1,9 @@
-"""Started by test_shared.py, in one process and in two (DDP, gloo): the same global batch however many there are."""
+"""Started by test_shared.py: a process alone and two together (DDP, gloo), with the same global batch. They are forks
+of this one, which has done the imports.
+"""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -58,4 +61,11 @@ def main(output, rank, world):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    children = []
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        child = os.fork()
+        if not child:
+            main(sys.argv[1], rank, world)
+            sys.exit()
+        children.append(child)
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))

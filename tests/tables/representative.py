@@ -1,6 +1,7 @@
 """The methods that tests of PEFT's, TRL's and transformers' features take: of each mechanism one.
 
-Every method is held to the laws (tests/core/test_methods.py) and goes through the matrix (tests/peft/test_support.py).
+Every method is held to the laws (tests/core/test_methods.py) and goes through the matrix (tests/peft/test_support.py);
+of kinds of layers that are alike there, through one.
 """
 
 from importlib.util import find_spec

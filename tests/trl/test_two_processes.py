@@ -44,10 +44,7 @@ def run(command, directory):
 def one_and_two(base, all_methods, tmp_path_factory):
     """The directories that one process and two wrote."""
     directory = tmp_path_factory.mktemp("processes")
-    arguments = [base, directory / "one", json.dumps(all_methods)]
-    run([sys.executable, SCRIPT, *arguments], directory)
-    arguments[1] = directory / "two"
-    run([*LAUNCH, SCRIPT, *arguments], directory)
+    run([sys.executable, SCRIPT, base, directory, json.dumps(all_methods)], directory)
     return directory / "one", directory / "two"
 
 

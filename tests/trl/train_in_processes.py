@@ -1,8 +1,11 @@
-"""Started by test_two_processes.py, alone and under `accelerate launch`: every method through two trainers and by
-hand under FSDP2, the same global batch however many processes there are. Writes losses and adapters.
+"""Started by test_two_processes.py: every method through two trainers and by hand under FSDP2, in a process alone and
+in two together, with the same global batch. They are forks of this one, which has done the imports, with the
+environment that torchrun and `accelerate launch` give. Writes losses and adapters.
 """
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -112,5 +115,25 @@ def main(base, output, methods):
     PartialState().destroy_process_group()
 
 
+def start(rank, world, port):
+    """Be one of so many processes."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    base, output, methods = sys.argv[1:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for name, rank, world in (("one", 0, 1), ("two", 0, 2), ("two", 1, 2)):
+        child = os.fork()
+        if not child:
+            if world > 1:
+                start(rank, world, port)
+            main(base, Path(output, name), methods)
+            sys.exit()
+        children.append(child)
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
