@@ -1,15 +1,18 @@
-"""What every benchmark needs: JSON files that are whole, and the peak of memory."""
+"""What every benchmark needs: JSON files that are whole, the peak of memory, a mean's error."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["begin_peak", "peak_memory", "write_json"]
+__all__ = ["begin_peak", "peak_memory", "standard_error", "write_json"]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -45,3 +48,8 @@ def peak_memory(device: torch.device) -> int | None:
 def _status(name: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

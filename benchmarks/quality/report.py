@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import standard_error
+from benchmarks.picture import draw
 from benchmarks.quality import sweep
 from benchmarks.quality.runs import read_results
 from benchmarks.quality.settings import settings_for
@@ -50,14 +51,9 @@ class Row:
         return statistics.mean(self.losses.values())
 
     @property
-    def spread(self) -> float | None:
+    def error(self) -> float | None:
         """The standard error over the seeds; None for one seed."""
         return standard_error(list(self.losses.values()))
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for one value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
@@ -135,7 +131,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             name,
             f"{row.parameters:,}",
             f"{row.learning_rate:g}" + (" (edge)" if row.at_edge else ""),
-            _plus_minus(row.loss, row.spread),
+            _plus_minus(row.loss, row.error),
             less,
             str(len(row.losses)),
             "" if row.exact_match is None else f"{row.exact_match:.1%}",
@@ -196,61 +192,9 @@ def recipe_table(results: Sequence[dict[str, Any]]) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in row.options.items()).replace("'", '"')
         lines.append(
             f"| {row.setting}: `{options}` | {row.parameters:,} | {row.learning_rate:g} | "
-            f"{_plus_minus(row.loss, row.spread)} |\n"
+            f"{_plus_minus(row.loss, row.error)} |\n"
         )
     return "".join(lines)
-
-
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG: held-out loss against trainable parameters, with the Pareto front."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    found = rows(results)
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, no global state
-    axes, names = figure.subplots(1, 2, width_ratios=(4, 1))
-    for ours, marker, colour, label in (
-        (True, "o", "tab:blue", "ndlora"),
-        (False, "s", "tab:orange", "PEFT's own"),
-    ):
-        some = [row for row in found if row.ours == ours]
-        if some:
-            axes.errorbar(
-                [row.parameters for row in some],
-                [row.loss for row in some],
-                yerr=[row.spread or 0 for row in some],
-                fmt=marker,
-                color=colour,
-                capsize=3,
-                label=label,
-            )
-    best = front(found)
-    axes.step(
-        [row.parameters for row in best],
-        [row.loss for row in best],
-        where="post",
-        color="grey",
-        linewidth=1,
-        label="Pareto front",
-    )
-    for number, row in enumerate(found, start=1):
-        axes.annotate(
-            number, (row.parameters, row.loss), xytext=(4, 4), textcoords="offset points", fontsize=8
-        )
-    names.text(
-        0, 1, "\n".join(f"{n}  {row.setting}" for n, row in enumerate(found, start=1)), va="top", fontsize=8
-    )
-    names.axis("off")
-    axes.set(
-        xscale="log",
-        xlabel="trainable parameters",
-        ylabel="held-out loss (nats a token), each at its own best learning rate",
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
 
 
 def write_files(folder: Path) -> None:
@@ -258,7 +202,9 @@ def write_files(folder: Path) -> None:
     results = read_results(folder)
     (folder / "results.md").write_text(table(results) + "\n" + sweep_table(results))
     if folder.name in TASKS:
-        draw(results, folder / "loss.png")
+        found = rows(results)
+        levels = {row.setting: row.loss for row in found if row.setting == BASELINE}
+        draw(found, folder / "loss.png", folder.name, "nats a token", levels)
 
 
 _PARTS = {"table": table, "recipes": recipe_table, "sweep": sweep_table}

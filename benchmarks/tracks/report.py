@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write_json
-from benchmarks.tracks import known, picture, sweep
+from benchmarks.picture import draw
+from benchmarks.tracks import known, sweep
 from benchmarks.tracks.fronts import draw_fronts
 from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within, difference, rows
 from benchmarks.tracks.settings import settings_for
@@ -19,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 LANGUAGE = Path(__file__).parents[1] / "quality" / "results" / "gsm8k"
 PAGES = tuple(Path(__file__).parents[2] / "docs" / name for name in ("evidence.md", "evidence_tables.md"))
 _GENERATED = re.compile(r"(<!-- (\w+) (\w+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+_UNITS = {"sentences": "squared error of the rating", "images": "cross-entropy of the digits"}
 _MEASURES = {"held_out_score": "score", "transfer_loss": "transfer", "forgetting": "forgetting"}
 
 
@@ -215,5 +217,8 @@ if __name__ == "__main__":
     write_json(known.known(files, LANGUAGE), known.FILE)
     found = {track: rows(results) for track, results in files.items()}
     for track, each in found.items():
-        picture.draw(each, RESULTS / f"{track}.png", track)
+        losses = {row.setting: row.loss for row in each}
+        levels = {"the head alone": losses[NOTHING], "LoRA r=8": losses[BASELINE]}
+        adapters = [row for row in each if row.setting != NOTHING]
+        draw(adapters, RESULTS / f"{track}.png", track, _UNITS[track], levels, top=losses[NOTHING])
     draw_fronts({track: found[track] for track in ("sentences", "images")}, RESULTS / "fronts.png")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.common import standard_error
 from benchmarks.tracks import sweep
 
-__all__ = ["BASELINE", "BUDGETS", "NOTHING", "Row", "best_within", "difference", "rows", "standard_error"]
+__all__ = ["BASELINE", "BUDGETS", "NOTHING", "Row", "best_within", "difference", "rows"]
 
 BASELINE, NOTHING = "LoRA r=8", "head alone"
 _MEASURES = ("held_out_score", "transfer_loss", "forgetting", "reward_first", "reward_last")
@@ -51,11 +51,6 @@ class Row:
         """Of a measure over the seeds; None where the track has none."""
         found = self.measures.get(measure)
         return statistics.mean(found.values()) if found else None
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for one value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def rows(results: Sequence[dict[str, Any]], seeds: Collection[int] = sweep.SEEDS) -> list[Row]:

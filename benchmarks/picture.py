@@ -1,17 +1,14 @@
-"""One picture a track: held-out loss against trained parameters, every point with its name beside it."""
+"""Held-out loss against trained parameters, every point with its name beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.tracks.rows import BASELINE, NOTHING, Row
-
-__all__ = ["draw"]
+__all__ = ["Point", "draw"]
 
 _OURS, _PEFT, _QUIET = "tab:blue", "tab:orange", "0.45"
-_UNITS = {"sentences": "squared error of the rating", "images": "cross-entropy of the digits"}
 # where a label may stand, in points from its dot
 _PLACES = [
     (dx * reach, dy * reach)
@@ -20,39 +17,63 @@ _PLACES = [
 ]
 
 
-def draw(found: Sequence[Row], path: Path, track: str) -> None:
-    """A PNG; a setting that is no better than the head alone is drawn at the upper edge."""
+class Point(Protocol):
+    """One setting: its name, whether it is ours, the mean of its losses and their standard error."""
+
+    setting: str
+    parameters: int
+
+    @property
+    def ours(self) -> bool: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def error(self) -> float | None: ...
+
+
+def draw(
+    found: Sequence[Point],
+    path: Path,
+    title: str,
+    unit: str,
+    levels: Mapping[str, float],
+    top: float | None = None,
+) -> None:
+    """A PNG.
+
+    Args:
+        unit: of the loss.
+        levels: what is drawn as a line across, by its name.
+        top: a setting that is no better is drawn at the upper edge.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    adapters = [row for row in found if row.setting != NOTHING]
-    if not adapters:
+    if not found:
         return
     figure = Figure(figsize=(14, 9), layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no window, no global state
     axes = figure.subplots()
-    nothing = next((row.loss for row in found if row.setting == NOTHING), None)
-    best = min(row.loss for row in adapters)
-    top = max(row.loss for row in adapters) if nothing is None else nothing
-    span = top - best
+    best = min(row.loss for row in found)
+    top = max(row.loss for row in found) if top is None else top
+    span = (top - best) or 1.0
     axes.set(
         xscale="log",
         xlabel="trained parameters of the adapter",
-        ylabel=f"held-out loss ({_UNITS.get(track, 'loss')}): mean of five seeds, bar of one standard error",
-        xlim=(min(row.parameters for row in adapters) / 1.7, max(row.parameters for row in adapters) * 1.9),
+        ylabel=f"held-out loss ({unit}): mean over the seeds, bar of one standard error",
+        xlim=(min(row.parameters for row in found) / 1.7, max(row.parameters for row in found) * 1.9),
         ylim=(best - 0.06 * span, top + 0.08 * span),
     )
     for spine in ("top", "right"):
         axes.spines[spine].set_visible(False)
     axes.grid(alpha=0.25)
-    for level, text in ((nothing, "the head alone"), (_loss_of(adapters, BASELINE), "LoRA r=8")):
-        if level is not None:
-            axes.axhline(level, color=_QUIET, linewidth=1, linestyle=":")
-            axes.text(
-                0.002, level, f" {text}", transform=axes.get_yaxis_transform(), color=_QUIET, va="bottom"
-            )
+    for text, level in levels.items():
+        axes.axhline(level, color=_QUIET, linewidth=1, linestyle=":")
+        axes.text(0.002, level, f" {text}", transform=axes.get_yaxis_transform(), color=_QUIET, va="bottom")
     points, bars = [], []
-    for row in adapters:
+    for row in found:
         colour = _OURS if row.ours else _PEFT
         y = min(row.loss, top + 0.04 * span)
         axes.errorbar(
@@ -61,16 +82,12 @@ def draw(found: Sequence[Row], path: Path, track: str) -> None:
         )  # fmt: skip
         points.append((row.parameters, y, row.setting, colour))
         bars.append((row.parameters, y - (row.error or 0), y + (row.error or 0)))
-    axes.set_title(f"{track}: ", loc="left", fontweight="bold")
-    axes.text(0.09, 1.012, "ours", color=_OURS, transform=axes.transAxes, fontweight="bold")
-    axes.text(0.13, 1.012, "PEFT's own", color=_PEFT, transform=axes.transAxes, fontweight="bold")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.text(0.20, 1.012, "ours", color=_OURS, transform=axes.transAxes, fontweight="bold")
+    axes.text(0.24, 1.012, "PEFT's own", color=_PEFT, transform=axes.transAxes, fontweight="bold")
     canvas.draw()
     _label(axes, canvas.get_renderer(), points, bars)
     figure.savefig(path, dpi=110, format="png")
-
-
-def _loss_of(found: Sequence[Row], setting: str) -> float | None:
-    return next((row.loss for row in found if row.setting == setting), None)
 
 
 def _label(
