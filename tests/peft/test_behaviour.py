@@ -341,6 +341,7 @@ REFUSED_SUMS = [
 ]
 
 
+@pytest.mark.parametrize("method", ["crossed"], indirect=True)
 @pytest.mark.parametrize("arguments, options, message", REFUSED_SUMS)
 def test_sums_that_cannot_be_are_refused(arguments, options, message, two_adapters, tokens):
     model, _ = two_adapters(tokens)
@@ -489,6 +490,7 @@ def test_injected_without_a_peft_model(config, make_llama, tokens):
     assert torch.equal(model(tokens).logits, wrapped(tokens).logits)
 
 
+@pytest.mark.parametrize("method", ["crossed", "shared_core"], indirect=True)
 @pytest.mark.parametrize("targets", [["q_proj"], "all-linear", None])
 def test_layer_indices(targets, config, make_llama, tokens, tmp_path):
     model = get_peft_model(make_llama(), config(target_modules=targets, layers_to_transform=[1]))
@@ -506,6 +508,7 @@ HEADS = {
 }
 
 
+@pytest.mark.parametrize("method", ["crossed"], indirect=True)
 @pytest.mark.parametrize("task", HEADS)
 def test_a_head_that_trains_in_full_gets_no_adapter(task, method, fields_of, tokens, shake, tmp_path):
     model_class, head = HEADS[task]

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from representative import each
+from representative import REPRESENTATIVE
 
 from ndlora_plugins import NdLoraConfig, hotswap_adapter
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.registry import methods
 
 # what differs in the adapter that is swapped in, what the message says
 REFUSED = {
@@ -41,7 +40,7 @@ def logits(model, tokens):
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("method", each(methods()))
+@pytest.mark.parametrize("method", REPRESENTATIVE)
 def test_a_swapped_adapter_answers_as_one_that_was_loaded(method, save, fields_of, make_llama, tokens):
     one = save("one", 1, **fields_of(method))
     two = save("two", 2, **fields_of(method), lora_alpha=5, alpha_pattern={"q_proj": 3})
