@@ -87,7 +87,7 @@ SETTINGS = (
     Setting("pissa-r8", "LORA", _lora(8, init_lora_weights="pissa"), 3e-5),
     Setting("vera-r256", "VERA", {"r": 256}, 1e-2),
     _core("random_diagonal", 256, 1e-3),
-    _core("svfit", 256, 1e-3),
+    _core("svfit", 192, 1e-3),
     _core("random_diagonal", 64, 1e-3),
     _core("metatt", 16, 1e-3),
     _core("lora_xs", 16, 3e-4),

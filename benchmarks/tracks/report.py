@@ -111,10 +111,15 @@ def bars(results: Sequence[dict[str, Any]]) -> str:
     within = [row for row in ours if row.parameters <= baseline.parameters / 8]
     equal = [row for row in within if _verdict(*difference(row, baseline)) != "worse"]
     least = min(equal, key=lambda row: row.mean("forgetting"), default=None)
-    for how, row in (("chosen by validation", best_within(within, baseline.parameters)), ("at its loss", least)):
+    for how, row in (
+        ("chosen by validation", best_within(within, baseline.parameters)),
+        ("at its loss", least),
+    ):
         if row is not None:
             mean, error = difference(row, baseline, "forgetting")
-            text = f"1/8: {row.setting}, {how}, forgets no more than LoRA r=8 ({plus_minus(mean, error, True)})"
+            text = (
+                f"1/8: {row.setting}, {how}, forgets no more than LoRA r=8 ({plus_minus(mean, error, True)})"
+            )
             lines.append(_bar(text, mean <= error))
     return "".join(lines)
 
