@@ -257,8 +257,8 @@ def _kronecker_pair(layer: ReadLayer, files: BaseFiles | None) -> tuple[Tensor, 
         reason = "it is a Conv1D, and PEFT's LoKr adapts nn.Linear only"
     if reason is not None or matrices is None:
         raise NdLoraValueError(
-            f"Layer {layer.name!r} cannot become LoKr: {reason}. Export to='lora' or 'merged'; what is trained with "
-            f"method='ndlinear', two modes and one term becomes one."
+            f"Layer {layer.name!r} cannot become LoKr: {reason}. Export to='lora' or 'merged'; docs/support.md "
+            f"says of which method one term of two modes becomes one."
         )
     first, second = (matrix.double() for matrix in matrices)
     return layer.plan.scaling * first, second
