@@ -1,7 +1,8 @@
 """`make gpu`: what a GPU has to say, in parts that go on where they were stopped. `python -m benchmarks.gpu --help`.
 
 Nothing is fetched. Each part is a process of its own: one that fails, or runs out of its time, stops no other. What
-they measure goes into one JSON a GPU, where `benchmarks.speed.report` finds it; docs/speed.md says what it decides.
+they measure goes into one JSON a GPU, where `benchmarks.speed.report` finds it; docs/development.md says what it
+decides.
 """
 
 from __future__ import annotations

@@ -83,8 +83,10 @@ MODES = [
     ("import ndlora_plugins", {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, True),
     ("import ndlora_plugins; import torch", {}, True),
     ("from ndlora_plugins import NdLoraConfig", {"NDLORA_AUTOLOAD": "0"}, True),
+    ("import ndlora_plugins.integrations.peft.configuration.config", {}, True),
     (
-        "from ndlora_plugins.integrations.trl import NdLoraCallback; import sys; assert 'trl' not in sys.modules",
+        "from ndlora_plugins.integrations.trl import NdLoraCallback as Ours; Ours();"
+        "import sys; assert 'trl' not in sys.modules",
         {},
         True,
     ),
