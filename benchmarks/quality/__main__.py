@@ -13,17 +13,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common import write_json
-from benchmarks.quality import report, sweep
-from benchmarks.quality.runs import Run, describe, path_of, read_results, run
-from benchmarks.quality.settings import Setting, settings_for
+from benchmarks.quality import report
+from benchmarks.quality.runs import describe, run
+from benchmarks.quality.settings import settings_for
 from benchmarks.quality.task import TASKS, LastBlocks, Task, bench_for, load_problems
+from benchmarks.runs import Run, Setting, append_result, check_comparable, missing, of_setting, read_results
 from ndlora_demo import finetune
-from ndlora_plugins.errors import NdLoraError, NdLoraValueError
+from ndlora_plugins.errors import NdLoraError
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="A folder: one JSON a run, under task and setting.")],
+    results: Annotated[Path, typer.Option(help="A folder: TASK.jsonl, one line a run.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "gsm8k",
     data: Annotated[
         Path | None, typer.Option(help='JSONL with "question" and "answer", for gsm8k and gsm8k-long.')
@@ -56,8 +56,8 @@ def main(
 ) -> None:
     """Fine-tune a model with every setting: a sweep of learning rates, then three seeds at the best.
 
-    A run that is done lies as a JSON in RESULTS, so a killed call goes on with the next one. The last thing is a table
-    and a picture beside them.
+    A run that is done is a line of RESULTS/TASK.jsonl, so a killed call goes on with the next one. The last thing is a
+    table and a picture beside it.
     """
     if task not in TASKS:
         raise typer.BadParameter(f"{task!r}: choose one of {', '.join(TASKS)}", param_hint="--task")
@@ -67,29 +67,29 @@ def main(
     if unknown := sorted(set(setting or ()) - set(known)):
         raise typer.BadParameter(f"{unknown}: choose of {', '.join(known)}", param_hint="--setting")
     chosen = [known[name] for name in setting or known]
-    console = Console()
+    console, path = Console(), results / f"{task}.jsonl"
     if plan:
-        _print_plan(chosen, results, task, console)
+        _print_plan(chosen, path, console)
         return
     try:
         with torch.device(device):
-            _run_all(chosen, results, chosen_task, data, model, cache, device, console)
+            _run_all(chosen, path, chosen_task, data, model, cache, device, console)
     except NdLoraError as error:
         raise SystemExit(f"Error: {error}") from error
-    report.write_files(results / task)
+    report.write_files(path)
 
 
-def _print_plan(settings: Sequence[Setting], results: Path, task: str, console: Console) -> None:
-    done = read_results(results / task)
+def _print_plan(settings: Sequence[Setting], path: Path, console: Console) -> None:
+    done = read_results(path)
     for setting in settings:
-        own = sweep.of_setting(done, setting.name)
-        rates = ", ".join(f"{run.learning_rate:g} seed {run.seed}" for run in sweep.missing(setting, own))
+        own = of_setting(done, setting.name)
+        rates = ", ".join(f"{run.learning_rate:g} seed {run.seed}" for run in missing(setting, own))
         console.print(f"{setting.name}: {len(own)} done; next: {rates or 'nothing'}", highlight=False)
 
 
 def _run_all(
     settings: Sequence[Setting],
-    results: Path,
+    path: Path,
     task: Task,
     data: Path | None,
     model: str | None,
@@ -97,16 +97,11 @@ def _run_all(
     device: str,
     console: Console,
 ) -> None:
-    if not _missing(settings, results, task):
+    if not _missing(settings, path):
         console.print("nothing is missing")
         return
     loaded, tokenizer, name = finetune.load_model(model)
-    for result in read_results(results / task.name):
-        if result["task"] != describe(task, name):
-            raise NdLoraValueError(
-                f"{results / task.name} holds runs of {result['task']}, which cannot be compared with "
-                f"{describe(task, name)}: choose another folder with --results."
-            )
+    check_comparable(path, describe(task, name))
     training, held_out = load_problems(task, data, tokenizer)
     last = LastBlocks(loaded.to(device), task.blocks)
     console.print(f"{name}: {len(training)} problems to train on, {len(held_out)} held out")
@@ -115,11 +110,10 @@ def _run_all(
     bench = finetune.Bench(
         name, last.model, tokenizer, [], held_out, min(task.exact, len(held_out)), longest + 8
     )
-    while runs := _missing(settings, results, task):
+    while runs := _missing(settings, path):
         wanted = runs[0]
-        label = f"{wanted.setting.name} lr {wanted.learning_rate:g} seed {wanted.seed}"
         with _bar(console) as progress:
-            bar = progress.add_task(label, total=task.steps, loss=float("nan"))
+            bar = progress.add_task(str(wanted), total=task.steps, loss=float("nan"))
             result = run(
                 wanted,
                 task,
@@ -129,19 +123,17 @@ def _run_all(
                     bar, completed=step, loss=loss
                 ),
             )
-        write_json(result, path_of(results, task, wanted))
+        append_result(path, result)
         console.print(
-            f"{label}: held-out loss {result['held_out_loss']}, {result['parameters']:,} parameters, "
+            f"{wanted}: held-out loss {result['held_out_loss']}, {result['parameters']:,} parameters, "
             f"{result['seconds_a_step']} s a step; at least {len(runs) - 1} runs to go",
             highlight=False,
         )
 
 
-def _missing(settings: Sequence[Setting], results: Path, task: Task) -> list[Run]:
-    done = read_results(results / task.name)
-    return [
-        run for setting in settings for run in sweep.missing(setting, sweep.of_setting(done, setting.name))
-    ]
+def _missing(settings: Sequence[Setting], path: Path) -> list[Run]:
+    done = read_results(path)
+    return [run for setting in settings for run in missing(setting, of_setting(done, setting.name))]
 
 
 def _bar(console: Console) -> Progress:

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-__all__ = ["GRID", "LONG", "SETTINGS", "Setting", "peft_config", "settings_for"]
+from benchmarks.runs import Setting
 
-# learning rates, a factor of about 3 apart
-GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One adapter configuration.
-
-    Attributes:
-        name: of its folder among the results.
-        peft_type: a name of PeftType, such as LORA or NDLORA.
-        options: of that type's PeftConfig.
-        lowest: the lowest learning rate of the sweep's first ones; it goes on from there as the results ask.
-        tried: how many those are; with two, no further ones and two seeds: the short task's sweep says where to look.
-    """
-
-    name: str
-    peft_type: str
-    options: dict[str, Any] = field(hash=False)
-    lowest: float
-    tried: int = 4
-
-    @property
-    def first_rates(self) -> tuple[float, ...]:
-        """The rates that the sweep begins with."""
-        start = GRID.index(self.lowest)
-        return GRID[start : start + self.tried]
+__all__ = ["LONG", "SETTINGS", "peft_config", "settings_for"]
 
 
 def _lora(rank: int, **options: Any) -> dict[str, Any]:
@@ -91,20 +64,29 @@ SETTINGS = (
     _core("random_diagonal", 64, 1e-3),
     _core("metatt", 16, 1e-3),
     _core("lora_xs", 16, 3e-4),
+    *(
+        Setting(f"lora_sb-r{r}", "NDLORA", {"method": "lora_sb", "r": r}, 1e-3, reads_gradient=True)
+        for r in (8, 16)
+    ),
+    *(Setting(f"fourierft-n{n}", "FOURIERFT", {"n_frequency": n, "scaling": 150.0}, 1e-2) for n in (64, 256)),
+    *(Setting(f"unilora-d{d}", "UNILORA", {"r": 4, "theta_d_length": d}, 1e-2) for d in (2688, 10752)),
 )
 
-# of the training of all blocks, the most telling first
-LONG = (
-    Setting("lora-r8", "LORA", _lora(8), 1e-3, tried=2),
-    Setting("crossed", "NDLORA", {"method": "crossed"}, 1e-3, tried=2),
-    Setting("metatt-r16", "NDLORA", {"method": "metatt", "r": 16}, 3e-3, tried=2),
-    Setting("lora-r1", "LORA", _lora(1), 3e-3, tried=2),
-    Setting("metatt-r8", "NDLORA", {"method": "metatt", "r": 8}, 3e-3, tried=2),
-    Setting("crossed-3modes-2terms", "NDLORA", {"method": "crossed", "num_modes": 3, "r": 2}, 3e-3, tried=2),
-    Setting("svfit-r128", "NDLORA", {"method": "svfit", "r": 128}, 3e-3, tried=2),
-    Setting("shared_crossed", "NDLORA", {"method": "shared_crossed"}, 1e-3, tried=2),
-    Setting("lora_xs-r32", "NDLORA", {"method": "lora_xs", "r": 32}, 1e-3, tried=2),
-    Setting("vera-r256", "VERA", {"r": 256}, 1e-2, tried=2),
+# of the training of all blocks, the most telling first: two rates, that the short task suggests, and two seeds
+LONG = tuple(
+    Setting(name, peft_type, options, lowest, tried=2, seeds=(0, 1))
+    for name, peft_type, options, lowest in (
+        ("lora-r8", "LORA", _lora(8), 1e-3),
+        ("crossed", "NDLORA", {"method": "crossed"}, 1e-3),
+        ("metatt-r16", "NDLORA", {"method": "metatt", "r": 16}, 3e-3),
+        ("lora-r1", "LORA", _lora(1), 3e-3),
+        ("metatt-r8", "NDLORA", {"method": "metatt", "r": 8}, 3e-3),
+        ("crossed-3modes-2terms", "NDLORA", {"method": "crossed", "num_modes": 3, "r": 2}, 3e-3),
+        ("svfit-r128", "NDLORA", {"method": "svfit", "r": 128}, 3e-3),
+        ("shared_crossed", "NDLORA", {"method": "shared_crossed"}, 1e-3),
+        ("lora_xs-r32", "NDLORA", {"method": "lora_xs", "r": 32}, 1e-3),
+        ("vera-r256", "VERA", {"r": 256}, 1e-2),
+    )
 )
 
 

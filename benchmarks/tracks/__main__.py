@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.tracks import sweep
+from benchmarks.runs import append_result, check_comparable, missing, of_setting, read_results
 from benchmarks.tracks.images import Images
 from benchmarks.tracks.rl import Arithmetic
 from benchmarks.tracks.sentences import Sentences
 from benchmarks.tracks.settings import settings_for
 from benchmarks.tracks.track import run
+from ndlora_plugins.errors import NdLoraError
 
 TRACKS = {"sentences": Sentences, "images": Images, "rl": Arithmetic}
 
@@ -37,20 +37,22 @@ def main(
     path = results / f"{track}.jsonl"
     chosen = [each for each in settings_for(track) if setting is None or each.name in setting]
     if plan:
-        done = sweep.read_results(path)
+        done = read_results(path)
         for each in chosen:
-            some = sweep.missing(each, sweep.of_setting(done, each.name))
+            some = missing(each, of_setting(done, each.name))
             typer.echo(
                 f"{each.name}: {', '.join(f'{r.learning_rate:g} seed {r.seed}' for r in some) or 'done'}"
             )
         return
     loaded, end = TRACKS[track](data), time.monotonic() + 60 * (minutes or 1e9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _mend(path)
+    try:  # the images' source model, trained anew, differs from machine to machine
+        check_comparable(path, loaded.about)
+    except NdLoraError as error:
+        raise SystemExit(f"Error: {error}") from error
     while chosen and time.monotonic() < end:
-        done = sweep.read_results(path)
-        each = min(chosen, key=lambda one: len(sweep.of_setting(done, one.name)))  # so that all get on alike
-        runs = sweep.missing(each, sweep.of_setting(done, each.name))
+        done = read_results(path)
+        each = min(chosen, key=lambda one: len(of_setting(done, one.name)))  # so that all get on alike
+        runs = missing(each, of_setting(done, each.name))
         if not runs:
             chosen.remove(each)
             continue
@@ -61,19 +63,10 @@ def main(
             typer.echo(f"{each.name}: {type(error).__name__}: {error}", err=True)
             chosen.remove(each)
             continue
-        with path.open("a") as lines:
-            lines.write(json.dumps(result) + "\n")
+        append_result(path, result)
         typer.echo(
-            f"{each.name} lr {wanted.learning_rate:g} seed {wanted.seed}: {result['held_out_loss']}, "
-            f"{result['parameters']:,} parameters, {result['seconds']} s"
+            f"{wanted}: {result['held_out_loss']}, {result['parameters']:,} parameters, {result['seconds']} s"
         )
-
-
-def _mend(path: Path) -> None:
-    """Take off a last line that a kill cut short."""
-    text = path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within
+from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, TrackRow, best_within
 
 __all__ = ["draw_fronts"]
 
@@ -13,7 +13,7 @@ _COLOURS = {True: "tab:blue", False: "tab:orange"}
 _NAMES = {True: "ours", False: "PEFT's methods"}
 
 
-def draw_fronts(tracks: Mapping[str, Sequence[Row]], path: Path) -> None:
+def draw_fronts(tracks: Mapping[str, Sequence[TrackRow]], path: Path) -> None:
     """A PNG: a panel for each track."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import report as quality
-from benchmarks.quality.runs import read_results as read_quality
+from benchmarks.runs import read_results
 from benchmarks.tracks.rows import BASELINE, NOTHING, rows
 from ndlora_plugins import NdLoraConfig
 
@@ -28,7 +28,7 @@ def known(tracks: Mapping[str, Sequence[dict[str, Any]]], language: Path) -> dic
 
     Args:
         tracks: results by track.
-        language: a folder of results of benchmarks/quality.
+        language: results of benchmarks/quality.
     """
     families: dict[str, dict[str, Any]] = {}
     points = [
@@ -62,8 +62,8 @@ def _of_track(
             yield row.options, _point(name, row, baseline, kept)
 
 
-def _of_language(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    found = {row.setting: row for row in quality.rows(read_quality(folder))}
+def _of_language(file: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    found = {row.setting: row for row in quality.rows(read_results(file))}
     baseline = found[quality.BASELINE]
     for row in found.values():
         if row.ours:  # on the problems that were followed, where the loss before the training is known

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write_json
 from benchmarks.picture import draw
-from benchmarks.tracks import known, sweep
+from benchmarks.rows import difference, fill_page, plus_minus, sweep_table
+from benchmarks.runs import read_results
+from benchmarks.tracks import known
 from benchmarks.tracks.fronts import draw_fronts
-from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, Row, best_within, difference, rows
-from benchmarks.tracks.settings import settings_for
+from benchmarks.tracks.rows import BASELINE, BUDGETS, NOTHING, TrackRow, best_within, rows
+from benchmarks.tracks.settings import SEEDS, settings_for
 
-__all__ = ["bars", "budget_table", "field_results", "page", "reward_table", "sweep_table", "table"]
+__all__ = ["bars", "budget_table", "field_results", "page", "reward_table", "table"]
 
 RESULTS = Path(__file__).parent / "results"
-LANGUAGE = Path(__file__).parents[1] / "quality" / "results" / "gsm8k"
+LANGUAGE = Path(__file__).parents[1] / "quality" / "results" / "gsm8k.jsonl"
 PAGES = tuple(Path(__file__).parents[2] / "docs" / name for name in ("evidence.md", "evidence_tables.md"))
-_GENERATED = re.compile(r"(<!-- (\w+) (\w+): .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 _UNITS = {"sentences": "squared error of the rating", "images": "cross-entropy of the digits"}
 _MEASURES = {"held_out_score": "score", "transfer_loss": "transfer", "forgetting": "forgetting"}
 
 
-def _split(found: Sequence[Row]) -> tuple[Row | None, list[Row], list[Row]]:
+def _split(found: Sequence[TrackRow]) -> tuple[TrackRow | None, list[TrackRow], list[TrackRow]]:
     """(the baseline, ours, PEFT's)."""
     baseline = next((row for row in found if row.setting == BASELINE), None)
     adapters = [row for row in found if row.setting != NOTHING]
@@ -53,7 +53,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |\n")
     done = {row.setting for row in found}
-    missing = [each.name for each in settings_for(results[0]["track"]) if each.name not in done]
+    missing = [each.name for each in settings_for(results[0]["task"]) if each.name not in done]
     if missing:
         lines.append(f"\nNot run to the end yet, of the field: {'; '.join(missing)}.\n")
     return "".join(lines)
@@ -116,7 +116,7 @@ def bars(results: Sequence[dict[str, Any]]) -> str:
         ("at its loss", least),
     ):
         if row is not None:
-            mean, error = difference(row, baseline, "forgetting")
+            mean, error = difference(row, baseline, lambda row: row.measures["forgetting"])
             text = (
                 f"1/8: {row.setting}, {how}, forgets no more than LoRA r=8 ({plus_minus(mean, error, True)})"
             )
@@ -126,7 +126,7 @@ def bars(results: Sequence[dict[str, Any]]) -> str:
 
 def reward_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: one line a setting, of the seeds that are there so far."""
-    found = rows(results, seeds=sweep.SEEDS[:1])
+    found = rows(results, seeds=SEEDS[:1])
     baseline = _split(found)[0]
     if baseline is None:
         return "Not run yet.\n"
@@ -157,29 +157,6 @@ def reward_table(results: Sequence[dict[str, Any]]) -> str:
     return "".join(lines)
 
 
-def sweep_table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the validation loss of every setting at every learning rate, at the sweep's seed."""
-    swept = [result for result in results if result["learning_rate"]]
-    if not swept:
-        return "Not run yet.\n"
-    rates = sorted({result["learning_rate"] for result in swept})
-    lines = [
-        "| setting | " + " | ".join(f"{rate:g}" for rate in rates) + " |\n",
-        "|---|" + "---:|" * len(rates) + "\n",
-    ]
-    for name in dict.fromkeys(result["setting"]["name"] for result in swept):
-        own = sweep.of_setting(swept, name)
-        best = sweep.best_rate(own)
-        losses = {r["learning_rate"]: r["validation_loss"] for r in own if r["seed"] == sweep.SEEDS[0]}
-        cells = []
-        for rate in rates:
-            loss = losses.get(rate)
-            text = ("diverged" if rate in losses else "") if loss is None else f"{loss:.3f}"
-            cells.append(f"**{text}**" if rate == best else text)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |\n")
-    return "".join(lines)
-
-
 def _verdict(mean: float, error: float) -> str:
     """Of a difference of losses: beyond one standard error or not."""
     return "better" if mean < -error else "worse" if mean > error else "equal"
@@ -187,12 +164,6 @@ def _verdict(mean: float, error: float) -> str:
 
 def _bar(text: str, reached: bool) -> str:
     return f"- {'reached' if reached else '**missed**'}: {text}\n"
-
-
-def plus_minus(mean: float, error: float | None, signed: bool = False) -> str:
-    """`1.234 ± 0.056`."""
-    sign = "+" if signed else ""
-    return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 _PARTS = {
@@ -205,17 +176,13 @@ _PARTS = {
 
 
 def page(text: str) -> str:
-    """A page with its generated parts made anew; a part is marked `<!-- PART TRACK: ... -->`."""
-
-    def made(match: re.Match) -> str:
-        return match[1] + _PARTS[match[2]](sweep.read_results(RESULTS / f"{match[3]}.jsonl")) + match[4]
-
-    return _GENERATED.sub(made, text)
+    """A page with its generated parts made anew."""
+    return fill_page(text, lambda part, track: _PARTS[part](read_results(RESULTS / f"{track}.jsonl")))
 
 
 def field_results() -> dict[str, list[dict[str, Any]]]:
     """The results of the tracks that carry the whole field."""
-    return {track: sweep.read_results(RESULTS / f"{track}.jsonl") for track in ("images", "sentences")}
+    return {track: read_results(RESULTS / f"{track}.jsonl") for track in ("images", "sentences")}
 
 
 if __name__ == "__main__":

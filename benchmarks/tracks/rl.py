@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.quality.settings import peft_config
+from benchmarks.runs import Run, make_result
 from benchmarks.tracks.sentences import read_sentences
-from benchmarks.tracks.track import Run, line
+from benchmarks.tracks.track import measured
 from ndlora_demo import finetune
 from ndlora_demo.problems import Problem, final_answer, generate
 
@@ -117,7 +118,7 @@ class Arithmetic:
             if "probability tensor" not in str(error):
                 raise
             found = {"validation_loss": None, "held_out_loss": None}
-        result = line(self, wanted, parameters, found, started)
+        result = make_result(self.name, self.about, wanted, parameters, measured(found, started))
         if rewards:
             quarter = max(1, len(rewards) // 4)
             result["reward_first"] = round(sum(rewards[:quarter]) / quarter, 4)

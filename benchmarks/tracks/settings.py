@@ -3,64 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-__all__ = ["GRID", "SEEDS", "Setting", "peft_config", "settings_for"]
+from benchmarks.runs import Setting
+
+__all__ = ["SEEDS", "peft_config", "settings_for"]
 
 SEEDS = (0, 1, 2, 3, 4)
-# learning rates, a factor of about 3 apart
-GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One adapter configuration.
-
-    Attributes:
-        name: as the tables show it.
-        peft_type: of PEFT's table, or "NONE": the head alone, or the model as it was.
-        options: of that type's PeftConfig.
-        lowest: the lowest learning rate of the sweep's first ones; it goes on from there as the results ask.
-        ratios: the end of a parameter's name to how many times the rate it learns at, where its authors say so.
-        tried: how many rates the sweep begins with; of two it takes the better and goes no further.
-        seeds: the sweep runs at the first.
-    """
-
-    name: str
-    peft_type: str
-    options: dict[str, Any] = field(hash=False)
-    lowest: float
-    ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
-    reads_gradient: bool = False
-    tried: int = 4
-    seeds: tuple[int, ...] = SEEDS
-
-    @property
-    def first_rates(self) -> tuple[float, ...]:
-        start = GRID.index(self.lowest)
-        return GRID[start : start + self.tried]
-
-    @property
-    def ours(self) -> bool:
-        return self.peft_type == "NDLORA"
-
-    def described(self) -> dict[str, Any]:
-        """As a line of the results has it."""
-        return {"name": self.name, "peft_type": self.peft_type, "options": self.options}
-
-    def rate_ratio(self, parameter: str) -> float:
-        return next((ratio for part, ratio in self.ratios.items() if part in parameter), 1.0)
 
 
 def _peft(
     name: str, kind: str, lowest: float, ratios: Mapping[str, float] | None = None, **options: Any
 ) -> Setting:
-    return Setting(name, kind, options, lowest, ratios or {})
+    return Setting(name, kind, options, lowest, ratios or {}, seeds=SEEDS)
 
 
 def _lora(name: str, rank: int, lowest: float, **options: Any) -> Setting:
@@ -68,7 +28,7 @@ def _lora(name: str, rank: int, lowest: float, **options: Any) -> Setting:
 
 
 def _ours(name: str, lowest: float, reads_gradient: bool = False, **options: Any) -> Setting:
-    return Setting(name, "NDLORA", options, lowest, reads_gradient=reads_gradient)
+    return Setting(name, "NDLORA", options, lowest, reads_gradient=reads_gradient, seeds=SEEDS)
 
 
 def _field(
@@ -79,12 +39,12 @@ def _field(
     values: Sequence[int],
     tiny: Sequence[int],
     blocks: Sequence[int],
-    vera: int,
+    vera: Sequence[int],
     bank: int,
     nola: int,
     directions: Sequence[int],
 ) -> tuple[Setting, ...]:
-    """The whole field, with sizes that fit the model; in the order in which the queue takes it.
+    """The whole field, with sizes that fit the model.
 
     Args:
         core: ranks of methods with a trained matrix between frozen sides.
@@ -99,96 +59,85 @@ def _field(
         directions: random ones a layer.
     """
     return (
-        Setting("head alone", "NONE", {}, 1e-3),
+        Setting("head alone", "NONE", {}, 1e-3, seeds=SEEDS),
+        # PEFT's
         _lora("LoRA r=8", 8, 1e-3),
-        _ours("crossed", 1e-3),
+        _lora("LoRA r=4", 4, 1e-3),
         _lora("LoRA r=1", 1, 3e-3),
-        _ours("crossed 3 modes", 3e-3, num_modes=3),
-        _ours("shared_crossed", 1e-3, method="shared_crossed"),
-        _ours("metatt r=4", 3e-3, method="metatt", r=4),
-        _peft("IA3", "IA3", 3e-3),
-        _ours(f"inttune r={core[1]}", 3e-3, method="inttune", r=core[1]),
-        _ours(f"lora_xs r={core[1]}", 3e-4, method="lora_xs", r=core[1]),
-        _peft(f"PSOFT r={psoft[0]}", "PSOFT", 1e-3, r=psoft[0], psoft_alpha=psoft[0]),
-        _peft(f"PSOFT r={psoft[1]}", "PSOFT", 1e-3, r=psoft[1], psoft_alpha=psoft[1]),
-        _peft("LoKr full", "LOKR", 1e-3, r=1024, alpha=1024, decompose_factor=-1),
-        _ours("crossed 2 terms", 1e-3, r=2),
-        _peft("RoAd", "ROAD", 3e-3, variant="road_1"),
-        _peft(f"Uni-LoRA d={length[0]}", "UNILORA", 3e-3, r=4, theta_d_length=length[0]),
-        _peft(f"Uni-LoRA d={length[1]}", "UNILORA", 3e-3, r=4, theta_d_length=length[1]),
-        _peft(f"FourierFT n={waves[0]}", "FOURIERFT", 1e-2, n_frequency=waves[0], scaling=150.0),
-        _peft(f"WaveFT n={waves[0]}", "WAVEFT", 1e-3, n_frequency=waves[0], scaling=25.0),
-        _ours("crossed 3 modes, 2 terms", 3e-3, r=2, num_modes=3),
-        _ours(f"lora_xs r={core[0]}", 3e-4, method="lora_xs", r=core[0]),
-        _ours(f"lora_xs r={core[2]}", 3e-4, method="lora_xs", r=core[2]),
-        _ours(f"lora_sb r={core[1]}", 1e-3, True, method="lora_sb", r=core[1]),
-        _ours(f"svfit r={values[0]}", 3e-3, method="svfit", r=values[0]),
-        _ours(f"svfit r={values[1]}", 3e-3, method="svfit", r=values[1]),
-        _ours(f"svfit r={values[2]}", 1e-3, method="svfit", r=values[2]),
-        _ours("crossed 4 modes", 3e-3, num_modes=4),
-        _ours("crossed 4 modes, 2 terms", 3e-3, r=2, num_modes=4),
-        _ours(f"lora_sb r={core[0]}", 3e-3, True, method="lora_sb", r=core[0]),
-        _ours(f"lora_sb r={core[2]}", 1e-3, True, method="lora_sb", r=core[2]),
-        _ours("metatt r=2", 3e-3, method="metatt", r=2),
-        _ours("metatt r=8", 1e-3, method="metatt", r=8),
-        _ours("metatt r=1", 3e-3, method="metatt", r=1),
-        _peft("MiSS r=1", "MISS", 1e-3, r=1),
-        _peft("MiSS r=4", "MISS", 1e-3, r=4),
-        _peft(f"VeRA r={vera}", "VERA", 1e-2, r=vera),
-        _peft(f"TinyLoRA r=2 u={tiny[0]}", "TINYLORA", 3e-3, r=2, u=tiny[0]),
-        _peft(f"TinyLoRA r=8 u={tiny[1]}", "TINYLORA", 3e-3, r=8, u=tiny[1]),
-        _peft(f"C3A b={blocks[0]}", "C3A", 1e-2, block_size=blocks[0]),
-        _peft(f"C3A b={blocks[1]}", "C3A", 1e-2, block_size=blocks[1]),
-        _ours("ndlinear even", 1e-3, method="ndlinear"),
-        _ours("ndlinear even, 3 modes", 3e-3, method="ndlinear", num_modes=3),
-        _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
-        _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
-        _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
-        _ours(f"inttune r={core[0]}", 3e-3, method="inttune", r=core[0]),
-        _ours(f"inttune r={core[2]}", 1e-3, method="inttune", r=core[2]),
-        _ours("columns r=1", 1e-3, method="columns", r=1),
-        _ours("rows r=1", 1e-3, method="rows", r=1),
-        _ours("columns r=4", 1e-3, method="columns", r=4),
-        _ours("tiled r=1", 1e-3, method="tiled", r=1),
-        _ours("tensor_train r=2", 3e-3, method="tensor_train", r=2),
-        _ours("tensor_train r=4", 1e-3, method="tensor_train", r=4),
         _lora("DoRA r=1", 1, 3e-3, use_dora=True),
         _lora("rsLoRA r=8", 8, 3e-4, lora_alpha=16, use_rslora=True),
         _lora("PiSSA r=8", 8, 3e-4, lora_alpha=8, init_lora_weights="pissa"),
-        _lora("LoRA r=4", 4, 1e-3),
+        _peft("LoKr full", "LOKR", 1e-3, r=1024, alpha=1024, decompose_factor=-1),
         _peft("LoKr factor 4, r=4", "LOKR", 3e-3, r=4, alpha=4, decompose_factor=4),
-        _peft("VB-LoRA h=30", "VBLORA", 1e-3, {"logits": 10.0}, r=4, num_vectors=30, vector_length=bank, topk=2),
+        _peft("IA3", "IA3", 3e-3),
         _peft("IA3 k, v, down", "IA3", 3e-3, authors=True),
-        _peft(f"FourierFT n={waves[1]}", "FOURIERFT", 1e-2, n_frequency=waves[1], scaling=150.0),
-        _peft(f"WaveFT n={waves[1]}", "WAVEFT", 1e-3, n_frequency=waves[1], scaling=25.0),
-        _ours("ndlinear even, 2 terms", 1e-3, method="ndlinear", r=2),
-        _ours("crossed 8", 1e-3, crossed_modes=8),
+        _peft("RoAd", "ROAD", 3e-3, variant="road_1"),
+        _peft("MiSS r=1", "MISS", 1e-3, r=1),
+        _peft("MiSS r=4", "MISS", 1e-3, r=4),
+        *(_peft(f"VeRA r={r}", "VERA", 1e-2, r=r) for r in vera),
+        *(_peft(f"PSOFT r={r}", "PSOFT", 1e-3, r=r, psoft_alpha=r) for r in psoft),
+        *(_peft(f"Uni-LoRA d={d}", "UNILORA", 3e-3, r=4, theta_d_length=d) for d in length),
+        *(_peft(f"FourierFT n={n}", "FOURIERFT", 1e-2, n_frequency=n, scaling=150.0) for n in waves),
+        *(_peft(f"WaveFT n={n}", "WAVEFT", 1e-3, n_frequency=n, scaling=25.0) for n in waves),
+        *(_peft(f"C3A b={b}", "C3A", 1e-2, block_size=b) for b in blocks),
+        _peft(f"TinyLoRA r=2 u={tiny[0]}", "TINYLORA", 3e-3, r=2, u=tiny[0]),
+        _peft(f"TinyLoRA r=8 u={tiny[1]}", "TINYLORA", 3e-3, r=8, u=tiny[1]),
+        _peft("VB-LoRA h=30", "VBLORA", 1e-3, {"logits": 10.0}, r=4, num_vectors=30, vector_length=bank, topk=2),
+        # ours
+        _ours("crossed", 1e-3),
         _ours("crossed 2", 1e-3, crossed_modes=2),
+        _ours("crossed 8", 1e-3, crossed_modes=8),
+        _ours("crossed 2 terms", 1e-3, r=2),
+        _ours("crossed 8 terms", 3e-4, r=8),
+        _ours("crossed 3 modes", 3e-3, num_modes=3),
+        _ours("crossed 3 modes, 2 terms", 3e-3, r=2, num_modes=3),
+        _ours("crossed 4 modes", 3e-3, num_modes=4),
+        _ours("crossed 4 modes, 2 terms", 3e-3, r=2, num_modes=4),
+        _ours("ndlinear even", 1e-3, method="ndlinear"),
+        _ours("ndlinear even, 2 terms", 1e-3, method="ndlinear", r=2),
+        _ours("ndlinear even, 3 modes", 3e-3, method="ndlinear", num_modes=3),
+        # the sizes that CDKA's authors recommend
+        _ours("CDKA 2 x 8", 1e-3, method="ndlinear", components=(2, 8)),
+        _ours("CDKA 2 x 8, 4 terms", 3e-4, method="ndlinear", r=4, components=(2, 8)),
+        _ours("CDKA 2 x 2, 8 terms", 3e-4, method="ndlinear", r=8, components=(2, 2)),
+        _ours("shared_crossed", 1e-3, method="shared_crossed"),
+        _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
+        _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
+        _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
+        *(_ours(f"metatt r={r}", 3e-3, method="metatt", r=r) for r in (1, 2, 4)),
+        _ours("metatt r=8", 1e-3, method="metatt", r=8),
+        _ours("tensor_train r=2", 3e-3, method="tensor_train", r=2),
+        _ours("tensor_train r=4", 1e-3, method="tensor_train", r=4),
+        *(_ours(f"inttune r={r}", 3e-3, method="inttune", r=r) for r in core),
+        *(_ours(f"lora_xs r={r}", 3e-4, method="lora_xs", r=r) for r in core),
+        *(_ours(f"lora_sb r={r}", 1e-3, True, method="lora_sb", r=r) for r in core),
+        *(_ours(f"svfit r={r}", 3e-3, method="svfit", r=r) for r in values),
+        _ours(f"loldu r={values[0]}", 3e-3, method="loldu", r=values[0]),
+        *(_ours(f"random_diagonal r={r}", 1e-3, method="random_diagonal", r=r) for r in directions),
+        _ours(f"nola k={nola}", 3e-3, method="nola", options={"bases": nola}),
+        _ours("columns r=1", 1e-3, method="columns", r=1),
+        _ours("columns r=4", 1e-3, method="columns", r=4),
+        _ours("rows r=1", 1e-3, method="rows", r=1),
+        _ours("tiled r=1", 1e-3, method="tiled", r=1),
+        _ours("ffa_lora r=4", 1e-3, method="ffa_lora", r=4),
         _ours("slora r=1", 3e-3, method="slora", r=1),
         _ours("slora r=8", 1e-3, method="slora", r=8),
         _ours("nlora r=8", 1e-3, method="nlora", r=8),
-        _ours(f"nola k={nola}", 3e-3, method="nola", options={"bases": nola}),
-        _ours("ffa_lora r=4", 1e-3, method="ffa_lora", r=4),
-        _ours(f"loldu r={values[0]}", 3e-3, method="loldu", r=values[0]),
-        *(_ours(f"random_diagonal r={r}", 1e-3, method="random_diagonal", r=r) for r in directions),
-        # the sizes that CDKA's authors recommend, and ours of as many numbers
-        _ours("CDKA 2 x 8, 4 terms", 3e-4, method="ndlinear", r=4, components=(2, 8)),
-        _ours("CDKA 2 x 2, 8 terms", 3e-4, method="ndlinear", r=8, components=(2, 2)),
-        _ours("crossed 8 terms", 3e-4, r=8),
-        _ours("CDKA 2 x 8", 1e-3, method="ndlinear", components=(2, 8)),
     )  # fmt: skip
 
 
 _FIELDS = {
     # layers of 384 and 1536 features, 18 of them
     "sentences": _field(
-        core=(8, 16, 32), psoft=(16, 32), length=(1296, 5184), waves=(144, 576), values=(64, 384, 144), tiny=(64, 256),
-        blocks=(384, 128), vera=256, bank=128, nola=64, directions=(72, 144, 288, 576),
+        core=(8, 16, 32, 48), psoft=(16, 32, 64), length=(1296, 5184, 20736, 41472), waves=(144, 576, 1152, 2304),
+        values=(64, 144, 384), tiny=(64, 256), blocks=(384, 128), vera=(256, 1024), bank=128, nola=64,
+        directions=(72, 144, 288, 576, 1152, 2304),
     ),
     # layers of 128 and 512 features, 24 of them
     "images": _field(
-        core=(4, 8, 16), psoft=(8, 16), length=(576, 2304), waves=(48, 192), values=(16, 128, 48), tiny=(24, 96),
-        blocks=(128, 64), vera=64, bank=64, nola=16, directions=(24, 48, 96, 192),
+        core=(4, 8, 16, 27), psoft=(8, 16, 32), length=(576, 2304, 9216, 18432), waves=(48, 192, 384, 768),
+        values=(16, 48, 128), tiny=(24, 96), blocks=(128, 64), vera=(64, 256), bank=64, nola=16,
+        directions=(24, 48, 96, 192, 384, 768),
     ),
     # a run takes minutes: two rates, three seeds
     "rl": (

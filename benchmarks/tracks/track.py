@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.tracks.settings import Setting, peft_config
+from benchmarks.runs import Run, Setting, make_result
+from benchmarks.tracks.settings import peft_config
 from ndlora_plugins import NdLoraConfig, measure_gradients
 
-__all__ = ["HEAD_RATE", "Run", "Track", "line", "linear_layers", "run"]
+__all__ = ["HEAD_RATE", "Track", "linear_layers", "measured", "run"]
 
 HEAD_RATE = 1e-2  # of the head, the same for every setting: only the adapter's rate is swept
-_PACKAGES = ("ndlora-plugins", "torch", "peft", "transformers")
 
 
 class Track(Protocol):
@@ -45,15 +42,6 @@ class Track(Protocol):
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """`validation_loss` chooses the rate, `held_out_loss` is reported; with whatever else the track measures."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What identifies a run of a track."""
-
-    setting: Setting
-    learning_rate: float
-    seed: int
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -81,29 +69,17 @@ def run(track: Track, wanted: Run) -> dict[str, Any]:
     model.eval()
     with torch.inference_mode():
         found = track.evaluate(model) if finite else {"validation_loss": None, "held_out_loss": None}
-    return line(track, wanted, sum(parameter.numel() for _, parameter in adapter), found, started)
+    parameters = sum(parameter.numel() for _, parameter in adapter)
+    return make_result(track.name, track.about, wanted, parameters, measured(found, started))
 
 
-def line(
-    track: Any, wanted: Run, parameters: int, found: Mapping[str, float | None], started: float
-) -> dict[str, Any]:
-    """One line of the results.
-
-    Args:
-        track: its name and what it is about.
-        started: of `time.perf_counter`.
-    """
-    return {
-        "track": track.name,
-        "about": track.about,
-        "setting": wanted.setting.described(),
-        "learning_rate": wanted.learning_rate,
-        "seed": wanted.seed,
-        "parameters": parameters,
-        **{name: _rounded(value) for name, value in found.items()},
-        "seconds": round(time.perf_counter() - started, 2),
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+def measured(found: Mapping[str, float | None], started: float) -> dict[str, float | None]:
+    """What was measured, rounded, with the seconds since `started`; None for what is not finite."""
+    rounded = {
+        name: round(float(value), 5) if value is not None and math.isfinite(value) else None
+        for name, value in found.items()
     }
+    return rounded | {"seconds": round(time.perf_counter() - started, 2)}
 
 
 def _attach(
@@ -157,7 +133,3 @@ def _train(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     return True
-
-
-def _rounded(value: float | None) -> float | None:
-    return round(float(value), 5) if value is not None and math.isfinite(value) else None

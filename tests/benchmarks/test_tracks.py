@@ -1,4 +1,4 @@
-"""The tracks' benchmark: what it runs next, that the whole field can be attached, and that its page is of its runs."""
+"""The tracks' benchmark: that the whole field can be attached, and that its page is of its runs."""
 
 import json
 import pathlib
@@ -10,17 +10,6 @@ import torch
 from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-
-# (learning rate, seed) -> validation loss of the runs that are done; what is missing then
-NEXT = {
-    "a sweep begins": ({}, [(rate, 0) for rate in RATES]),
-    "best in the middle": (
-        {(1e-3, 0): 3, (3e-3, 0): 1, (1e-2, 0): 2, (3e-2, 0): None}, [(3e-3, seed) for seed in (1, 2, 3, 4)],
-    ),
-    "best at the lower edge": ({(1e-3, 0): 1, (3e-3, 0): 2, (1e-2, 0): 3, (3e-2, 0): 4}, [(3e-4, 0)]),
-    "best at the upper edge": ({(1e-3, 0): 4, (3e-3, 0): 3, (1e-2, 0): 2, (3e-2, 0): 1}, [(1e-1, 0)]),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,30 +73,10 @@ class SmallTrack:
         return {"validation_loss": loss, "held_out_loss": loss}
 
 
-@pytest.mark.parametrize("losses, missing", NEXT.values(), ids=NEXT)
-def test_what_runs_next(losses, missing, tracks):
-    from benchmarks.tracks import sweep
-    from benchmarks.tracks.settings import Setting
-
-    setting = Setting("a", "NDLORA", {}, RATES[0])
-    assert [(run.learning_rate, run.seed) for run in sweep.missing(setting, made(losses))] == missing
-
-
-def test_of_two_rates_the_better_has_the_other_seeds(tracks):
-    from benchmarks.tracks import sweep
-    from benchmarks.tracks.settings import Setting
-
-    setting = Setting("a", "NDLORA", {}, RATES[0], tried=2, seeds=(0, 1, 2))
-    assert [run.learning_rate for run in sweep.missing(setting, made({(RATES[0], 0): 1}))] == [RATES[1]]
-    swept = {(RATES[0], 0): 1, (RATES[1], 0): 2, (RATES[0], 1): 1}
-    assert [(run.learning_rate, run.seed) for run in sweep.missing(setting, made(swept))] == [(RATES[0], 2)]
-    base = Setting("b", "NONE", {}, RATES[0], seeds=(0,))
-    assert [run.learning_rate for run in sweep.missing(base, [])] == [0]
-
-
 def test_every_setting_runs(tracks):
+    from benchmarks.runs import Run
     from benchmarks.tracks.settings import settings_for
-    from benchmarks.tracks.track import Run, run
+    from benchmarks.tracks.track import run
 
     small, wavelets = SmallTrack(), find_spec("pywt") is not None
     settings = [each for each in settings_for("images") if wavelets or each.peft_type != "WAVEFT"]
@@ -118,8 +87,8 @@ def test_every_setting_runs(tracks):
 
 
 def test_the_queue_gives_each_setting_a_run_in_turn_and_goes_on(tracks, monkeypatch, tmp_path):
+    from benchmarks.runs import Setting
     from benchmarks.tracks import __main__ as command
-    from benchmarks.tracks.settings import Setting
 
     rank = {"r": 1, "lora_alpha": 2}
     settings = [Setting("none", "NONE", {}, 1e-3, seeds=(0,))]
@@ -155,8 +124,8 @@ def sums(tracks, save_tiny_model, tmp_path_factory):
 
 
 def test_reinforcement_runs_with_every_setting_and_leaves_the_base_as_it_was(sums):
+    from benchmarks.runs import Run
     from benchmarks.tracks.settings import settings_for
-    from benchmarks.tracks.track import Run
 
     track = sums[0]()
     before = {name: value.clone() for name, value in track.model.state_dict().items()}
@@ -169,9 +138,9 @@ def test_reinforcement_runs_with_every_setting_and_leaves_the_base_as_it_was(sum
 
 
 def test_reinforcement_is_the_same_again_with_the_same_seed(sums, monkeypatch):
+    from benchmarks.runs import Run
     from benchmarks.tracks import rl
     from benchmarks.tracks.settings import settings_for
-    from benchmarks.tracks.track import Run
 
     # a tiny random model is never right: a reward that differs, so that it learns
     monkeypatch.setattr(rl, "_rewards", lambda completions, **_: [float(len(each)) for each in completions])
@@ -191,14 +160,6 @@ def test_rewards_are_shown_as_far_as_they_are_there(tracks):
     line = next(line for line in reward_table(results).splitlines() if "**crossed**" in line)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1:7] == ["100", "1/8", "0.001", "1", "0.500", "-0.250"]
-
-
-def test_a_line_that_a_kill_cut_short_is_run_again(tracks, tmp_path):
-    from benchmarks.tracks import sweep
-
-    path = tmp_path / "sentences.jsonl"
-    path.write_text(json.dumps(made({(1e-3, 0): 1.0})[0]) + '\n{"setting": {"na')
-    assert len(sweep.read_results(path)) == 1
 
 
 def test_the_best_of_a_budget_is_the_best_in_validation(tracks):

@@ -1,0 +1,173 @@
+"""What quality and tracks have in common: settings, their runs as lines of JSON, and which run comes next."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ndlora_plugins.errors import NdLoraValueError
+
+__all__ = [
+    "Run",
+    "Setting",
+    "append_result",
+    "best_rate",
+    "check_comparable",
+    "loss_that_chooses",
+    "make_result",
+    "missing",
+    "of_setting",
+    "read_results",
+]
+
+# learning rates, a factor of about 3 apart
+_GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+_PACKAGES = ("ndlora-plugins", "torch", "peft", "transformers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One adapter configuration.
+
+    Attributes:
+        name: as the tables show it.
+        peft_type: of PEFT's table, or "NONE": no adapter.
+        options: of that type's PeftConfig.
+        lowest: the lowest learning rate of the sweep's first ones; it goes on from there as the results ask.
+        ratios: the end of a parameter's name to how many times the rate it learns at, where its authors say so.
+        reads_gradient: whether its start needs the gradients of some batches.
+        tried: how many rates the sweep begins with; of two it takes the better and goes no further.
+        seeds: the sweep runs at the first, the others at the best rate.
+    """
+
+    name: str
+    peft_type: str
+    options: dict[str, Any] = field(hash=False)
+    lowest: float
+    ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
+    reads_gradient: bool = False
+    tried: int = 4
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def first_rates(self) -> tuple[float, ...]:
+        """The rates that the sweep begins with."""
+        start = _GRID.index(self.lowest)
+        return _GRID[start : start + self.tried]
+
+    def rate_ratio(self, parameter: str) -> float:
+        """How many times the rate a parameter of this name learns at."""
+        return next((ratio for part, ratio in self.ratios.items() if part in parameter), 1.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What identifies a run of a task."""
+
+    setting: Setting
+    learning_rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.setting.name} lr {self.learning_rate:g} seed {self.seed}"
+
+
+def make_result(
+    task: str, about: Mapping[str, Any], run: Run, parameters: int, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One line of the results.
+
+    Args:
+        about: what was trained; only results that say the same can be compared.
+        found: what was measured; `held_out_loss` is None if the training diverged.
+    """
+    setting = {name: getattr(run.setting, name) for name in ("name", "peft_type", "options")}
+    return {
+        "task": task,
+        "about": dict(about),
+        "setting": setting,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "parameters": parameters,
+        **found,
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Every run that is done; a last line that a kill cut short is not one."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def append_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write one line more, in place of a last one that a kill cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lines:
+        lines.seek(0)
+        text = lines.read()
+        lines.truncate(len(text[: text.rfind("\n") + 1].encode()))
+        lines.write(json.dumps(result) + "\n")
+
+
+def check_comparable(path: Path, about: Mapping[str, Any]) -> None:
+    """Refuse a file whose runs trained something else.
+
+    Raises:
+        NdLoraValueError: naming both.
+    """
+    for result in read_results(path):
+        if result["about"] != dict(about):
+            raise NdLoraValueError(
+                f"{path} holds runs of {result['about']}, which cannot be compared with {dict(about)}: choose another "
+                f"folder with --results."
+            )
+
+
+def of_setting(results: Iterable[dict[str, Any]], setting: str) -> list[dict[str, Any]]:
+    """The results of one setting."""
+    return [result for result in results if result["setting"]["name"] == setting]
+
+
+def loss_that_chooses(result: Mapping[str, Any]) -> float | None:
+    """The validation loss, or the held-out one of a task that has no third part; None if the training diverged."""
+    return result.get("validation_loss", result["held_out_loss"])
+
+
+def best_rate(results: Sequence[dict[str, Any]]) -> float | None:
+    """The rate with the lowest loss at the sweep's seed; None if every run diverged."""
+    swept = [
+        (loss, result["learning_rate"])
+        for result in results
+        if result["seed"] == 0 and (loss := loss_that_chooses(result)) is not None
+    ]
+    return min(swept)[1] if swept else None
+
+
+def missing(setting: Setting, results: Sequence[dict[str, Any]]) -> list[Run]:
+    """The runs of one setting that are known to be missing; after them there may be more.
+
+    First the sweep's rates; then one rate beyond while the best is at an edge, unless only two are tried; then the
+    other seeds at the best.
+
+    Args:
+        results: of this setting.
+    """
+    done = {(result["learning_rate"], result["seed"]) for result in results}
+    if setting.peft_type == "NONE":
+        return [Run(setting, 0.0, seed) for seed in setting.seeds if (0.0, seed) not in done]
+    swept = sorted({rate for rate, seed in done if seed == 0})
+    first = [rate for rate in setting.first_rates if rate not in swept]
+    if first:
+        return [Run(setting, rate, 0) for rate in first]
+    best = best_rate(results)
+    if best is not None and (setting.tried == 2 or swept[0] < best < swept[-1]):
+        return [Run(setting, best, seed) for seed in setting.seeds[1:] if (best, seed) not in done]
+    beyond = _GRID.index(best) + 1 if best is not None and best == swept[-1] else _GRID.index(swept[0]) - 1
+    return [Run(setting, _GRID[beyond], 0)] if setting.tried > 2 and 0 <= beyond < len(_GRID) else []
