@@ -7,7 +7,9 @@ intermediates kept for backward. A `Product` adds into what is there instead, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ __all__ = [
     "cast_factors",
     "compute_dtype",
     "linear_with_product",
+    "plain_autograd",
 ]
 
 Kept = tuple[Tensor, ...]
@@ -203,7 +206,7 @@ def _differentiable_backward(
     elif any(needs):
         raise NdLoraValueError(
             "A second derivative (create_graph=True) of an adapter whose `down` is frozen: backward keeps the "
-            "product with `down`, not the input. Set ndlora_plugins.fused.enabled = False around the forward."
+            "product with `down`, not the input. Run the forward within `ndlora_plugins.fused.plain_autograd()`."
         )
     else:  # dW x is linear in x: any x will do
         x = grad.new_zeros(ctx.shape, requires_grad=True)
@@ -216,14 +219,24 @@ def _differentiable_backward(
     return grad_x, [found.pop(0) if need else None for need in needs]
 
 
-enabled = True  # False: plain autograd everywhere
+_plain = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Compute updates by torch's own functions within this context: slower, with derivatives of any order."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def _can_fuse(*tensors: Tensor | None) -> bool:
     # torch.compile fuses plain functions itself; subclasses (DTensor, quantised) bring their own products
     return (
-        enabled
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and not _plain.get()
         and not _is_transforming()
         and _PLAIN.issuperset(map(type, tensors))
     )

@@ -74,7 +74,7 @@ SETTINGS = (
 
 # of the training of all blocks, the most telling first: two rates, that the short task suggests, and two seeds
 LONG = tuple(
-    Setting(name, peft_type, options, lowest, tried=2, seeds=(0, 1))
+    Setting(name, peft_type, options, lowest, tried=2, seeds=(0, 1), reads_gradient="lora_sb" in name)
     for name, peft_type, options, lowest in (
         ("lora-r8", "LORA", _lora(8), 1e-3),
         ("crossed", "NDLORA", {"method": "crossed"}, 1e-3),
@@ -82,10 +82,10 @@ LONG = tuple(
         ("lora-r1", "LORA", _lora(1), 3e-3),
         ("metatt-r8", "NDLORA", {"method": "metatt", "r": 8}, 3e-3),
         ("crossed-3modes-2terms", "NDLORA", {"method": "crossed", "num_modes": 3, "r": 2}, 3e-3),
-        ("svfit-r128", "NDLORA", {"method": "svfit", "r": 128}, 3e-3),
+        ("lora_sb-r17", "NDLORA", {"method": "lora_sb", "r": 17}, 3e-3),
+        ("lora_sb-r11", "NDLORA", {"method": "lora_sb", "r": 11}, 3e-3),
+        ("lora_sb-r38", "NDLORA", {"method": "lora_sb", "r": 38}, 3e-3),
         ("shared_crossed", "NDLORA", {"method": "shared_crossed"}, 1e-3),
-        ("lora_xs-r32", "NDLORA", {"method": "lora_xs", "r": 32}, 1e-3),
-        ("vera-r256", "VERA", {"r": 256}, 1e-2),
     )
 )
 

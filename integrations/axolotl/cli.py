@@ -37,13 +37,13 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
 
     from ..peft.skeleton import model_on_meta
     from ..peft.tuner.targets import plan_model
-    from . import implicit
     from .keys import build_config
+    from .patches import bring_in_plugin
 
     written = DictDefault(yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     if written.adapter != "ndlora":
         raise NdLoraValueError(f"{config} has adapter: {written.adapter}; ndlora-plan plans adapter: ndlora.")
-    implicit.bring_in_plugin(written)
+    bring_in_plugin(written)
     cfg = validate_config(written)
     options = {"trust_remote_code": bool(cfg.trust_remote_code), "revision": cfg.revision_of_model}
     model_config = AutoConfig.from_pretrained(model or cfg.base_model_config or cfg.base_model, **options)

@@ -14,7 +14,6 @@ from ndlora_plugins.errors import NdLoraValueError
 from ..peft.names import NAME
 from ..peft.registration import activate
 from ..trl.card import keep_model_card
-from . import merge, quantized
 from .keys import (
     YAML_KEYS,
     build_callback,
@@ -22,6 +21,7 @@ from .keys import (
     refuse_what_cannot_apply,
     written_fields,
 )
+from .patches import let_quantise, merge_by_shards
 
 __all__ = ["NdLoraPlugin"]
 
@@ -54,8 +54,8 @@ class NdLoraPlugin(BasePlugin):
             return
         self._inference = bool(cfg.get("inference"))
         refuse_what_cannot_apply(cfg)
-        quantized.enable()
-        merge.enable(cfg)
+        let_quantise()
+        merge_by_shards(cfg)
 
     def get_input_args(self) -> str:
         """The pydantic model of the `ndlora:` block."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import ExportableState
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 
@@ -34,6 +33,7 @@ from .checks import (
 from .export import EndExport, make_export
 from .gradients import measure_on_batches
 from .norms import base_norm, update_norms
+from .patches import call_first
 from .plot import check_matplotlib, draw_history
 from .resume import check_resumed, noted_schedules
 from .schedule import CoreOnly
@@ -85,6 +85,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
     ):
         if plot is not None:
             check_matplotlib()
+        call_first(NdLoraCallback)
         self._arguments = {"strict": strict, "log_norms": log_norms, "core_only_at": core_only_at}
         self.strict = strict
         self.log_norms = log_norms
@@ -108,7 +109,6 @@ class NdLoraCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args, state, control, model: Any = None, optimizer=None, train_dataloader=None, **kwargs
     ):
-        _put_first(self)
         sharded = _is_sharded(args)
         if isinstance(self.export, EndExport):
             self.export.target(args)
@@ -255,24 +255,6 @@ def make_callback(options: Mapping[str, Any], where: str) -> NdLoraCallback:
     if unknown:
         raise NdLoraValueError(f"{where}: unknown options {unknown}. Known: {', '.join(known)}.")
     return NdLoraCallback(**options)
-
-
-def _put_first(callback: TrainerCallback) -> None:
-    """Move `callback` before the trackers' callbacks, so that they get what it adds to the logs.
-
-    A trainer puts its trackers first and tells a callback neither of itself nor of them; the handler that is
-    calling is found on the stack. Without one (events called by hand) nothing happens, and only
-    `state.log_history` and later callbacks get the values.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            # in place: the handler is in the middle of this very list, and those after us keep their places
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back
 
 
 def _is_sharded(args: TrainingArguments) -> bool:

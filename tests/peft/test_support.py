@@ -195,6 +195,8 @@ class Case:
         self.config = {"random_seed": 0, **fields, **targets}
         # of an output of about 1: what rounding a merged weight to 4 or 8 bits may cost
         self.tolerance = 0.3 if self.options else 1e-4
+        # bitsandbytes rounds the activations too, in some modes: a last bit of difference before it grows
+        self.rounding = 5e-3 if self.options else 1e-5
 
     def load(self):
         return copy.deepcopy(self.loaded)
@@ -246,7 +248,7 @@ def merge(case):
 def mixed_batch(case):
     model = case.trained()
     mixed = case.output(model, adapter_names=["default", "__base__"])
-    torch.testing.assert_close(mixed[0], case.output(model)[0])
+    torch.testing.assert_close(mixed[0], case.output(model)[0], atol=case.rounding, rtol=1e-5)
     with model.disable_adapter():
         torch.testing.assert_close(mixed[1], case.output(model)[1])
 
@@ -256,9 +258,7 @@ def weighted_sum(case):
     expected = case.output(model)
     model.add_weighted_adapter(["default", "default"], [0.25, 0.75], "sum")
     model.set_adapter("sum")
-    # bitsandbytes rounds the activations too, in some modes
-    atol = 5e-3 if case.options else 1e-4
-    torch.testing.assert_close(case.output(model), expected, atol=atol, rtol=1e-3)
+    torch.testing.assert_close(case.output(model), expected, atol=max(case.rounding, 1e-4), rtol=1e-3)
 
 
 def convert(case):

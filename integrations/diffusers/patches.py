@@ -1,4 +1,4 @@
-"""Our own sentence where diffusers' LoRA functions would lose an NDLORA adapter, or load it as nothing.
+"""Every function of diffusers that one of ours stands before: its LoRA functions would lose an NDLORA adapter.
 
 `ndlora_autoload` calls `activate` when `diffusers.loaders.peft` has been imported.
 """
@@ -27,6 +27,7 @@ def activate() -> None:
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.loaders.peft import PeftAdapterMixin
 
+    # diffusers/loaders/peft.py:393 and 84, lora_base.py:1032; tried on diffusers 0.42.1
     stand_before(PeftAdapterMixin, "save_lora_adapter", _after(_check_saved_component))
     stand_before(PeftAdapterMixin, "load_lora_adapter", _after(_check_loaded))
     stand_before(LoraBaseMixin, "write_lora_layers", _after(_check_written))
