@@ -16,7 +16,7 @@ import sys
 # module whose import we wait for -> our module, whose function `activate` is then called
 WATCHED = {
     "peft.tuners": "ndlora_plugins.integrations.peft.registration",
-    "axolotl.utils.config": "ndlora_plugins.integrations.axolotl.patches",
+    "axolotl.utils.config": "ndlora_plugins.integrations.axolotl.implicit",
     "diffusers.loaders.peft": "ndlora_plugins.integrations.diffusers.patches",
     "swift.tuner_plugin.mapping": "ndlora_plugins.integrations.ms_swift.tuner",
 }

@@ -37,8 +37,8 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
 
     from ..peft.skeleton import model_on_meta
     from ..peft.tuner.targets import plan_model
+    from .implicit import bring_in_plugin
     from .keys import build_config
-    from .patches import bring_in_plugin
 
     written = DictDefault(yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     if written.adapter != "ndlora":

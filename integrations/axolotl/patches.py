@@ -1,7 +1,4 @@
-"""Every function of Axolotl that one of ours stands before. Tried on axolotl 0.19.0; its line stands beside each.
-
-`ndlora_autoload` calls `activate` when `axolotl.utils.config` has been imported; the plugin calls the others.
-"""
+"""Every function of Axolotl that one of ours stands before. Tried on axolotl 0.19.0; its line stands beside each."""
 
 from __future__ import annotations
 
@@ -12,15 +9,21 @@ from typing import Any
 
 from ..patches import stand_before
 
-__all__ = ["PLUGIN", "activate", "bring_in_plugin", "let_quantise", "merge_by_shards"]
-
-PLUGIN = "ndlora_plugins.integrations.axolotl.NdLoraPlugin"
+__all__ = ["let_quantise", "look_before_validation", "merge_by_shards"]
 
 
-def activate() -> None:
-    """Make `adapter: ndlora` enough: every configuration passes here. Idempotent."""
+def look_before_validation(look: Callable[[Any], None]) -> None:
+    """Let `look` see every configuration before Axolotl validates it. Idempotent."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_config(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+            look(cfg)
+            return original(cfg, *args, **kwargs)
+
+        return validate_config
+
     # axolotl/utils/config/__init__.py:457
-    stand_before(importlib.import_module("axolotl.utils.config"), "validate_config", _bringing_in_the_plugin)
+    stand_before(importlib.import_module("axolotl.utils.config"), "validate_config", make)
 
 
 def let_quantise() -> None:
@@ -42,37 +45,6 @@ def merge_by_shards(cfg: Any) -> None:
         cfg["merge_method"] = "legacy"
         return
     stand_before(command, "do_merge_lora", _merging_by_shard)  # axolotl/cli/merge_lora.py:20
-
-
-def _bringing_in_the_plugin(original: Callable[..., Any]) -> Callable[..., Any]:
-    def validate_config(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        if cfg.get("adapter") == "ndlora":
-            bring_in_plugin(cfg)
-        elif cfg.get("ndlora"):
-            from ndlora_plugins.errors import NdLoraValueError
-
-            raise NdLoraValueError(
-                f"The block `ndlora:` says nothing with adapter: {cfg.get('adapter')}. Write `adapter: "
-                f"ndlora`, or take the block out."
-            )
-        return original(cfg, *args, **kwargs)
-
-    return validate_config
-
-
-def bring_in_plugin(cfg: Any) -> None:
-    """Add our plugin to the configuration and to Axolotl's manager, unless it is listed already."""
-    from axolotl.integrations.base import PluginManager
-
-    from .plugin import NdLoraPlugin
-
-    manager = PluginManager.get_instance()
-    listed = list(cfg.get("plugins") or [])
-    if any(isinstance(manager.plugins.get(path), NdLoraPlugin) for path in listed):
-        return
-    manager.register(PLUGIN)
-    cfg["plugins"] = [*listed, PLUGIN]  # Axolotl calls plugins only where this key stands
-    manager.plugins[PLUGIN].register(cfg)
 
 
 def _named_for_its_bits(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.integrations.axolotl import patches
+from ndlora_plugins.integrations.axolotl import implicit
 from ndlora_plugins.integrations.axolotl.args import NdLoraBlock
 from ndlora_plugins.integrations.axolotl.keys import YAML_KEYS
 from ndlora_plugins.integrations.axolotl.plugin import NdLoraPlugin
@@ -85,7 +85,7 @@ def validate(**keys):
 
 def test_the_adapter_alone_brings_the_plugin_in():
     cfg = validate()
-    assert cfg.plugins == [patches.PLUGIN]
+    assert cfg.plugins == [implicit.PLUGIN]
     assert PluginManager.get_instance().supports_adapter("ndlora")
     assert cfg.lora_r is None and cfg.ndlora is None
 
@@ -93,7 +93,7 @@ def test_the_adapter_alone_brings_the_plugin_in():
 def test_other_plugins_stay_listed():
     other = "axolotl.integrations.spectrum.SpectrumPlugin"
     PluginManager.get_instance().register(other)
-    assert validate(plugins=[other]).plugins == [other, patches.PLUGIN]
+    assert validate(plugins=[other]).plugins == [other, implicit.PLUGIN]
 
 
 def test_a_plugin_that_is_listed_is_not_added_again():
@@ -104,7 +104,7 @@ def test_a_plugin_that_is_listed_is_not_added_again():
 
 def test_activation_wraps_once():
     before = axolotl_config.validate_config
-    patches.activate()
+    implicit.activate()
     assert axolotl_config.validate_config is before
 
 

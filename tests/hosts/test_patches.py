@@ -21,7 +21,7 @@ PATCHES = {
         ],
     ),
     "axolotl.utils.config": (
-        ("axolotl.patches", "activate"), ["axolotl.utils.config:validate_config"],
+        ("axolotl.implicit", "activate"), ["axolotl.utils.config:validate_config"],
     ),
     "axolotl.loaders.model": (
         ("axolotl.patches", "let_quantise"),
