@@ -88,6 +88,7 @@ def _field(
         _ours("crossed 2", 1e-3, crossed_modes=2),
         _ours("crossed 8", 1e-3, crossed_modes=8),
         _ours("crossed 2 terms", 1e-3, r=2),
+        _ours("crossed 8, 2 terms", 1e-3, crossed_modes=8, r=2),
         _ours("crossed 8 terms", 3e-4, r=8),
         _ours("crossed 3 modes", 3e-3, num_modes=3),
         _ours("crossed 3 modes, 2 terms", 3e-3, r=2, num_modes=3),
@@ -131,7 +132,7 @@ _FIELDS = {
     "sentences": _field(
         core=(8, 16, 32, 48), psoft=(16, 32, 64), length=(1296, 5184, 20736, 41472), waves=(144, 576, 1152, 2304),
         values=(64, 144, 384), tiny=(64, 256), blocks=(384, 128), vera=(256, 1024), bank=128, nola=64,
-        directions=(72, 144, 288, 576, 1152, 2304),
+        directions=(72, 144, 288, 576),
     ),
     # layers of 128 and 512 features, 24 of them
     "images": _field(
@@ -146,7 +147,7 @@ _FIELDS = {
             replace(each, tried=2, seeds=SEEDS[:3])
             for each in (
                 _lora("LoRA r=8", 8, 3e-4),
-                _ours("crossed", 3e-4),
+                _ours("crossed", 3e-4, lora_alpha=16),  # the default then
                 _lora("LoRA r=1", 1, 1e-3),
                 _ours("lora_xs r=8", 3e-4, method="lora_xs", r=8),
                 _ours("inttune r=8", 1e-3, method="inttune", r=8),

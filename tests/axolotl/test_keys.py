@@ -136,7 +136,7 @@ def test_layers_pattern_goes_with_layers_to_transform():
 
 def test_nothing_said_is_our_defaults():
     config = build_config(validated())
-    assert (config.method, config.r, config.lora_alpha, config.num_modes) == ("crossed", 1, 16, 2)
+    assert (config.method, config.r, config.lora_alpha, config.num_modes) == ("crossed", 1, 8, 2)
     assert build_config(validated(ndlora={"method": "nlora"})).r == 8
 
 

@@ -59,7 +59,7 @@ def draw(in_features, out_features):
 
 
 def plan(method, start, in_features, out_features, rank=None, options=None):
-    chosen = adapter_options(method, start, rank, options=options)
+    chosen = adapter_options(method, start, rank, 16, options=options)
     return plan_layer(chosen, in_features, out_features, "q")
 
 
