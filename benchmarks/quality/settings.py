@@ -88,7 +88,12 @@ LONG = tuple(
         ("metatt-r16", "NDLORA", {"method": "metatt", "r": 16}, 3e-3),
         ("lora-r1", "LORA", _lora(1), 3e-3),
         ("metatt-r8", "NDLORA", {"method": "metatt", "r": 8}, 3e-3),
-        ("crossed-3modes-2terms-a16", "NDLORA", {"method": "crossed", "num_modes": 3, "r": 2, "lora_alpha": 16}, 3e-3),
+        (
+            "crossed-3modes-2terms-a16",
+            "NDLORA",
+            {"method": "crossed", "num_modes": 3, "r": 2, "lora_alpha": 16},
+            3e-3,
+        ),
         ("lora_sb-r17", "NDLORA", {"method": "lora_sb", "r": 17}, 3e-3),
         ("shared_crossed", "NDLORA", {"method": "shared_crossed"}, 1e-3),
     )

@@ -82,9 +82,9 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
     lora_alpha: Alpha | None = field(
         default=None,
         metadata={
-            "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default: what the method's start is made "
-            "for, 8 for Kronecker terms and 16, as in LoRA recipes, for most others (`ndlora methods` says which); else "
-            "r: scaling is 1. Layers with a rank of their own keep it, as in LoraConfig."
+            "help": "scaling = lora_alpha / r, or / sqrt(r) with `use_rslora`. Default: what the method's start is "
+            "made for, 8 for Kronecker terms and 16, as in LoRA recipes, for most others (`ndlora methods` says "
+            "which); else r: scaling is 1. Layers with a rank of their own keep it, as in LoraConfig."
         },
     )
     lora_dropout: Dropout = field(
