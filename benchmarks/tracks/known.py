@@ -41,7 +41,11 @@ def known(tracks: Mapping[str, Sequence[dict[str, Any]]], language: Path) -> dic
         config = NdLoraConfig(**options)
         if "gradient" in config.resolved().start.reads:  # needs more than a configuration
             continue
-        options = {"method": config.method, **{n: v for n, v in options.items() if n not in ("r", "method")}}
+        default = NdLoraConfig(method=config.method, r=config.r, options=config.options)
+        options = {
+            "method": config.method,
+            **{n: v for n, v in options.items() if n == "options" or v != getattr(default, n)},
+        }
         family = families.setdefault(json.dumps(options, sort_keys=True), {"options": options, "points": []})
         family["points"].append({"r": config.r, **point})
     wanted = set(tracks)

@@ -14,8 +14,8 @@ from ndlora_plugins.structures import KroneckerSum
 
 __all__ = ["first_step_gain", "nearest_kronecker", "starts"]
 
-# half of a LoRA recipe's: as good on the language model, better on sentences and images, and less is forgotten
-# (docs/evidence.md)
+# half of a LoRA recipe's: as good on the language model, better on sentences and images, and less is forgotten; at
+# twice LoRA's rate (docs/evidence.md)
 _ALPHA = RECIPE_ALPHA // 2
 
 
