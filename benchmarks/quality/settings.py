@@ -78,8 +78,8 @@ SETTINGS = (
     *(Setting(f"unilora-d{d}", "UNILORA", {"r": 4, "theta_d_length": d}, 1e-2) for d in (2688, 10752)),
 )
 
-# of the training of all blocks, the most telling first: two rates, that the short task suggests, and two seeds (of lora-r8
-# and crossed 0.0055 was run too)
+# of the training of all blocks, the most telling first: two rates, that the short task suggests (of lora-r8 and crossed
+# 0.0055 too), and two seeds
 LONG = tuple(
     Setting(name, peft_type, options, lowest, tried=2, seeds=(0, 1), reads_gradient="lora_sb" in name)
     for name, peft_type, options, lowest in (
