@@ -18,7 +18,7 @@ from ndlora_plugins.integrations.trl import NdLoraCallback
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k.jsonl"
 
-STEPS, TRAINED, HELD_OUT, MAX_LENGTH = 8, 32, 8, 96
+STEPS, TRAINED, HELD_OUT, MAX_LENGTH = 8, 16, 8, 64
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_held_out_loss_falls_and_the_base_stays(real_model, problems, tmp_path):
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
-            str(tmp_path), max_steps=STEPS, per_device_train_batch_size=4, per_device_eval_batch_size=8,
+            str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, per_device_eval_batch_size=8,
             learning_rate=3e-3, lr_scheduler_type="constant", max_length=MAX_LENGTH, logging_steps=4,
             bf16=False, report_to="none", save_strategy="no", seed=0, gradient_checkpointing=False,
         ),
