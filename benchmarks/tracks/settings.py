@@ -85,6 +85,7 @@ def _field(
         _peft("VB-LoRA h=30", "VBLORA", 1e-3, {"logits": 10.0}, r=4, num_vectors=30, vector_length=bank, topk=2),
         # ours
         _ours("crossed", 1e-3),
+        _ours("crossed, alpha 16", 1e-3, lora_alpha=16),
         _ours("crossed 2", 1e-3, crossed_modes=2),
         _ours("crossed 8", 1e-3, crossed_modes=8),
         _ours("crossed 2 terms", 1e-3, r=2),
