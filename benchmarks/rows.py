@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import standard_error
-from benchmarks.runs import best_rate, loss_that_chooses, of_setting
+from benchmarks.runs import SWEEP_SEED, best_rate, loss_that_chooses, of_setting
 
 __all__ = ["Row", "common_fields", "difference", "fill_page", "plus_minus", "sweep_table"]
 
@@ -52,7 +52,7 @@ def common_fields(
     best = best_rate(results)
     if best is None:
         return None
-    rates = sorted({result["learning_rate"] for result in results if result["seed"] == 0})
+    rates = sorted({result["learning_rate"] for result in results if result["seed"] == SWEEP_SEED})
     runs = [r for r in results if r["learning_rate"] == best and r["held_out_loss"] is not None]
     return {
         "setting": runs[0]["setting"]["name"],
@@ -86,7 +86,7 @@ def plus_minus(mean: float, error: float | None, signed: bool = False, digits: i
 
 def sweep_table(results: Sequence[dict[str, Any]], digits: int = 3) -> str:
     """Markdown: the loss that chooses, of every setting at every learning rate, at the sweep's seed."""
-    swept = [result for result in results if result["learning_rate"] and result["seed"] == 0]
+    swept = [result for result in results if result["learning_rate"] and result["seed"] == SWEEP_SEED]
     rates = sorted({result["learning_rate"] for result in swept})
     lines = [
         "| setting | " + " | ".join(f"{rate:g}" for rate in rates) + " |\n",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
+from ndlora_plugins import NdLoraConfig, measure_gradients
 from ndlora_plugins.errors import NdLoraValueError
 
 __all__ = [
+    "SWEEP_SEED",
     "Run",
     "Setting",
     "append_result",
@@ -20,13 +25,16 @@ __all__ = [
     "check_comparable",
     "loss_that_chooses",
     "make_result",
+    "measure_if_read",
     "missing",
     "of_setting",
     "read_results",
+    "rounded",
 ]
 
 # learning rates, a factor of about 3 apart
 _GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+SWEEP_SEED = 0
 _PACKAGES = ("ndlora-plugins", "torch", "peft", "transformers")
 
 
@@ -40,9 +48,8 @@ class Setting:
         options: of that type's PeftConfig.
         lowest: the lowest learning rate of the sweep's first ones; it goes on from there as the results ask.
         ratios: the end of a parameter's name to how many times the rate it learns at, where its authors say so.
-        reads_gradient: whether its start needs the gradients of some batches.
         tried: how many rates the sweep begins with; of two it takes the better and goes no further.
-        seeds: the sweep runs at the first, the others at the best rate.
+        seeds: the first is SWEEP_SEED, the others run at the best rate.
     """
 
     name: str
@@ -50,7 +57,6 @@ class Setting:
     options: dict[str, Any] = field(hash=False)
     lowest: float
     ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
-    reads_gradient: bool = False
     tried: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -75,6 +81,23 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.setting.name} lr {self.learning_rate:g} seed {self.seed}"
+
+
+def measure_if_read(
+    model: nn.Module, config: Any, loss: Callable[[Any], Tensor], batches: Sequence[Any]
+) -> None:
+    """Measure the gradients of the first four batches where the configuration's start reads them.
+
+    Args:
+        loss: of a batch.
+    """
+    if isinstance(config, NdLoraConfig) and "gradient" in config.resolved().start.reads:
+        measure_gradients(model, config, lambda: [loss(batch).backward() for batch in batches[:4]])
+
+
+def rounded(value: float | None) -> float | None:
+    """As results have it; None for what is not finite."""
+    return round(float(value), 5) if value is not None and math.isfinite(value) else None
 
 
 def make_result(
@@ -145,7 +168,7 @@ def best_rate(results: Sequence[dict[str, Any]]) -> float | None:
     swept = [
         (loss, result["learning_rate"])
         for result in results
-        if result["seed"] == 0 and (loss := loss_that_chooses(result)) is not None
+        if result["seed"] == SWEEP_SEED and (loss := loss_that_chooses(result)) is not None
     ]
     return min(swept)[1] if swept else None
 
@@ -162,12 +185,12 @@ def missing(setting: Setting, results: Sequence[dict[str, Any]]) -> list[Run]:
     done = {(result["learning_rate"], result["seed"]) for result in results}
     if setting.peft_type == "NONE":
         return [Run(setting, 0.0, seed) for seed in setting.seeds if (0.0, seed) not in done]
-    swept = sorted({rate for rate, seed in done if seed == 0})
+    swept = sorted({rate for rate, seed in done if seed == SWEEP_SEED})
     first = [rate for rate in setting.first_rates if rate not in swept]
     if first:
-        return [Run(setting, rate, 0) for rate in first]
+        return [Run(setting, rate, SWEEP_SEED) for rate in first]
     best = best_rate(results)
     if best is not None and (setting.tried == 2 or swept[0] < best < swept[-1]):
         return [Run(setting, best, seed) for seed in setting.seeds[1:] if (best, seed) not in done]
     beyond = _GRID.index(best) + 1 if best is not None and best == swept[-1] else _GRID.index(swept[0]) - 1
-    return [Run(setting, _GRID[beyond], 0)] if setting.tried > 2 and 0 <= beyond < len(_GRID) else []
+    return [Run(setting, _GRID[beyond], SWEEP_SEED)] if setting.tried > 2 and 0 <= beyond < len(_GRID) else []

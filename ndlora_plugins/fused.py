@@ -219,24 +219,24 @@ def _differentiable_backward(
     return grad_x, [found.pop(0) if need else None for need in needs]
 
 
-_plain = ContextVar("plain", default=False)
+_by_autograd = ContextVar("by_autograd", default=False)
 
 
 @contextmanager
 def plain_autograd() -> Iterator[None]:
     """Compute updates by torch's own functions within this context: slower, with derivatives of any order."""
-    token = _plain.set(True)
+    token = _by_autograd.set(True)
     try:
         yield
     finally:
-        _plain.reset(token)
+        _by_autograd.reset(token)
 
 
 def _can_fuse(*tensors: Tensor | None) -> bool:
     # torch.compile fuses plain functions itself; subclasses (DTensor, quantised) bring their own products
     return (
         not torch.compiler.is_compiling()
-        and not _plain.get()
+        and not _by_autograd.get()
         and not _is_transforming()
         and _PLAIN.issuperset(map(type, tensors))
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,21 +136,17 @@ def recipe_table(results: Sequence[dict[str, Any]]) -> str:
 def write_files(path: Path) -> None:
     """TASK.md and TASK.png beside the results of one task."""
     results = read_results(path)
-    path.with_suffix(".md").write_text(table(results) + "\n" + _swept(results))
-    _draw(path)
+    path.with_suffix(".md").write_text(table(results) + "\n" + sweep_table(results, digits=4))
+    _draw(results, path)
 
 
-def _draw(path: Path) -> None:
-    found = rows(read_results(path))
+def _draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    found = rows(results)
     levels = {row.setting: row.loss for row in found if row.setting == BASELINE}
     draw(found, path.with_suffix(".png"), path.stem, "nats a token", levels)
 
 
-def _swept(results: Sequence[dict[str, Any]]) -> str:
-    return sweep_table(results, digits=4)
-
-
-_PARTS = {"table": table, "recipes": recipe_table, "sweep": _swept}
+_PARTS = {"table": table, "recipes": recipe_table, "sweep": partial(sweep_table, digits=4)}
 
 
 def page(text: str) -> str:
@@ -161,4 +158,4 @@ if __name__ == "__main__":
     for file in PAGES:
         file.write_text(page(file.read_text()))
     for path in sorted(RESULTS.glob("*.jsonl")):
-        _draw(path)
+        _draw(read_results(path), path)

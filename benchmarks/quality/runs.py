@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,9 +15,8 @@ from peft import get_peft_model
 from benchmarks.common import begin_peak, peak_memory
 from benchmarks.quality.settings import peft_config
 from benchmarks.quality.task import LastBlocks, Task
-from benchmarks.runs import Run, make_result
+from benchmarks.runs import Run, make_result, measure_if_read, rounded
 from ndlora_demo import finetune
-from ndlora_plugins import NdLoraConfig, measure_gradients
 
 __all__ = ["describe", "run"]
 
@@ -48,8 +47,9 @@ def run(
     torch.manual_seed(wanted.seed)
     begin_peak(bench.model.device)
     config = peft_config(wanted.setting)
-    if isinstance(config, NdLoraConfig) and wanted.setting.reads_gradient:
-        measure_gradients(bench.model, config, lambda: _backward(bench, bench.batches[:4]))
+    measure_if_read(
+        bench.model, config, lambda batch: finetune.loss(bench, bench.model, batch), bench.batches
+    )
     model = get_peft_model(bench.model, config).eval()
     curve = [(0, finetune.held_out_loss(followed, model))]
     losses: list[float] = []
@@ -80,20 +80,11 @@ def run(
     # PiSSA writes the base weight, and `unload` leaves it so
     model.unload().get_decoder().layers.load_state_dict(weights)
     found = {
-        "held_out_loss": _rounded(held_out),
-        "exact_match": _rounded(exact),
-        "curve": [[step, _rounded(loss)] for step, loss in curve],
-        "training_losses": [_rounded(loss) for loss in losses],
-        "seconds_a_step": _rounded(statistics.median(seconds)),
+        "held_out_loss": rounded(held_out),
+        "exact_match": rounded(exact),
+        "curve": [[step, rounded(loss)] for step, loss in curve],
+        "training_losses": [rounded(loss) for loss in losses],
+        "seconds_a_step": rounded(statistics.median(seconds)),
         "peak_memory_bytes": peak,
     }
     return make_result(task.name, describe(task, bench.name), wanted, parameters, found)
-
-
-def _backward(bench: finetune.Bench, batches: Sequence[Any]) -> None:
-    for batch in batches:
-        finetune.loss(bench, bench.model, batch).backward()
-
-
-def _rounded(value: float | None) -> float | None:
-    return round(value, 5) if value is not None and math.isfinite(value) else None

@@ -70,10 +70,8 @@ SETTINGS = (
     _core("crossed", 2, 3e-3, "crossed-2terms", lora_alpha=8),
     _core("metatt", 16, 1e-3),
     _core("lora_xs", 16, 3e-4),
-    *(
-        Setting(f"lora_sb-r{r}", "NDLORA", {"method": "lora_sb", "r": r}, 1e-3, reads_gradient=True)
-        for r in (8, 16)
-    ),
+    _core("lora_sb", 8, 1e-3),
+    _core("lora_sb", 16, 1e-3),
     *(Setting(f"fourierft-n{n}", "FOURIERFT", {"n_frequency": n, "scaling": 150.0}, 1e-2) for n in (64, 256)),
     *(Setting(f"unilora-d{d}", "UNILORA", {"r": 4, "theta_d_length": d}, 1e-2) for d in (2688, 10752)),
 )
@@ -81,7 +79,7 @@ SETTINGS = (
 # of the training of all blocks, the most telling first: two rates, that the short task suggests (of lora-r8 and crossed
 # 0.0055 too), and two seeds
 LONG = tuple(
-    Setting(name, peft_type, options, lowest, tried=2, seeds=(0, 1), reads_gradient="lora_sb" in name)
+    Setting(name, peft_type, options, lowest, tried=2, seeds=(0, 1))
     for name, peft_type, options, lowest in (
         ("lora-r8", "LORA", _lora(8), 1e-3),
         ("crossed", "NDLORA", {"method": "crossed", "lora_alpha": 8}, 3e-3),

@@ -72,10 +72,9 @@ def _of_language(file: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     for row in found.values():
         if row.ours:  # on the problems that were followed, where the loss before the training is known
             gains = [one.curve[0][1] - one.curve[-1][1] for one in (row, baseline)]
-            options = {n: v for n, v in row.options.items()}
+            options = row.options
             if options.get("crossed_modes") == 4:  # the default method's own
-                options |= {"method": NdLoraConfig().method}
-                del options["crossed_modes"]
+                options = {**options, "method": NdLoraConfig().method}
             yield options, _point("language", row, baseline, gains[0] / gains[1])
 
 

@@ -27,8 +27,8 @@ def _lora(name: str, rank: int, lowest: float, **options: Any) -> Setting:
     return _peft(name, "LORA", lowest, r=rank, lora_alpha=options.pop("lora_alpha", 2 * rank), **options)
 
 
-def _ours(name: str, lowest: float, reads_gradient: bool = False, **options: Any) -> Setting:
-    return Setting(name, "NDLORA", options, lowest, reads_gradient=reads_gradient, seeds=SEEDS)
+def _ours(name: str, lowest: float, **options: Any) -> Setting:
+    return Setting(name, "NDLORA", options, lowest, seeds=SEEDS)
 
 
 def _field(
@@ -112,7 +112,7 @@ def _field(
         _ours("tensor_train r=4", 1e-3, method="tensor_train", r=4),
         *(_ours(f"inttune r={r}", 3e-3, method="inttune", r=r) for r in core),
         *(_ours(f"lora_xs r={r}", 3e-4, method="lora_xs", r=r) for r in core),
-        *(_ours(f"lora_sb r={r}", 1e-3, True, method="lora_sb", r=r) for r in core),
+        *(_ours(f"lora_sb r={r}", 1e-3, method="lora_sb", r=r) for r in core),
         *(_ours(f"svfit r={r}", 3e-3, method="svfit", r=r) for r in values),
         _ours(f"loldu r={values[0]}", 3e-3, method="loldu", r=values[0]),
         *(_ours(f"random_diagonal r={r}", 1e-3, method="random_diagonal", r=r) for r in directions),

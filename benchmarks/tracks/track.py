@@ -12,9 +12,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.runs import Run, Setting, make_result
+from benchmarks.runs import Run, Setting, make_result, measure_if_read, rounded
 from benchmarks.tracks.settings import peft_config
-from ndlora_plugins import NdLoraConfig, measure_gradients
 
 __all__ = ["HEAD_RATE", "Track", "linear_layers", "measured", "run"]
 
@@ -75,11 +74,8 @@ def run(track: Track, wanted: Run) -> dict[str, Any]:
 
 def measured(found: Mapping[str, float | None], started: float) -> dict[str, float | None]:
     """What was measured, rounded, with the seconds since `started`; None for what is not finite."""
-    rounded = {
-        name: round(float(value), 5) if value is not None and math.isfinite(value) else None
-        for name, value in found.items()
-    }
-    return rounded | {"seconds": round(time.perf_counter() - started, 2)}
+    seconds = round(time.perf_counter() - started, 2)
+    return {name: rounded(value) for name, value in found.items()} | {"seconds": seconds}
 
 
 def _attach(
@@ -90,8 +86,7 @@ def _attach(
     config = peft_config(setting, base, linear_layers(base))
     model = base
     if config is not None:
-        if isinstance(config, NdLoraConfig) and setting.reads_gradient:
-            measure_gradients(base, config, lambda: [track.loss(base, b).backward() for b in batches[:4]])
+        measure_if_read(base, config, lambda batch: track.loss(base, batch), batches)
         model = get_peft_model(base, config)
         for parameter in base.head.parameters():
             parameter.requires_grad_(False)

@@ -6,7 +6,7 @@ import pkgutil
 
 import pytest
 
-# host -> our module and the function that puts ours there, the host's functions, the file that has them
+# a host's module -> ours and the function in it that puts ours there, the host's functions
 PATCHES = {
     "transformers": (
         ("trl.callback", "NdLoraCallback"),
