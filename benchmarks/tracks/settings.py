@@ -102,7 +102,7 @@ def _field(
         _ours("CDKA 2 x 8", 1e-3, method="ndlinear", components=(2, 8)),
         _ours("CDKA 2 x 8, 4 terms", 3e-4, method="ndlinear", r=4, components=(2, 8)),
         _ours("CDKA 2 x 2, 8 terms", 3e-4, method="ndlinear", r=8, components=(2, 2)),
-        _ours("shared_crossed", 1e-3, method="shared_crossed"),
+        _ours("shared_crossed", 1e-3, method="shared_crossed", lora_alpha=16),  # the default when it was run
         _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
         _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
         _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
