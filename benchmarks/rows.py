@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import standard_error
-from benchmarks.runs import SWEEP_SEED, best_rate, loss_that_chooses, of_setting
+from benchmarks.runs import best_rate, by_rate, loss_that_chooses, of_setting
 
 __all__ = ["Row", "common_fields", "difference", "fill_page", "plus_minus", "sweep_table"]
 
@@ -52,8 +53,8 @@ def common_fields(
     best = best_rate(results)
     if best is None:
         return None
-    rates = sorted({result["learning_rate"] for result in results if result["seed"] == SWEEP_SEED})
-    runs = [r for r in results if r["learning_rate"] == best and r["held_out_loss"] is not None]
+    rates = by_rate(results)
+    runs = rates[best]
     return {
         "setting": runs[0]["setting"]["name"],
         "peft_type": runs[0]["setting"]["peft_type"],
@@ -61,7 +62,7 @@ def common_fields(
         "parameters": runs[0]["parameters"],
         "learning_rate": best,
         "losses": {run["seed"]: run["held_out_loss"] for run in runs},
-        "at_edge": len(rates) > 2 and best in (rates[0], rates[-1]),
+        "at_edge": len(rates) > 2 and best in (min(rates), max(rates)),
     }, runs
 
 
@@ -85,8 +86,8 @@ def plus_minus(mean: float, error: float | None, signed: bool = False, digits: i
 
 
 def sweep_table(results: Sequence[dict[str, Any]], digits: int = 3) -> str:
-    """Markdown: the loss that chooses, of every setting at every learning rate, at the sweep's seed."""
-    swept = [result for result in results if result["learning_rate"] and result["seed"] == SWEEP_SEED]
+    """Markdown: the loss that chooses, of every setting at every learning rate, the mean over the seeds that ran."""
+    swept = [result for result in results if result["learning_rate"]]
     rates = sorted({result["learning_rate"] for result in swept})
     lines = [
         "| setting | " + " | ".join(f"{rate:g}" for rate in rates) + " |\n",
@@ -94,12 +95,11 @@ def sweep_table(results: Sequence[dict[str, Any]], digits: int = 3) -> str:
     ]
     for name in dict.fromkeys(result["setting"]["name"] for result in swept):
         own = of_setting(swept, name)
-        best = best_rate(own)
-        losses = {result["learning_rate"]: loss_that_chooses(result) for result in own}
+        best, losses = best_rate(own), {rate: loss_that_chooses(runs) for rate, runs in by_rate(own).items()}
         cells = []
         for rate in rates:
             loss = losses.get(rate)
-            text = ("diverged" if rate in losses else "") if loss is None else f"{loss:.{digits}f}"
+            text = "" if loss is None else f"{loss:.{digits}f}" if math.isfinite(loss) else "diverged"
             cells.append(f"**{text}**" if rate == best else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |\n")
     return "".join(lines)

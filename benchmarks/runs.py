@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,6 +23,7 @@ __all__ = [
     "Setting",
     "append_result",
     "best_rate",
+    "by_rate",
     "check_comparable",
     "loss_that_chooses",
     "make_result",
@@ -35,6 +37,7 @@ __all__ = [
 # learning rates, a factor of about 3 apart
 _GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 SWEEP_SEED = 0
+_CHOOSING = 3  # seeds that decide between a sweep's best rate and those beside it
 _PACKAGES = ("ndlora-plugins", "torch", "peft", "transformers")
 
 
@@ -50,6 +53,7 @@ class Setting:
         ratios: the end of a parameter's name to how many times the rate it learns at, where its authors say so.
         tried: how many rates the sweep begins with; of two it takes the better and goes no further.
         seeds: the first is SWEEP_SEED, the others run at the best rate.
+        neighbours: whether the rates beside the best run with three seeds too, so that three choose the rate.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Setting:
     ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
     tried: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
+    neighbours: bool = False
 
     @property
     def first_rates(self) -> tuple[float, ...]:
@@ -158,26 +163,38 @@ def of_setting(results: Iterable[dict[str, Any]], setting: str) -> list[dict[str
     return [result for result in results if result["setting"]["name"] == setting]
 
 
-def loss_that_chooses(result: Mapping[str, Any]) -> float | None:
-    """The validation loss, or the held-out one of a task that has no third part; None if the training diverged."""
-    return result.get("validation_loss", result["held_out_loss"])
+def loss_that_chooses(results: Iterable[Mapping[str, Any]]) -> float:
+    """The mean validation loss, or held-out one of a task that has no third part; infinite if a training diverged."""
+    losses = [result.get("validation_loss", result["held_out_loss"]) for result in results]
+    return math.inf if None in losses else statistics.mean(losses)
 
 
-def best_rate(results: Sequence[dict[str, Any]]) -> float | None:
-    """The rate with the lowest loss at the sweep's seed; None if every run diverged."""
-    swept = [
-        (loss, result["learning_rate"])
-        for result in results
-        if result["seed"] == SWEEP_SEED and (loss := loss_that_chooses(result)) is not None
-    ]
-    return min(swept)[1] if swept else None
+def by_rate(results: Iterable[dict[str, Any]]) -> dict[float, list[dict[str, Any]]]:
+    """The runs of one setting at each learning rate, the lowest first."""
+    found: dict[float, list[dict[str, Any]]] = {}
+    for result in sorted(results, key=lambda result: result["learning_rate"]):
+        found.setdefault(result["learning_rate"], []).append(result)
+    return found
+
+
+def best_rate(results: Iterable[dict[str, Any]]) -> float | None:
+    """The rate with the lowest loss, of those that most seeds ran at (three are most); None if all of them diverged."""
+    rates = by_rate(results)
+    most = min(max(map(len, rates.values()), default=0), _CHOOSING)
+    tried = {rate: runs for rate, runs in rates.items() if len(runs) >= most}
+    common = set.intersection(*({run["seed"] for run in runs} for runs in tried.values())) if tried else set()
+    losses = {
+        rate: loss_that_chooses(run for run in runs if run["seed"] in common) for rate, runs in tried.items()
+    }
+    best = min(losses, key=lambda rate: losses[rate], default=None)
+    return best if best is not None and math.isfinite(losses[best]) else None
 
 
 def missing(setting: Setting, results: Sequence[dict[str, Any]]) -> list[Run]:
     """The runs of one setting that are known to be missing; after them there may be more.
 
-    First the sweep's rates; then one rate beyond while the best is at an edge, unless only two are tried; then the
-    other seeds at the best.
+    First the sweep's rates; then one rate beyond while the best is at an edge, unless only two are tried; then more
+    seeds beside the best where the setting says so; then the other seeds at the best.
 
     Args:
         results: of this setting.
@@ -191,6 +208,10 @@ def missing(setting: Setting, results: Sequence[dict[str, Any]]) -> list[Run]:
         return [Run(setting, rate, SWEEP_SEED) for rate in first]
     best = best_rate(results)
     if best is not None and (setting.tried == 2 or swept[0] < best < swept[-1]):
-        return [Run(setting, best, seed) for seed in setting.seeds[1:] if (best, seed) not in done]
+        at = swept.index(best)
+        beside = swept[max(0, at - 1) : at + 2] if setting.neighbours else [best]
+        wanted = [(rate, seed) for rate in beside for seed in setting.seeds[:_CHOOSING]]
+        wanted += [(best, seed) for seed in setting.seeds[_CHOOSING:]]
+        return [Run(setting, rate, seed) for rate, seed in wanted if (rate, seed) not in done]
     beyond = _GRID.index(best) + 1 if best is not None and best == swept[-1] else _GRID.index(swept[0]) - 1
     return [Run(setting, _GRID[beyond], SWEEP_SEED)] if setting.tried > 2 and 0 <= beyond < len(_GRID) else []

@@ -49,7 +49,8 @@ def export(
     to: Annotated[
         Kind,
         typer.Option(
-            help="lora, gguf (it for llama.cpp), lokr, lycoris (it for image tools), merged, or a smaller ndlora."
+            help="lora; gguf, that LoRA for llama.cpp; lokr; lycoris, that LoKr for image tools; merged; or a "
+            "smaller ndlora."
         ),
     ],
     output: Annotated[Path, typer.Option(help="A directory that does not exist yet, or is empty.")],
@@ -66,7 +67,7 @@ def export(
     nested: Annotated[
         bool,
         typer.Option(
-            help="--rank counts the first rank units, as of nested ranks; no SVD. So with --to ndlora."
+            help="--rank counts the first rank units, as of nested ranks; no SVD. --to ndlora always does this."
         ),
     ] = False,
     dtype: Annotated[

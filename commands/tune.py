@@ -32,7 +32,12 @@ def tune(
         typer.Option(help="A method, or JSON as the YAML's ndlora: takes it; again for several."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Of each training.")] = 100,
-    held_out: Annotated[int, typer.Option(help="Rows to compare on, where there is no test split.")] = 64,
+    held_out: Annotated[
+        int,
+        typer.Option(
+            help="Rows to compare on: the first of the test split, or kept from the training split."
+        ),
+    ] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Find the learning rate, and the best of a few settings, by short trainings on your model and data.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.picture import draw
 from benchmarks.quality.settings import settings_for
 from benchmarks.rows import Row, common_fields, difference, fill_page, plus_minus, sweep_table
-from benchmarks.runs import of_setting, read_results
+from benchmarks.runs import SWEEP_SEED, of_setting, read_results
 
 __all__ = ["LanguageRow", "front", "page", "recipe_table", "rows", "table", "write_files"]
 
@@ -136,7 +135,7 @@ def recipe_table(results: Sequence[dict[str, Any]]) -> str:
 def write_files(path: Path) -> None:
     """TASK.md and TASK.png beside the results of one task."""
     results = read_results(path)
-    path.with_suffix(".md").write_text(table(results) + "\n" + sweep_table(results, digits=4))
+    path.with_suffix(".md").write_text(table(results) + "\n" + _sweep(results))
     _draw(results, path)
 
 
@@ -146,7 +145,11 @@ def _draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     draw(found, path.with_suffix(".png"), path.stem, "nats a token", levels)
 
 
-_PARTS = {"table": table, "recipes": recipe_table, "sweep": partial(sweep_table, digits=4)}
+def _sweep(results: Sequence[dict[str, Any]]) -> str:
+    return sweep_table([result for result in results if result["seed"] == SWEEP_SEED], digits=4)
+
+
+_PARTS = {"table": table, "recipes": recipe_table, "sweep": _sweep}
 
 
 def page(text: str) -> str:

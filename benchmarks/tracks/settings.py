@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2, 3, 4)
 def _peft(
     name: str, kind: str, lowest: float, ratios: Mapping[str, float] | None = None, **options: Any
 ) -> Setting:
-    return Setting(name, kind, options, lowest, ratios or {}, seeds=SEEDS)
+    return Setting(name, kind, options, lowest, ratios or {}, seeds=SEEDS, neighbours=True)
 
 
 def _lora(name: str, rank: int, lowest: float, **options: Any) -> Setting:
@@ -28,7 +28,7 @@ def _lora(name: str, rank: int, lowest: float, **options: Any) -> Setting:
 
 
 def _ours(name: str, lowest: float, **options: Any) -> Setting:
-    return Setting(name, "NDLORA", options, lowest, seeds=SEEDS)
+    return Setting(name, "NDLORA", options, lowest, seeds=SEEDS, neighbours=True)
 
 
 def _field(
@@ -102,7 +102,8 @@ def _field(
         _ours("CDKA 2 x 8", 1e-3, method="ndlinear", components=(2, 8)),
         _ours("CDKA 2 x 8, 4 terms", 3e-4, method="ndlinear", r=4, components=(2, 8)),
         _ours("CDKA 2 x 2, 8 terms", 3e-4, method="ndlinear", r=8, components=(2, 2)),
-        _ours("shared_crossed", 1e-3, method="shared_crossed", lora_alpha=16),  # the default when it was run
+        _ours("shared_crossed", 1e-3, method="shared_crossed"),
+        _ours("shared_crossed, alpha 16", 1e-3, method="shared_crossed", lora_alpha=16),
         _ours("shared_core r=4", 3e-3, method="shared_core", r=4),
         _ours("shared_core r=8", 1e-3, method="shared_core", r=8),
         _ours("shared_diagonal r=8", 3e-3, method="shared_diagonal", r=8),
@@ -145,7 +146,7 @@ _FIELDS = {
     "rl": (
         Setting("no training", "NONE", {}, 1e-3, seeds=(0,)),
         *(
-            replace(each, tried=2, seeds=SEEDS[:3])
+            replace(each, tried=2, seeds=SEEDS[:3], neighbours=False)
             for each in (
                 _lora("LoRA r=8", 8, 3e-4),
                 _ours("crossed", 3e-4, lora_alpha=16),  # the default then

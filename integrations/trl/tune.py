@@ -70,7 +70,7 @@ def tune(
         rates: learning rates, three or more, a factor of about 3 apart.
         settings: each as the YAML's `ndlora:` takes it; None for what stands there.
         steps: of one training, with the YAML's schedule, batch size and data.
-        held_out: rows that are kept from the training split, where the YAML's test split is not there.
+        held_out: rows to compare on: the first of the YAML's test split, or kept from the training split.
         report: called with each trial that ends.
         watch: called after each step with the setting, the rate and the steps so far; the trainer prints nothing.
 

@@ -27,6 +27,21 @@ OTHERS = {
     "two rates, one done": ({"tried": 2}, {(3e-4, 0): 1}, [(1e-3, 0)]),
     "two rates: no further one": ({"tried": 2}, {(3e-4, 0): 1, (1e-3, 0): 2, (3e-4, 1): 1}, [(3e-4, 2)]),
     "two rates, both diverged": ({"tried": 2}, {(3e-4, 0): None, (1e-3, 0): None}, []),
+    "beside the best three seeds, at the best all": (
+        {"neighbours": True, "seeds": (0, 1, 2, 3)},
+        SWEPT,
+        [(3e-4, 1), (3e-4, 2), (1e-3, 1), (1e-3, 2), (3e-3, 1), (3e-3, 2), (1e-3, 3)],
+    ),
+    "three seeds choose another rate, and more beside it": (
+        {"neighbours": True, "seeds": (0, 1, 2, 3)},
+        {
+            **SWEPT,
+            **dict.fromkeys([(3e-4, 1), (3e-4, 2)], 3),
+            **dict.fromkeys([(1e-3, 1), (1e-3, 2), (1e-3, 3)], 2),
+            **dict.fromkeys([(3e-3, 1), (3e-3, 2)], 1),
+        },
+        [(1e-2, 1), (1e-2, 2), (3e-3, 3)],
+    ),
     "no adapter, no rate": ({"peft_type": "NONE", "seeds": (0,)}, {}, [(0.0, 0)]),
 }
 
@@ -56,6 +71,13 @@ def test_what_comes_next(runs, changes, losses, missing):
         **{"name": "a", "peft_type": "NDLORA", "options": {}, "lowest": RATES[0], **changes}
     )
     assert [(run.learning_rate, run.seed) for run in runs.missing(setting, made(losses))] == missing
+
+
+def test_a_rate_is_chosen_by_the_seeds_that_all_ran_and_where_none_diverged(runs):
+    losses = {(1e-3, 0): 1, (1e-3, 1): 5, (3e-3, 0): 2, (3e-3, 1): 2, (1e-2, 0): 0}
+    assert runs.best_rate(made(losses)) == 3e-3
+    assert runs.best_rate(made({**losses, (3e-3, 1): None})) == 1e-3
+    assert runs.best_rate([]) is None
 
 
 def test_a_task_without_validation_chooses_by_what_is_held_out(runs):
