@@ -95,7 +95,7 @@ def _place(layer: str) -> str:
     return next((part for part in layer.split(".") if part.isdecimal()), "0")
 
 
-_RANKS = {"side_in": (0,), "core": (0, 1), "side_out": (1,)}
+_RANKS = {"side_in": (0,), "side_out": (1,)}
 
 
 def _shared_core(layout: Layout) -> Composed:
@@ -107,7 +107,7 @@ def _shared_core(layout: Layout) -> Composed:
         ranks = _RANKS | {"core": (0,), "basis": (0, 1, 2)}
     else:
         own = (down, Factor("core", (rank, rank), rank), up)
-        compose, ranks = _cut_sides(layout, lambda f: STEP * f["core"]), _RANKS
+        compose, ranks = _cut_sides(layout, lambda f: STEP * f["core"]), _RANKS | {"core": (0, 1)}
     return Composed(layout, Chain(layout), own, compose, _shared_core, ranks)
 
 
@@ -246,9 +246,9 @@ def _nola(layout: Layout) -> Composed:
         Factor("up_mix", (count,)),
         Factor("up_bases", (count, outs, rank)),
     )
-    # bases from U(-1, 1): with mixes of 1 `down` is as long as LoRA's, and one step of all of `up`'s as its step
+    # whatever the rank, of which a smaller one is a slice
     down_gain = 1 / math.sqrt(count * (1 if layout.one_hot else layout.in_features))
-    up_gain = math.sqrt(3 * layout.out_features * rank) / count
+    up_gain = math.sqrt(3 * layout.out_features) / count
 
     def compose(factors: Factors) -> Factors:
         down = torch.tensordot(factors["down_mix"], factors["down_bases"][..., : layout.in_features], 1)

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from ndlora_plugins.structures.base import Factor, Structure
+from ndlora_plugins.structures.base import Factor, Layout, Structure
 
-__all__ = ["RECIPE_ALPHA", "Seen", "Start", "Values", "kaiming_uniform", "random_but_zero", "random_values"]
+__all__ = [
+    "RECIPE_ALPHA",
+    "Seen",
+    "Start",
+    "Values",
+    "down_gain",
+    "kaiming_uniform",
+    "random_but_zero",
+    "random_values",
+]
 
 Values = dict[str, Tensor]
 
@@ -106,6 +115,16 @@ def kaiming_uniform(factor: Factor, generator: Generator | None = None) -> Tenso
         )
     bound = 1 / math.sqrt(factor.fan_in)
     return torch.empty(factor.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
+def down_gain(layout: Layout) -> float:
+    """What to multiply a Kaiming-uniform `down` by, so that the first step of an `up` of zeros is LoRA's.
+
+    1, for that is LoRA's own start, but for an embedding: PEFT's LoRA has there a down of zeros and an up from N(0, 1),
+    and Adam's first step moves the output by alpha * c along its gradient, with c = sqrt(2 / pi); an up of zeros moves
+    it by alpha * c * c * sqrt(out_features / 3). See `modes.first_step_gain`.
+    """
+    return math.sqrt(3 * math.pi / (2 * layout.out_features)) if layout.one_hot else 1.0
 
 
 def random_values(

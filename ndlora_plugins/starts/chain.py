@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
 
-from ndlora_plugins.starts.base import RECIPE_ALPHA, Seen, Start, Values, random_but_zero
+from ndlora_plugins.starts.base import RECIPE_ALPHA, Seen, Start, Values, down_gain, random_but_zero
 from ndlora_plugins.structures import Chain
 
 __all__ = ["pivot_columns", "scaled_slices", "smaller_side", "starts"]
@@ -28,7 +29,9 @@ def _fit_core(structure: Chain, core: Tensor) -> Tensor:
 
 def _n_lora_step(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
     slices = _n_lora(structure, trains, Seen(seen.weight.float()), generator)
-    return scaled_slices(structure, trains, slices)
+    # saved adapters make these again at load, and those of embeddings have them as long as those of linear layers
+    linear = replace(structure, layout=replace(structure.layout, one_hot=False))
+    return scaled_slices(linear, trains, slices)
 
 
 def _n_lora_pivots(
@@ -77,8 +80,11 @@ def scaled_slices(structure: Chain, trains: frozenset[str], slices: Values) -> V
     the output moves by alpha * rank / out_features times the columns' length; the rank numbers of a diagonal core move
     it by a rank-th of that. A core of zeros stays.
     """
-    rank, outs = structure.layout.rank, structure.layout.out_features
+    layout = structure.layout
+    rank, outs = layout.rank, layout.out_features
     lengths = {"down": math.sqrt(rank / 3), "core": math.sqrt(rank), "up": math.sqrt(rank / 3)}
+    if layout.one_hot:
+        lengths["down"] *= math.sqrt(layout.in_features) * down_gain(layout)
     if trains == {"core"}:
         lengths["up"] = outs / math.sqrt(rank) * (rank if structure.core == "diagonal" else 1)
     return {name: value * (lengths[name] / value.norm().clamp(min=1e-30)) for name, value in slices.items()}
@@ -111,7 +117,7 @@ starts = (
     ),
     Start(
         name="n_lora_step",
-        summary="n_lora's slices, scaled so that the learning rate and alpha of a LoRA recipe hold",
+        summary="n_lora's slices, scaled so that the learning rate and alpha of a LoRA recipe hold; not on embeddings",
         source="arXiv 2502.14482; scaled_slices in ndlora_plugins/starts/chain.py; docs/quality_tables.md",
         gives=("down", "core", "up"),
         reads=frozenset({"weight"}),

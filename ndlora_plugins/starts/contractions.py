@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ndlora_plugins.methods.shared import STEP
-from ndlora_plugins.starts.base import RECIPE_ALPHA, Seen, Start, Values, random_values
+from ndlora_plugins.starts.base import RECIPE_ALPHA, Seen, Start, Values, down_gain, random_values
 from ndlora_plugins.structures import Structure
 
 __all__ = ["first_step", "starts"]
@@ -22,7 +22,7 @@ def first_step(structure: Structure, values: Values, name: str) -> float:
 
     Adam changes every number of the factor by the learning rate, with its gradient's sign: the output moves along a
     direction d by the sum of the absolute values of d's gradient by the factor. It is measured on random inputs and
-    directions, and divided by the same of LoRA with down Kaiming-uniform: see `modes.first_step_gain`.
+    directions, and divided by the same of LoRA: see `modes.first_step_gain`.
     """
     layout, generator = structure.layout, torch.Generator().manual_seed(0)
     leaf = torch.zeros_like(values[name], device="cpu", requires_grad=True)
@@ -39,7 +39,8 @@ def first_step(structure: Structure, values: Values, name: str) -> float:
                 output = structure.apply(factors, torch.randn(1, layout.in_features, generator=generator))
             (gradient,) = torch.autograd.grad((output * direction).sum(), leaf)
         moved += float(gradient.abs().sum()) / _PROBES
-    lora = layout.rank * layout.out_features * 2 / math.pi / (1 if layout.one_hot else math.sqrt(3))
+    # of an up of zeros behind a Kaiming-uniform down, or what an embedding's LoRA has
+    lora = layout.rank * layout.out_features * 2 / math.pi / math.sqrt(3) * down_gain(layout)
     return moved / lora
 
 
@@ -85,9 +86,11 @@ def _mixed_bases(
     structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None
 ) -> Values:
     shapes = {factor.name: factor.shape for factor in structure.factors}
-    values = {name: _drawn(seen, name, shapes[name], 1.0) for name in ("down_bases", "up_bases")}
+    # with mixes of 1 `down` is as long as LoRA's, and one step of all of `up`'s as its step
+    bounds = {"down_bases": 1.0, "up_bases": math.sqrt(structure.layout.rank)}
+    values = {name: _drawn(seen, name, shapes[name], bound) for name, bound in bounds.items()}
     mix = torch.empty(shapes["down_mix"]).normal_(generator=seen.draw("down_mix"))
-    return {"down_mix": mix, "up_mix": torch.zeros(shapes["up_mix"]), **values}
+    return {"down_mix": down_gain(structure.layout) * mix, "up_mix": torch.zeros(shapes["up_mix"]), **values}
 
 
 def _shared_core_zero(
@@ -107,7 +110,7 @@ def _shared_up_zero(
     values = _normal(structure, generator)
     for name, value in values.items():
         if name == "side_in":
-            values[name] = value / STEP  # what side_out counts more
+            values[name] = down_gain(structure.layout) * value / STEP  # what side_out counts more
         elif name != "side_out":
             turned = torch.linalg.qr(value)[0] if value.dim() == 2 else value.sign()
             values[name] = turned / STEP

@@ -9,7 +9,15 @@ import torch
 from torch import Generator, Tensor
 
 from ndlora_plugins.methods.frozen_sides import FirstStep
-from ndlora_plugins.starts.base import RECIPE_ALPHA, Seen, Start, Values, kaiming_uniform, random_values
+from ndlora_plugins.starts.base import (
+    RECIPE_ALPHA,
+    Seen,
+    Start,
+    Values,
+    down_gain,
+    kaiming_uniform,
+    random_values,
+)
 from ndlora_plugins.starts.chain import scaled_slices, smaller_side
 from ndlora_plugins.starts.singular import largest_singular_vectors
 from ndlora_plugins.structures import Chain, Structure
@@ -89,7 +97,13 @@ def _lora_ga(structure: Chain, trains: frozenset[str], seen: Seen, generator: Ge
 
 def _seeded(structure: Structure, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
     values = {factor.name: kaiming_uniform(factor, seen.draw(factor.name)) for factor in structure.factors}
-    return values | {"up": torch.zeros_like(values["up"])}
+    return _with_no_up(structure, values)
+
+
+def _with_no_up(structure: Structure, values: Values) -> Values:
+    """Up zero, down so long that the first step is LoRA's."""
+    down = down_gain(structure.layout) * values["down"]
+    return values | {"down": down, "up": torch.zeros_like(values["up"])}
 
 
 def _tiles(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
@@ -101,17 +115,16 @@ def _tiles(structure: Chain, trains: frozenset[str], seen: Seen, generator: Gene
 def _smallest_singular(
     structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None
 ) -> Values:
-    # eigenvectors of W W^T, the smallest values first; each one's sum is not negative
-    vectors = torch.linalg.eigh(seen.weight.float() @ seen.weight.float().T).eigenvectors[
-        :, : structure.layout.rank
-    ]
+    # the smallest values first; each vector's sum is not negative
+    left = torch.linalg.svd(seen.weight.float(), full_matrices=False).U
+    vectors = left.flip(1)[:, : structure.layout.rank]
     up = vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)
     return structure.hold(torch.zeros(_shape(structure, "down")), up)
 
 
 def _open_gates(structure: Chain, trains: frozenset[str], seen: Seen, generator: Generator | None) -> Values:
-    values = random_values(structure, trains, seen, generator)
-    return structure.hold(values["down"], torch.zeros_like(values["up"]))
+    values = _with_no_up(structure, random_values(structure, trains, seen, generator))
+    return structure.hold(values["down"], values["up"])
 
 
 def _features(reads: str) -> Callable[..., Values]:
@@ -271,7 +284,7 @@ starts = (
         reads=frozenset({"weight"}),
         recomputable=False,
         function=_smallest_singular,
-        max_rank=lambda structure: structure.layout.out_features,
+        max_rank=smaller_side,
     ),
     Start(
         name="open_gates",

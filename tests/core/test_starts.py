@@ -1,5 +1,7 @@
 """The starts that are ours: what they are to be, and that a LoRA recipe's learning rate holds."""
 
+import functools
+
 import pytest
 import torch
 
@@ -36,6 +38,11 @@ def apply(planned, trained, frozen, x, ranks=None):
     return update.apply(factors, x)
 
 
+def scaled_output(planned, frozen, trained, x):
+    """What the layer adds for x."""
+    return planned.scaling * apply(planned, trained, frozen, x)
+
+
 def first_step(trained, answer, x, wanted):
     """How far the output for `x` moves along `wanted` (of length 1) when Adam has made one step of rate 1."""
     leaves = {name: value.requires_grad_() for name, value in trained.items()}
@@ -46,10 +53,12 @@ def first_step(trained, answer, x, wanted):
         return ((after - before) * wanted).sum().item()
 
 
-def loras_first_step(x, wanted):
-    """The same for LoRA r=8 with lora_alpha=16."""
+def loras_first_step(x, wanted, one_hot=False):
+    """The same for PEFT's LoRA r=8 with lora_alpha=16."""
     down = torch.nn.init.kaiming_uniform_(torch.empty(8, len(x)), a=5**0.5)
     factors = {"down": down, "up": torch.zeros(len(wanted), 8)}
+    if one_hot:
+        factors = {"down": torch.zeros(8, len(x)), "up": torch.randn(len(wanted), 8)}
     return first_step(factors, lambda factors, x: 2 * factors["up"] @ (factors["down"] @ x), x, wanted)
 
 
@@ -58,9 +67,43 @@ def draw(in_features, out_features):
     return torch.randn(in_features), torch.nn.functional.normalize(torch.randn(out_features), dim=0)
 
 
-def plan(method, start, in_features, out_features, rank=None, options=None):
+def plan(method, start, in_features, out_features, rank=None, options=None, one_hot=False):
     chosen = adapter_options(method, start, rank, 16, options=options)
-    return plan_layer(chosen, in_features, out_features, "q")
+    return plan_layer(chosen, in_features, out_features, "q", one_hot=one_hot)
+
+
+# method, start, options: of those that say that LoRA's alpha and rate hold
+RECIPES = [
+    ("crossed", "lora_step", {}),
+    ("tucker", "core_zero", {}),
+    ("tensor_train", "train_step", {}),
+    ("tensor_ring", "train_step", {}),
+    ("random_tucker", "random_network", {}),
+    ("nola", "mixed_bases", {"bases": 64}),
+    ("metatt", "shared_up_zero", {}),
+    ("shared_diagonal", "shared_up_zero", {}),
+    ("ffa_lora", "seeded", {}),
+    ("sora", "open_gates", {}),
+    ("lora_xs", "svd_step", {}),
+    ("lora_sb", "gradient_step", {}),
+    ("random_diagonal", "random_sides", {}),
+    ("loldu", "lu", {}),
+]
+
+
+@pytest.mark.parametrize("one_hot", [False, True], ids=["linear", "embedding"])
+@pytest.mark.parametrize("method, start, options", RECIPES)
+def test_the_first_step_is_loras(method, start, options, one_hot):
+    planned, ratios = plan(method, start, 1024, 192, None, options, one_hot), []
+    for seed in range(6):
+        x, wanted = draw(1024, 192)
+        if one_hot:
+            x = torch.nn.functional.one_hot(torch.tensor(100 * seed + 300), 1024).float()
+        seen = Seen(*torch.randn(2, 192, 1024), seed=seed)
+        trained, frozen = planned.initialize(seen)
+        scaled = functools.partial(scaled_output, planned, frozen)
+        ratios.append(first_step(trained, scaled, x, wanted) / loras_first_step(x, wanted, one_hot))
+    assert 0.5 < sum(ratios) / len(ratios) < 2.5
 
 
 @pytest.mark.parametrize("in_features, out_features, rank, options", CASES)
@@ -69,9 +112,7 @@ def test_the_first_step_is_loras_from_a_model_as_it_is(in_features, out_features
     x, wanted = draw(in_features, out_features)
     trained, frozen = planned.initialize()
     assert planned.anchor == "none" and torch.count_nonzero(planned.delta(trained, frozen)) == 0
-    ours = first_step(
-        trained, lambda factors, x: planned.scaling * apply(planned, factors, frozen, x), x, wanted
-    )
+    ours = first_step(trained, functools.partial(scaled_output, planned, frozen), x, wanted)
     assert 0.5 < ours / loras_first_step(x, wanted) < 2
 
 
@@ -80,9 +121,7 @@ def test_the_first_step_of_a_core_is_loras(in_features, out_features, rank):
     planned = plan("inttune", "n_lora_step", in_features, out_features, rank)
     x, wanted = draw(in_features, out_features)
     trained, frozen = planned.initialize(Seen(weight=0.2 * torch.randn(out_features, in_features)))
-    ours = first_step(
-        trained, lambda factors, x: planned.scaling * apply(planned, factors, frozen, x), x, wanted
-    )
+    ours = first_step(trained, functools.partial(scaled_output, planned, frozen), x, wanted)
     assert 0.5 < ours / loras_first_step(x, wanted) < 2
 
 
@@ -177,6 +216,27 @@ def test_n_lora_takes_the_references_slices(method):
     assert not frozen
     expected = {"down": weight[:4, :], "core": weight[:4, :4], "up": weight[:, :4]}
     torch.testing.assert_close(trained, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(18, 24), (24, 18)], ids=str)
+def test_mica_takes_the_smallest_singular_vectors(shape):
+    # as peft/tuners/lora/layer.py `mica_init`: the last ones of a thin SVD, where out > in no vectors of the null space
+    weight = torch.randn(shape)
+    _, frozen = plan("mica", None, shape[1], shape[0], 4).initialize(Seen(weight))
+    expected = torch.linalg.svd(weight, full_matrices=False)[0][:, -4:].flip(1)
+    torch.testing.assert_close(frozen["up"].abs(), expected.abs(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(NdLoraValueError, match="allows at most r=18 .* r=19"):
+        plan("mica", None, shape[1], shape[0], 19)
+
+
+def test_what_a_saved_adapter_of_an_embedding_makes_again_is_as_long_as_of_a_linear_layer():
+    # version 0.1.0 made it so, and its adapters hold the changes alone
+    weight = torch.randn(18, 24)
+    frozen = [
+        plan("nlora", None, 24, 18, 4, one_hot=one_hot).initialize(Seen(weight))[1]
+        for one_hot in (False, True)
+    ]
+    torch.testing.assert_close(*frozen, rtol=0, atol=0)
 
 
 # method, start, options; the most that r may be on a layer of 6 x 8
