@@ -63,8 +63,7 @@ def kronecker_sum(layout: Layout) -> KroneckerSum:
             f"in_modes={list(options.in_modes)} and out_modes={list(options.out_modes)} must "
             f"be equally many: each pair of modes is one factor."
         )
-    before = tuple(size for size in layout.leading if size > 1)
-    after = tuple(size for size in layout.trailing if size > 1)
+    before, after = layout.modes
     num_modes = lengths.pop() - len(before) - len(after) if lengths else options.num_modes
     least = 1 if before or after else 2
     if num_modes < least:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.crossed import CrossedModes, crossed
+from ndlora_plugins.methods.ndlinear import kronecker_sum
 from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.structures import Chain, Composed, Factor, Layout
 from ndlora_plugins.structures.base import Factors
@@ -203,11 +204,11 @@ metatt = Method(
 
 @dataclass(frozen=True)
 class SharedModes(CrossedModes):
-    """`CrossedModes`; layers that read equally wide inputs share the last mode."""
+    """`CrossedModes`; layers that read equally wide inputs share the last mode, before those of a kernel."""
 
 
 def _mode_key(factor: Factor, layer: str, layout: Layout) -> str | None:
-    last = layout.options.num_modes + len(layout.leading) + len(layout.trailing)
+    last = len(kronecker_sum(layout).factors) - len(layout.modes[1])
     if factor.name == "mode_1" or factor.name != f"mode_{last}":
         return None
     return "_".join(map(str, (factor.name, *factor.shape)))

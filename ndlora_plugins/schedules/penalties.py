@@ -20,7 +20,7 @@ from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.schedules.base import Schedule, TrainedLayer, Training
 from ndlora_plugins.structures.base import Structure
 
-__all__ = ["group_lasso", "keep_close", "sparse_ranks", "squares"]
+__all__ = ["group_lasso", "keep_close", "sparse_ranks", "squares", "trains_ranks"]
 
 # (factor, the axis along which each rank is a group, or None for all of it)
 Group = list[tuple[Tensor, int | None]]
@@ -170,9 +170,14 @@ def shrink(options: GroupLasso, training: Training) -> None:
             value.mul_(kept if axis is None else kept.view(-1, *[1] * (value.dim() - 1 - axis)))
 
 
+def trains_ranks(plan: Any) -> bool:
+    """Tell whether a factor that trains on a layer has a rank axis."""
+    return any(plan.structure.rank_axes.get(factor.name) for factor in plan.trained)
+
+
 def shared_groups(options: GroupLasso, plan: Any) -> str | None:
     """The reason why a layer's factors make no such groups, or None."""
-    if options.groups == "rank" and not any(plan.structure.rank_axes.get(f.name) for f in plan.trained):
+    if options.groups == "rank" and not trains_ranks(plan):
         return "what it trains has no rank axis: use other groups"
     if options.proximal and plan.shared:
         return (

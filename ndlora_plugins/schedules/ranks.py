@@ -7,13 +7,14 @@ arXiv 2308.14929 (SamuelHorvath/Maestro-LoD).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ndlora_plugins.methods.options import check_choice, check_number
 from ndlora_plugins.schedules.base import Moment, Place, Ranks, Schedule, Training
-from ndlora_plugins.schedules.penalties import squares
+from ndlora_plugins.schedules.penalties import squares, trains_ranks
 
 __all__ = ["nested_rank", "ordered_dropout"]
 
@@ -95,6 +96,13 @@ def tail_norms(options: OrderedDropout, training: Training) -> Tensor | None:
     return options.tails * torch.stack(norms).sum()
 
 
+def without_tails(options: OrderedDropout, plan: Any) -> str | None:
+    """The reason why a layer has no tails that a penalty could shorten, or None."""
+    if options.tails and not trains_ranks(plan):
+        return "what it trains has no rank axis, and so no tails: set tails=0"
+    return None
+
+
 ordered_dropout = Schedule(
     name="ordered_dropout",
     summary="each step one layer, drawn anew, sees its first ranks only",
@@ -102,4 +110,5 @@ ordered_dropout = Schedule(
     Options=OrderedDropout,
     ranks=ordered,
     penalty=tail_norms,
+    misfit=without_tails,
 )

@@ -44,6 +44,12 @@ class Layout:
     one_hot: bool = False
     largest: tuple[int, int] | None = None
 
+    @property
+    def modes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of `leading` and of `trailing` that are longer than 1: modes of their own."""
+        before, after = (tuple(n for n in axes if n > 1) for axes in (self.leading, self.trailing))
+        return before, after
+
 
 @dataclass(frozen=True)
 class Factor:

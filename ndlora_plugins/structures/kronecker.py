@@ -75,8 +75,7 @@ class KroneckerSum(Structure):
     def lopsidedness(self) -> float:
         # modes that are axes of the weight, experts and kernel, are left out
         ins, outs = self.in_modes, self.out_modes
-        before = tuple(size for size in self.layout.leading if size > 1)
-        after = tuple(size for size in self.layout.trailing if size > 1)
+        before, after = self.layout.modes
         first, last = len(before), len(ins) - len(after)
         if outs[:first] == before and ins[last:] == after:
             ins, outs = ins[first:last], outs[first:last]
@@ -138,7 +137,7 @@ class KroneckerSum(Structure):
         self, factors: Factors, x: Tensor, convolution: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         modes = self._modes(factors)
-        kernel = [size for size in self.layout.trailing if size > 1]
+        kernel = self.layout.modes[1]
         channels = len(modes) - len(kernel)
         if self.in_groups(x) or [mode.shape[1:] for mode in modes[channels:]] != [(1, k) for k in kernel]:
             return super().convolve(factors, x, convolution)

@@ -215,6 +215,34 @@ def test_what_layers_share_has_one_key_and_its_value_comes_from_them():
     assert trained["down"] is shared["down"] and trained["up"] is shared["up"]
 
 
+# options, (in, out) features, axes of the weight beyond them -> the in_mode of the factor that layers share
+SHARED_MODES = [
+    ({}, (24, 18), {}, 12),
+    ({"num_modes": 3}, (24, 18), {}, 12),
+    ({"in_modes": (2, 3, 4), "out_modes": (3, 3, 2)}, (24, 18), {}, 4),
+    ({}, (24, 18), {"trailing": (1, 1)}, 12),
+    ({}, (24 * 9, 18), {"trailing": (3, 3)}, 12),
+    ({}, (24 * 3, 18), {"trailing": (1, 3)}, 12),
+    ({}, (24, 5 * 18), {"leading": (5,)}, 12),
+    (
+        {"num_modes": 1},
+        (24 * 3, 18),
+        {"trailing": (3,)},
+        None,
+    ),  # mode_1, which starts at zero, is each layer's own
+]
+
+
+@pytest.mark.parametrize("options, features, axes, in_mode", SHARED_MODES, ids=str)
+def test_crossed_modes_share_the_last_in_mode_of_the_features(options, features, axes, in_mode):
+    chosen = adapter_options("shared_crossed", options={"crossed_modes": 2, **options})
+    planned = plan_layer(chosen, *features, "q", **axes)
+    names = [name for name, _ in planned.shared]
+    assert [f.shape[2] for f in planned.structure.factors if f.name in names] == (
+        [in_mode] if in_mode else []
+    )
+
+
 # a start's values, what it reads -> what the error must say
 WRONG_STARTS = [
     (

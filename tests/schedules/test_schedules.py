@@ -310,6 +310,11 @@ REFUSED = [
     (["nested_rank", "anneal_rank"], {}, "each says which ranks a step sees"),
     (3, {}, "schedules=3: give a "),
     ("nested_rank", {"method": "einsum", "options": NO_RANK}, "no rank axis"),
+    (
+        {"ordered_dropout": {"tails": 1e-6}},
+        {"method": "random_tucker"},
+        "no rank axis, and so no tails: set tails=0",
+    ),
     ("sparse_ranks", {"method": "slora"}, "it trains no gate of its own for each rank"),
     ("anneal_rank", {"anchor": "snapshot"}, "set anchor='none'"),
     ("reorthogonalise", {"method": "crossed"}, "no product of two sides"),
