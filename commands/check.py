@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .tables import group_by, kind_of, spread
+from .tables import group_by, kind_of, spread, to_json, wide_console
 
 if TYPE_CHECKING:
     from ndlora_plugins.integrations.peft.adapters.check import CheckReport
@@ -34,7 +31,7 @@ def check(
 
     report = check_adapter(adapter, base, trust_remote_code=trust_remote_code)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report), indent=2))
+        typer.echo(to_json(_as_dict(report)))
     else:
         _show(report, adapter)
     if report.problems:
@@ -42,10 +39,6 @@ def check(
 
 
 def _as_dict(report: CheckReport) -> dict[str, Any]:
-    # JSON has no NaN and no infinity
-    norms = [
-        None if layer.norm is None or not math.isfinite(layer.norm) else layer.norm for layer in report.layers
-    ]
     return {
         "directory": str(report.directory),
         "method": report.method,
@@ -55,12 +48,12 @@ def _as_dict(report: CheckReport) -> dict[str, Any]:
         "trainable": report.trainable,
         "bytes": report.bytes,
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in report.dtypes],
-        "layers": [{**asdict(layer), "norm": norm} for layer, norm in zip(report.layers, norms, strict=True)],
+        "layers": [asdict(layer) for layer in report.layers],
     }
 
 
 def _show(report: CheckReport, adapter: str) -> None:
-    console = Console(width=None if Console().is_terminal else 160)
+    console = wide_console()
     table = Table(title=f"{report.method} adapter {escape(adapter)}", title_justify="left")
     for column in ("layers", "count", "trainable", "in the file", "size of the update", "idle"):
         table.add_column(column, justify="left" if column == "layers" else "right")

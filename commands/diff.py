@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .tables import group_by, kind_of, spread
+from .tables import group_by, kind_of, spread, to_json, wide_console
 
 __all__ = ["diff"]
 
@@ -34,9 +32,9 @@ def diff(
 
     found = diff_adapters(first, second, base=base, trust_remote_code=trust_remote_code)
     if as_json:
-        typer.echo(json.dumps(asdict(found) | {"same": found.same}, indent=2, default=_plain))
+        typer.echo(to_json(asdict(found) | {"same": found.same}))
     else:
-        console = Console(width=None if Console().is_terminal else 160)
+        console = wide_console()
         for name, (one, other) in found.fields.items():
             console.print(f"{name}: {escape(shorten(one))} -> {escape(shorten(other))}", highlight=False)
         table = Table("layers", "count", "||A||", "||B||", "||B - A|| / ||A||", "cosine")
@@ -59,7 +57,3 @@ def diff(
         console.print("They answer alike." if found.same else "They differ.")
     if not found.same:
         raise typer.Exit(1)
-
-
-def _plain(value: object) -> object:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

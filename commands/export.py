@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import warnings
 from collections.abc import Iterator
@@ -14,13 +13,12 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 
-from .tables import group_by, kind_of
+from .tables import group_by, kind_of, to_json, wide_console
 
 __all__ = ["export"]
 
@@ -88,7 +86,7 @@ def export(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the base model's own code.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write an adapter that needs no ndlora-plugins: plain LoRA or LoKr, GGUF, or the merged model.
+    """Write an adapter as plain LoRA or LoKr, GGUF, the merged model, or a smaller one of ours.
 
     Example: ndlora export my-adapter --to lora --output my-lora
     """
@@ -121,9 +119,9 @@ def export(
             "notes": notes,
             "layers": [asdict(layer) for layer in report.layers],
         }
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(to_json(found))
         return
-    console = Console(width=None if Console().is_terminal else 160)
+    console = wide_console()
     error = "lost to rounding" if to is Kind.merged else "relative error"
     table = Table(title=f"{escape(adapter)} to {to.value}", title_justify="left")
     for column in ("layers", "count", "form", "numbers", error):

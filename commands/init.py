@@ -56,6 +56,9 @@ def init(
     given = {name: value for name, value in fields.items() if value not in (None, {}, [])}
     more = parse_options(field or [], "--field")
     known = {each.name for each in fields_to_set(NdLoraConfig)} | {"task_type"}
+    twice = sorted(set(more) & set(fields))
+    if twice:
+        raise NdLoraValueError(f"--field: {twice} have flags of their own: see `ndlora init --help`.")
     unknown = sorted(set(more) - known)
     if unknown:
         raise NdLoraValueError(f"--field: unknown fields {unknown}. Known: {', '.join(sorted(known))}.")

@@ -24,6 +24,7 @@ from .doctor import doctor
 from .export import export
 from .init import init
 from .prune import prune
+from .tables import wide_console
 from .tune import tune
 from .verify import verify
 
@@ -33,8 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-# a table that is piped into a file is not folded at 80 columns
-console = Console(width=None if Console().is_terminal else 160)
+console = wide_console()
 # for a command that looks at its options, `--help` among them, by itself
 TAKES_ANYTHING = {
     "add_help_option": False,
@@ -45,23 +45,23 @@ TAKES_ANYTHING = {
 def run() -> None:
     """The console script: an error is shown as one line, without a traceback, and ends with status 2.
 
-    What goes wrong inside a training that was begun, or with NDLORA_TRACEBACK=1, keeps its traceback.
+    What goes wrong inside `ndlora sft`'s training keeps its traceback, and with NDLORA_TRACEBACK=1 everything.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do
     try:
         app(prog_name="ndlora")  # however it was started: completion asks for it
-    except (NdLoraError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from error
-        _complain(_in_one_line(error) if isinstance(error, OSError) else str(error))
-        raise SystemExit(2) from error
+    except BrokenPipeError as error:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from error
     except Exception as error:
-        if sys.argv[1:2] == ["sft"] or os.environ.get("NDLORA_TRACEBACK"):
+        expected = isinstance(error, (NdLoraError, OSError))
+        if os.environ.get("NDLORA_TRACEBACK") or (not expected and sys.argv[1:2] == ["sft"]):
             raise
-        said = " ".join(str(error).split())
-        _complain(f"{type(error).__name__}: {said} (NDLORA_TRACEBACK=1 shows where)")
+        said = _in_one_line(error) if isinstance(error, OSError) else str(error)
+        if not expected:
+            said = f"{type(error).__name__}: {' '.join(said.split())} (NDLORA_TRACEBACK=1 shows where)"
+        _complain(said)
         raise SystemExit(2) from error
 
 
@@ -137,8 +137,11 @@ def plan(
     from .plan import parse_options, plan_from_model_config
 
     if not (parameters is None and file_bytes is None and like_lora_r is None and fraction is None):
-        if any((method, r, init, anchor, num_modes != 2, crossed_modes, option)):
-            raise NdLoraValueError("A budget chooses the method and its options: leave one of the two out.")
+        if any((method, r, init, anchor, num_modes != 2, crossed_modes, option, lora_rank != 8)):
+            raise NdLoraValueError(
+                "A budget chooses the method and its options, and is compared with LoRA r=8: leave --lora-rank and "
+                "those of the method out."
+            )
         choice = choose_for_config(
             model,
             parameters=parameters,

@@ -82,7 +82,9 @@ def tune(
         typer.echo(f"It is at the edge of the rates: try one beyond {best.rate:g} too.")
     typer.echo(f"In the YAML:\n  learning_rate: {best.rate:g}")
     if best.setting is not None:
-        typer.echo(f"  ndlora: {best.setting}\nIn Python: NdLoraConfig({_as_fields(best.setting)})")
+        typer.echo(f"  ndlora: {best.setting}")
+        if fields := _as_fields(best.setting):
+            typer.echo(f"In Python: NdLoraConfig({fields})")
 
 
 @contextmanager
@@ -114,6 +116,10 @@ def _ended(trial: Trial) -> str:
 
 
 def _as_fields(setting: str) -> str:
+    """NdLoraConfig's arguments; "" where a budget chooses them."""
     if not setting.lstrip().startswith("{"):
         return f'method="{setting}"'
-    return ", ".join(f"{name}={value!r}" for name, value in json.loads(setting).items() if name != "callback")
+    options = json.loads(setting)
+    if "parameters" in options:
+        return ""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "callback")

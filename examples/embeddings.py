@@ -1,4 +1,4 @@
-"""Adapts a sentence encoder to what people say of films, and saves an adapter that loads without this package.
+"""Adapts a sentence encoder to what people say of films, and saves an adapter that PEFT loads without an import of it.
 
 Run it on the real model and rated sentences, both from packages:
 

@@ -27,7 +27,10 @@ class AdapterModule(lightning.LightningModule):
         self.model = get_peft_model(base, NdLoraConfig(task_type="CAUSAL_LM", random_seed=0))
 
     def training_step(self, batch, index):
-        loss = self.model(**batch, labels=batch["input_ids"]).loss
+        labels = batch["input_ids"].masked_fill(
+            batch["attention_mask"] == 0, -100
+        )  # nothing is learned of padding
+        loss = self.model(**batch, labels=labels).loss
         self.log("loss", loss)
         return loss
 

@@ -1,4 +1,4 @@
-"""A training loop without a trainer: an adapter, AdamW, a file that loads without this package.
+"""A training loop without a trainer: an adapter, AdamW, a file that PEFT loads without an import of this package.
 
 python examples/plain_loop.py MODEL          # a causal language model: a directory, or its name on the hub
 """

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with an adapter of ours: training, held-out loss, a file that loads without this package.
+"""TRL's SFTTrainer with an adapter of ours: training, held-out loss, a file that PEFT loads without an import.
 
 python examples/trl_sft.py MODEL DATA.jsonl     # one {"prompt": ..., "completion": ...} a line
 """

@@ -51,6 +51,7 @@ REFUSED = [
         "ValueError: Couldn't instantiate",
     ),
     (["plan", "base", "--parameters", "1k", "--lora-rate", "-1"], "lora_rate=-1.0: give a learning rate"),
+    (["plan", "base", "--parameters", "1k", "--lora-rank", "4"], "is compared with LoRA r=8"),
     (["plan", "adapter"], "'adapter' is an adapter: give its base model"),
     (["plan", "base", "--method", "crosed"], "is no known method. Did you mean 'crossed'?"),
     (["plan", "base", "--lora-rank", "0"], "Invalid value for '--lora-rank'"),

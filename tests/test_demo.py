@@ -125,6 +125,13 @@ def run_tiny(tiny_model, output, **options):
     return run_demo(tiny_model, output=output, **sizes)
 
 
+def test_a_directory_of_something_else_is_left_alone(tiny_model, tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(NdLoraValueError, match="is not empty, and not of an earlier demo"):
+        run_tiny(tiny_model, tmp_path)
+    assert not any((tmp_path / "base").iterdir())
+
+
 @pytest.mark.slow
 def test_demo_from_end_to_end(tiny_model, tmp_path):
     output, said = tmp_path / "out", io.StringIO()

@@ -1,6 +1,7 @@
 """`ndlora init`, `diff` and `doctor`, as a user types them: what they write and say, and their exit status."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.doctor import SWITCHES, examine
 from ndlora_plugins.commands.main import app
+from ndlora_plugins.commands.tables import to_json
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.adapters.diff import diff_adapters
 from ndlora_plugins.integrations.peft.adapters.start import init_adapter
@@ -23,6 +25,7 @@ FILE = "adapter_model.safetensors"
 WRONG_INIT = {
     "method": (["--method", "nope"], "method='nope' is no known method"),
     "field": (["--field", "colour=red"], "--field: unknown fields ['colour']"),
+    "field with a flag": (["--field", "random_seed=5"], "--field: ['random_seed'] have flags of their own"),
     "no equals": (["--field", "lora_dropout"], "--field 'lora_dropout': write it as NAME=VALUE"),
     "gradients": (["--method", "lora_sb", "--r", "4"], "reads gradients, which a directory has not"),
     "target": (["--target", "nope"], "match no layer"),
@@ -156,3 +159,8 @@ def test_doctors_exit_status(value, status, monkeypatch):
     assert result.exit_code == status
     findings = json.loads(result.stdout)["findings"]
     assert any(finding["status"] == "problem" for finding in findings) == bool(status)
+
+
+def test_what_a_command_prints_for_scripts_is_json():
+    found = {"change": math.inf, "norms": (math.nan, 1.5), "names": {"b", "a"}}
+    assert json.loads(to_json(found)) == {"change": None, "norms": [None, 1.5], "names": ["a", "b"]}

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from ndlora_plugins.commands.tables import wide_console
 
 __all__ = ["demo"]
 
@@ -49,7 +50,7 @@ def demo(
 
     transformers_logging.disable_progress_bar()  # they would break into ours
     warnings.simplefilter("ignore", FutureWarning)  # among the hosts; nothing for the user to do
-    console = Console(width=None if Console().is_terminal else 160)  # a file does not fold the table at 80
+    console = wide_console()
     report = run_demo(model, data, method or METHODS, steps=steps, seed=seed, output=output, console=console)
     show(report, output, console)
     if report.failures:

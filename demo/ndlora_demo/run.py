@@ -77,15 +77,15 @@ def _has_defaults(options: type) -> bool:
 
 
 def _peft_config(bench: finetune.Bench, method: str) -> PeftConfig:
-    """Every method adapts the same layers, all linear ones but the output head, at its default rank."""
-    common = {"lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    """Every method adapts the same layers, all linear ones but the output head, with its own defaults."""
+    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method == "lora":
         from peft import LoraConfig
 
-        return LoraConfig(r=_LORA_RANK, **common)
+        return LoraConfig(r=_LORA_RANK, lora_alpha=2 * _LORA_RANK, **common)
     from ndlora_plugins import NdLoraConfig, measure_gradients
 
-    config = NdLoraConfig(method=method, r=registered()[method].value.rank, **common)
+    config = NdLoraConfig(method=method, **common)
     if "gradient" in method_and_start(method, True)[1].reads:
         some = bench.batches[:_GRADIENT_BATCHES]
         measure_gradients(
@@ -163,7 +163,6 @@ def _reload(bench: finetune.Bench, results: list[MethodResult], output: Path) ->
     }
     script, answers_file = output / "reload.py", output / "reloaded.json"
     (output / "reload.json").write_text(json.dumps(task, indent=2), encoding="utf-8")
-    script.write_text(_RELOAD_SCRIPT, encoding="utf-8")
     answers_file.unlink(missing_ok=True)
     process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     if process.returncode != 0 or not answers_file.exists():
@@ -204,12 +203,12 @@ def run_demo(
         steps, batch_size: training steps for each method, and problems a step.
         seed: of the problems, their order and the adapters' random starts.
         output: gets a folder for each adapter, results.json, results.md, loss.png, reload.py and base/ (the
-            base model in float32, 540 MB for the default model).
+            base model in float32, 540 MB for the default model). New, empty, or of an earlier demo, which it replaces.
         held_out, exact: problems for the held-out loss, and how many of them are also answered in full.
         console: where the progress bars go; None: the terminal.
 
     Raises:
-        NdLoraValueError: for an unknown method, a size below 1, or unusable data.
+        NdLoraValueError: for an unknown method, a size below 1, unusable data, or an `output` that holds anything else.
         MissingExtraError: if the default model is not installed.
         OSError: if ``model`` or ``data`` is not found. All of these before anything is written.
     """
@@ -225,6 +224,9 @@ def run_demo(
             f"steps={steps}, batch_size={batch_size}, held_out={held_out}, exact={exact}: "
             f"give at least 1 of each"
         )
+    script = output / "reload.py"
+    if output.exists() and any(output.iterdir()) and not script.is_file():
+        raise NdLoraValueError(f"{output} is not empty, and not of an earlier demo: name another --output.")
     console = console or Console()
     results: list[MethodResult] = []
     failures: list[str] = []
@@ -234,6 +236,7 @@ def run_demo(
             model, data, steps=steps, seed=seed, batch_size=batch_size, held_out=held_out, exact=exact
         )
         output.mkdir(parents=True, exist_ok=True)
+        script.write_text(_RELOAD_SCRIPT, encoding="utf-8")  # first: it marks the directory as a demo's
         bench.model.save_pretrained(output / "base")
         bench.tokenizer.save_pretrained(output / "base")
         # what adapters name as their base

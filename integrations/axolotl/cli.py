@@ -26,11 +26,12 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
 
     Raises:
         NdLoraValueError: the YAML is for another adapter, a key cannot apply, or no layer matches.
+        ValueError: Axolotl refuses the YAML.
     """
     import yaml
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from ndlora_plugins.budget import make_budget
     from ndlora_plugins.errors import NdLoraValueError
@@ -47,7 +48,7 @@ def plan_yaml(config: Path, model: str | None = None, lora_rank: int = 8) -> tup
     cfg = validate_config(written)
     options = {"trust_remote_code": bool(cfg.trust_remote_code), "revision": cfg.revision_of_model}
     model_config = AutoConfig.from_pretrained(model or cfg.base_model_config or cfg.base_model, **options)
-    maker = AutoModelForSequenceClassification if cfg.reward_model else AutoModelForCausalLM
+    maker = AutoModelForSequenceClassification if cfg.reward_model else None
     network = model_on_meta(model_config, auto_class=maker, trust_remote_code=options["trust_remote_code"])
     adapter = build_config(cfg, network)
     layers = plan_model(network, adapter)
@@ -68,11 +69,9 @@ def ndlora_plan(config: Path, model: str | None, lora_rank: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ndlora_plugins.errors import NdLoraError
-
     try:
         adapter, budget = plan_yaml(config, model, lora_rank)
-    except (NdLoraError, OSError) as error:
+    except (ValueError, OSError) as error:  # ours and pydantic's are ValueErrors
         raise click.ClickException(str(error)) from error
     header, rows = budget.table()
     table = Table(*header, title=f"{adapter.method} r={adapter.r}: {config}", title_justify="left")

@@ -47,7 +47,7 @@ def merge_and_save(cfg: Any) -> bool:
 def merge_by_shard(
     base: str, adapter: str, output: Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> int:
-    """Write the merged model to `output`, in place of an earlier one; returns how many layers were merged.
+    """Write the merged model to `output`, over an earlier one; returns how many layers were merged.
 
     Raises:
         NotInFilesError: the loaded model can be merged. Nothing was written.
@@ -57,6 +57,11 @@ def merge_by_shard(
     files = BaseFiles.open(base, revision=revision, trust_remote_code=trust_remote_code)
     reader.check_base(files)
     check_sound(reader, files)
-    with new_directory(output, replace=True) as directory:  # as Axolotl's own way would write over it too
+    with new_directory(output, replace=_holds_weights) as directory:
         merged = merge_files(reader, files, directory)
     return len(merged)
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether transformers might load it in place of the new weights: an earlier merge had other shards."""
+    return path.suffix in {".safetensors", ".bin"} or path.name.endswith(".index.json")

@@ -154,7 +154,7 @@ def _probe(model: PeftModel, tokenizer: Any, prompt: str) -> Probe:
     likely = {*with_adapter.topk(_MOST_LIKELY).indices.tolist(), *without.topk(_MOST_LIKELY).indices.tolist()}
     first = {
         token: (
-            tokenizer.decode([token]),
+            _behind(tokenizer, tokens, [token]),
             round(with_adapter[token].item(), 5),
             round(without[token].item(), 5),
         )
@@ -176,5 +176,14 @@ def _answer(model: PeftModel, tokenizer: Any, tokens: Sequence[int]) -> tuple[An
         return_dict_in_generate=True,
     )
     said = found.sequences[0, len(tokens) :].tolist()
-    answer = Answer(tuple(said), tokenizer.decode(said, skip_special_tokens=True))
+    answer = Answer(tuple(said), _behind(tokenizer, tokens, said))
     return answer, found.logits[0][0].float().log_softmax(-1)
+
+
+def _behind(tokenizer: Any, tokens: Sequence[int], said: Sequence[int]) -> str:
+    """What tokens read as behind the prompt's, as servers do it: alone, some tokenizers drop a first space."""
+    before, whole = (
+        tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for each in ([*tokens], [*tokens, *said])
+    )
+    return whole[len(before) :]

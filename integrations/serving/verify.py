@@ -83,7 +83,7 @@ def verify_server(
         request = {
             "model": model,
             "prompt": list(probe.tokens),
-            "max_tokens": len(probe.adapter.tokens),
+            "max_tokens": max(len(answer.tokens) for answer in (probe.adapter, probe.base)),
             "temperature": 0,
             "logprobs": _LOGPROBS,
             "return_tokens_as_token_ids": True,  # vLLM's: else tokens that read alike are mixed up

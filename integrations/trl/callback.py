@@ -6,7 +6,8 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from .export import EndExport, make_export
 from .gradients import measure_on_batches
 from .norms import base_norm, update_norms
 from .patches import call_first
-from .plot import check_matplotlib, draw_history
+from .plot import check_plot, draw_history
 from .resume import check_resumed, noted_schedules
 from .schedule import CoreOnly
 
@@ -61,15 +62,16 @@ class NdLoraCallback(TrainerCallback, ExportableState):
             fraction of all steps (float between 0 and 1). The optimizer's state of `core` stays as it is.
         schedules: of the active adapters, in place of what their configuration says: {"nested_rank": {"least": 2}},
             or a name, or a list of names. The trainer's state keeps them, and a resumed training must have the same.
-        export: at the end of training, in the main process only: "lora", "lokr" or "merged"; or a mapping with
-            `to` (one of these), `directory` (new; by default `<output_dir>/<to>`) and further options of
+        export: at the end of training, in the main process only: a kind of `ndlora export --to`; or a mapping with
+            `to` (such a kind), `directory` (new; by default `<output_dir>/<to>`) and further options of
             `export_adapter`; or a callable, called as export(model, args). A failure is a warning, so that the
             trainer still saves the adapter.
-        plot: where to write a PNG of loss and update norms at the end (needs matplotlib); the model card shows it.
+        plot: where to write a PNG of loss and update norms at the end (needs matplotlib); the model card shows it. A
+            failure is a warning here too.
 
     Raises:
         NdLoraValueError: a check fails (`strict`), a schedule or `core_only_at` cannot work with the model, or
-            `export` is unknown or has no room.
+            `export` is unknown or has no room, or `plot` is a directory.
         NdLoraTypeError: `export` is none of these.
         MissingExtraError: `plot` without matplotlib.
     """
@@ -84,7 +86,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
         plot: str | Path | None = None,
     ):
         if plot is not None:
-            check_matplotlib()
+            check_plot(plot)
         call_first(NdLoraCallback)
         self._arguments = {"strict": strict, "log_norms": log_norms, "core_only_at": core_only_at}
         self.strict = strict
@@ -109,6 +111,9 @@ class NdLoraCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args, state, control, model: Any = None, optimizer=None, train_dataloader=None, **kwargs
     ):
+        self._layers = adapted_layers(model)
+        for clock in self._clocks():
+            clock.release()
         sharded = _is_sharded(args)
         if isinstance(self.export, EndExport):
             self.export.target(args)
@@ -130,7 +135,6 @@ class NdLoraCallback(TrainerCallback, ExportableState):
             if report.besides:
                 logger.info("beside the adapters %s numbers train", f"{report.besides:,}")
         self._complain(report.problems)
-        self._layers = adapted_layers(model)
         if not state.global_step:  # a resumed training goes on with the checkpoint's values
             for adapter, batches in measure_on_batches(model, train_dataloader, sharded).items():
                 logger.info("adapter %r starts from the gradients of %d batches", adapter, batches)
@@ -183,9 +187,7 @@ class NdLoraCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         for clock in self._clocks():
-            clock.driven = False
-        if self.schedule is not None:
-            self.schedule.end()
+            clock.release()
         if not state.is_world_process_zero:
             return
         if self._gradients_pending and self._layers:
@@ -195,18 +197,12 @@ class NdLoraCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         if self.plot is not None:
-            draw_history(state.log_history, self.plot)
-            note_plot(model, self.plot)
+            with _warned("the plot"):
+                draw_history(state.log_history, self.plot)
+                note_plot(model, self.plot)
         if self.export is not None:
-            try:
+            with _warned("the export", " Save the adapter and run `ndlora export` on it."):
                 self.export(model, args)
-            except Exception as error:  # whatever it is, the trainer has yet to save the adapter
-                warnings.warn(
-                    f"NdLoraCallback: the export failed, the training did not ({type(error).__name__}: {error}) "
-                    f"Save the adapter and run `ndlora export` on it.",
-                    NdLoraWarning,
-                    stacklevel=2,
-                )
 
     def _begin_schedules(self, model, args, state, sharded: bool) -> None:
         if self.schedules is not None:
@@ -237,6 +233,19 @@ class NdLoraCallback(TrainerCallback, ExportableState):
         if self.strict:
             raise NdLoraValueError(message)
         warnings.warn(message, NdLoraWarning, stacklevel=3)
+
+
+@contextmanager
+def _warned(what: str, remedy: str = "") -> Iterator[None]:
+    """Warn of a failure, whatever it is: the trainer has yet to save the adapter."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"NdLoraCallback: {what} failed, the training did not ({type(error).__name__}: {error}){remedy}",
+            NdLoraWarning,
+            stacklevel=2,
+        )
 
 
 def make_callback(options: Mapping[str, Any], where: str) -> NdLoraCallback:

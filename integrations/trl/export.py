@@ -57,7 +57,7 @@ class EndExport:
     """Exports the active adapter as it is at the end of the training.
 
     Args:
-        to: "lora", "lokr" or "merged".
+        to: a kind of `ndlora export --to`.
         directory: a new directory; by default the one called as `to` in the trainer's output_dir.
         options: further ones of `export_adapter`.
     """

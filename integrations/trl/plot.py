@@ -7,13 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ndlora_plugins.errors import MissingExtraError
+from ndlora_plugins.errors import MissingExtraError, NdLoraValueError
 
-__all__ = ["check_matplotlib", "draw_history"]
+__all__ = ["check_plot", "draw_history"]
 
 
-def check_matplotlib() -> None:
-    """Raise MissingExtraError unless matplotlib is there."""
+def check_plot(path: str | Path) -> None:
+    """Raise unless a PNG can be drawn.
+
+    Raises:
+        MissingExtraError: there is no matplotlib.
+        NdLoraValueError: `path` is a directory.
+    """
+    if Path(path).is_dir():
+        raise NdLoraValueError(
+            f"plot={str(path)!r} is a directory: give the name of a file, such as loss.png."
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("plot= needs matplotlib: run `pip install matplotlib`.")
 

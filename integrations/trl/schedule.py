@@ -11,6 +11,7 @@ from torch import nn
 from ndlora_plugins.errors import NdLoraValueError
 
 from ..peft.layers.layer import NdLoraLayer
+from ..peft.layers.shared import Clock
 from .checks import trained_factors
 
 __all__ = ["CoreOnly"]
@@ -39,8 +40,8 @@ class CoreOnly:
             )
         self.at = at
         self._step = 0
-        self._stopped: list[nn.Parameter] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._stopped: list[tuple[nn.Parameter, Clock]] = []
+        self._begun = False
 
     def begin(self, layers: Sequence[tuple[str, NdLoraLayer]], max_steps: int, sharded: bool) -> None:
         """Find what is to be stopped, and when.
@@ -50,9 +51,8 @@ class CoreOnly:
         """
         if sharded:
             raise NdLoraValueError("core_only_at does not work under DeepSpeed or FSDP yet: leave it out.")
-        self.end()
         self._step = self.at if isinstance(self.at, int) else math.ceil(self.at * max_steps)
-        self._stopped = []
+        self._stopped, self._begun = [], False
         for name, layer in layers:
             for adapter, factors in trained_factors(layer).items():
                 trainable = {key: value for key, value in factors.items() if value.requires_grad}
@@ -62,22 +62,19 @@ class CoreOnly:
                         f"method={layer.plan[adapter].method.name!r}, whose factors {sorted(trainable)} have "
                         f"no core. Use a method that trains one, or leave core_only_at out."
                     )
-                self._stopped += [value for key, value in trainable.items() if key != CORE]
+                self._stopped += [(value, layer.clock) for key, value in trainable.items() if key != CORE]
 
     def advance(self, step: int) -> bool:
         """Stop if it is time, before a step is made. True exactly when that happens."""
-        if self._hooks or step < self._step or not self._stopped:
+        if self._begun or step < self._step or not self._stopped:
             return False
-        self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in self._stopped]
+        self._begun = True
+        for parameter, clock in self._stopped:
+            clock.hooks.append(parameter.register_hook(torch.zeros_like))
         return True
 
     def drop_gradients(self) -> None:
         """Drop them before the optimizer's step."""
-        if self._hooks:
-            for parameter in self._stopped:
+        if self._begun:
+            for parameter, _ in self._stopped:
                 parameter.grad = None
-
-    def end(self) -> None:
-        """Let the factors be as they were."""
-        while self._hooks:
-            self._hooks.pop().remove()

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         NdLoraValueError: an argument that nobody knows, or one that cannot apply.
     """
     run = read_run(list(sys.argv[1:] if argv is None else argv), "ndlora sft")
-    _train(run, *make_config(run.ndlora, run.model, run.given, run.schedules))
+    _train(run, *make_config(run, run.ndlora))
 
 
 class Run(NamedTuple):
@@ -111,6 +111,7 @@ def read_run(argv: list[str], command: str) -> Run:
         prog=command,
         description="Fine-tune with TRL: the YAML and the options of `trl sft`, and an `ndlora:` block.",
         epilog="Example: ndlora sft --config run.yaml",
+        allow_abbrev=False,  # `_given` knows whole names
     )
     try:
         script, training, model, mixture, ours, unknown = parser.parse_args_and_config(
@@ -128,23 +129,17 @@ def read_run(argv: list[str], command: str) -> Run:
     return Run(script, training, model, mixture, ours.ndlora, ours.schedules, _given(argv))
 
 
-def make_config(
-    ndlora: str | Mapping[str, Any] | None,
-    model: trl.ModelConfig,
-    given: set[str],
-    schedules: str | Mapping[str, Any] | Sequence[str] | None = None,
-) -> tuple[NdLoraConfig, NdLoraCallback]:
+def make_config(run: Run, ndlora: str | Mapping[str, Any] | None) -> tuple[NdLoraConfig, NdLoraCallback]:
     """The adapter's configuration and the callback, from TRL's arguments and ours.
 
     Args:
-        ndlora: as `NdLoraArguments.ndlora` has it.
-        model: TRL's arguments.
-        given: the names of those arguments that the user gave; the defaults of the others do not count.
-        schedules: as `NdLoraArguments.schedules` has it.
+        run: of TRL's arguments only those count that were given, no defaults.
+        ndlora: as `NdLoraArguments.ndlora` has it, in place of the run's.
 
     Raises:
         NdLoraValueError: an unknown option, or a value that cannot work.
     """
+    model, given, schedules = run.model, run.given, run.schedules
     if "use_peft" in given and not model.use_peft:
         raise NdLoraValueError("use_peft: false, but `ndlora sft` always trains an adapter: take it out.")
     options = _as_mapping(ndlora)
@@ -162,17 +157,16 @@ def make_config(
     fields = {"task_type": model.lora_task_type, **taken, **options}
     if parameters is not None:
         fields_within(parameters, fields)  # wrong ones are found before the model is looked at
-        fields = fields_within(parameters, fields, _without_weights(model))
+        fields = fields_within(parameters, fields, _without_weights(model, run.training.trust_remote_code))
     return NdLoraConfig(**fields), callback
 
 
-def _without_weights(model: trl.ModelConfig) -> nn.Module:
+def _without_weights(model: trl.ModelConfig, trusted: bool) -> nn.Module:
     """The model that will be trained, on the "meta" device."""
     from transformers import AutoConfig
 
     from ..peft.skeleton import model_on_meta
 
-    trusted = getattr(model, "trust_remote_code", False)  # not in every version
     config = AutoConfig.from_pretrained(
         cast(str, model.model_name_or_path), revision=model.model_revision, trust_remote_code=trusted
     )

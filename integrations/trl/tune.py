@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ __all__ = ["RATES", "Trial", "tune"]
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PARTS = 4  # of a training, each ends with the held-out loss; a run that is behind stops there
 _TASK, _TRIALS = "tune.json", "trials.log"
+# one that was interrupted is neither, and runs again
+_ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,11 @@ def tune(
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     grid = {"setting": list(range(len(settings))), "rate": list(range(len(rates)))}
+    wanted = [dict(zip(grid, pair, strict=True)) for pair in product(*grid.values())]
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(output / _TRIALS))),
         study_name="tune",
-        sampler=optuna.samplers.GridSampler(grid, seed=0),
+        sampler=optuna.samplers.RandomSampler(),  # never asked: every trial is given
         pruner=optuna.pruners.MedianPruner(n_startup_trials=2),
         load_if_exists=True,
     )
@@ -118,17 +122,21 @@ def tune(
         trainer = make_trainer(run, chosen, [callback, watcher], training_data, kept)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        if watcher.behind:
+        if watcher.behind or not math.isfinite(watcher.loss):
             raise optuna.TrialPruned
         return watcher.loss
 
     def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         report(_trial(trial, settings, rates))
 
-    done = [trial for trial in study.trials if trial.state.is_finished()]
-    if len(done) < len(settings) * len(rates):
-        study.optimize(train, n_trials=len(settings) * len(rates) - len(done), callbacks=[tell])
-    found = [_trial(trial, settings, rates) for trial in study.trials if trial.state.is_finished()]
+    def missing() -> list[dict[str, int]]:
+        done = [trial.params for trial in study.get_trials(states=_ENDED)]
+        return [pair for pair in wanted if pair not in done]
+
+    while pairs := missing():
+        study.enqueue_trial(pairs[0])
+        study.optimize(train, n_trials=1, callbacks=[tell])
+    found = [_trial(trial, settings, rates) for trial in study.get_trials(states=_ENDED)]
     return sorted(found, key=lambda trial: (trial.stopped, math.inf if trial.loss is None else trial.loss))
 
 
@@ -151,7 +159,7 @@ class _Watcher(TrainerCallback):
 
 
 def _configure(run: Run, setting: Any) -> tuple[NdLoraConfig, NdLoraCallback]:
-    return make_config(run.ndlora if setting is None else setting, run.model, run.given, run.schedules)
+    return make_config(run, run.ndlora if setting is None else setting)
 
 
 def _run(config: str | Path, output: str | Path, rate: float, steps: int) -> Run:
@@ -161,6 +169,8 @@ def _run(config: str | Path, output: str | Path, rate: float, steps: int) -> Run
         "eval_strategy": "steps",
         "eval_steps": steps // PARTS,
         "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
         "report_to": "none",
         "disable_tqdm": True,
         "output_dir": Path(output) / "trainer",

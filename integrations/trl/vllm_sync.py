@@ -59,9 +59,7 @@ def _wrap(trainer: Any) -> None:
     @functools.wraps(validate)
     def validate_lora_for_vllm_sync(model: PeftModel) -> LoraConfig:
         if len(model.active_adapters) == 1 and _is_ours(model, model.active_adapters[0]):
-            return lora_of(model, model.active_adapters[0])[
-                0
-            ]  # NdLoraValueError is a ValueError: TRL merges then
+            return lora_of(model, model.active_adapters[0])[0]  # its error is a ValueError: TRL merges then
         return validate(model)
 
     @functools.wraps(save)
@@ -85,8 +83,8 @@ def lora_of(model: PeftModel, adapter: str) -> tuple[LoraConfig, dict[str, Tenso
         Its configuration, and its tensors on the CPU in the factors' dtype, by PEFT's names.
 
     Raises:
-        NdLoraValueError: a method without an exact LoRA, a layer that is not linear, or trained parts that a LoRA
-            has no place for.
+        NdLoraValueError: a method without an exact LoRA, a layer that is not linear, the output layer (vLLM computes
+            prompt log-probabilities without its adapter), or trained parts that a LoRA has no place for.
     """
     config = cast(NdLoraConfig, model.peft_config[adapter])
     held = [f"{field}={getattr(config, field)!r}" for field in _NO_PLACE if getattr(config, field)]
@@ -97,13 +95,16 @@ def lora_of(model: PeftModel, adapter: str) -> tuple[LoraConfig, dict[str, Tenso
             f"{', '.join(held)} of adapter {adapter!r} has no place in a LoRA that vLLM serves."
         )
     tensors, ranks, transposed = {}, {}, False
-    for name, layer in model.get_base_model().named_modules():
+    base = model.get_base_model()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    for name, layer in base.named_modules():
         if not isinstance(layer, NdLoraLayer) or adapter not in layer.plan:
             continue
         plan = layer.plan[adapter]
-        if layer.form.kind != "linear":
+        if layer.form.kind != "linear" or layer is head:
+            kind = "model's output layer" if layer is head else layer.form.kind
             raise NdLoraValueError(
-                f"Layer {name!r} is a {layer.form.kind}: vLLM takes a LoRA of linear layers."
+                f"Layer {name!r} is a {kind}: vLLM takes a LoRA of the other linear layers."
             )
         trained, frozen = (
             {key: whole(value) for key, value in some.items()} for some in layer.tensors(adapter)

@@ -9,9 +9,8 @@ pytest.importorskip("axolotl")
 import yaml
 from axolotl.integrations.base import PluginManager
 from click.testing import CliRunner
-from transformers import LlamaConfig, Qwen3Config
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen3Config
 
-from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl.cli import ndlora_plan, plan_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "axolotl"
@@ -102,6 +101,7 @@ def test_the_command_prints_the_plan(tiny, least, tmp_path):
         ({"adapter": "lora"}, "adapter: lora"),
         ({"peft_use_dora": True}, "peft_use_dora"),
         ({"lora_target_modules": ["no_such_proj"]}, "no_such_proj"),
+        ({"ndlora": {"no_such_option": 1}}, "no_such_option"),
     ],
 )
 def test_the_command_says_what_is_wrong(tiny, least, tmp_path, keys, message):
@@ -109,5 +109,18 @@ def test_the_command_says_what_is_wrong(tiny, least, tmp_path, keys, message):
     file.write_text(yaml.safe_dump({**least(tmp_path / "out"), **keys}))
     done = CliRunner().invoke(ndlora_plan, [str(file)])
     assert done.exit_code == 1 and message in done.output
-    with pytest.raises(NdLoraValueError, match=message):
+    with pytest.raises(ValueError, match=message):  # ours and pydantic's are
         plan_yaml(file)
+
+
+def test_a_model_that_sees_is_planned_as_what_it_is(tiny, least, tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    text = LlamaConfig(**small, vocab_size=64)
+    vlm = LlavaConfig(vision_config=tower, text_config=text, architectures=["LlavaForConditionalGeneration"])
+    vlm.save_pretrained(tmp_path / "vlm")
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.safe_dump({**least(tmp_path / "out"), "lora_target_modules": ["q_proj"]}))
+    assert (
+        plan_yaml(file, model=str(tmp_path / "vlm"))[1].layers == 2
+    )  # of the tower and of the language model

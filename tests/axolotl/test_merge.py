@@ -87,13 +87,18 @@ def test_stored_dtype_and_other_files_stay(tiny, tmp_path):
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
 
 
-def test_weights_of_an_earlier_merge_are_replaced(sharded, tmp_path):
+def test_weights_of_an_earlier_merge_are_replaced_and_what_else_lies_there_stays(sharded, tmp_path):
     trained(sharded, tmp_path / "adapter")
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "model.safetensors").write_bytes(b"of an earlier merge into one file")
-    merge_by_shard(str(sharded), str(tmp_path / "adapter"), tmp_path / "merged")
-    assert not (tmp_path / "merged" / "model.safetensors").exists()
-    base(tmp_path / "merged")
+    merged = tmp_path / "merged"
+    (merged / "notes").mkdir(parents=True)
+    for name in ("model.safetensors", "model.gguf", "config.json", "notes/mine.txt"):
+        (merged / name).write_text("of an earlier merge into one file")
+    merge_by_shard(str(sharded), str(tmp_path / "adapter"), merged)
+    assert not (merged / "model.safetensors").exists()
+    base(merged)
+    assert {(merged / name).read_text() for name in ("model.gguf", "notes/mine.txt")} == {
+        "of an earlier merge into one file"
+    }
 
 
 def test_an_adapter_of_another_kind_is_refused(tiny, tmp_path):

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -101,9 +101,10 @@ WRONG_SERVERS = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 128)}}
+    """As Llama 2's: alone, tokens read without the space that they begin with."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"▁w{number}": number for number in range(3, 128)}}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
@@ -172,7 +173,11 @@ def serve():
 
 @torch.inference_mode()
 def completion(model, tokenizer, form, request):
-    """What an OpenAI server answers."""
+    """What an OpenAI server answers: it reads tokens behind those before them."""
+
+    def read(tokens):
+        return tokenizer.decode([5, *tokens], skip_special_tokens=True).removeprefix("w5")
+
     prompt = torch.tensor([request["prompt"]])
     found = model.generate(
         input_ids=prompt,
@@ -187,10 +192,10 @@ def completion(model, tokenizer, form, request):
     pairs = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
     told = {
         "ids": {"top_logprobs": [{f"token_id:{token}": value for token, value in pairs}]},
-        "text": {"top_logprobs": [{tokenizer.decode([token]): value for token, value in pairs}]},
+        "text": {"top_logprobs": [{read([token]): value for token, value in pairs}]},
         "chat": {"content": [{"top_logprobs": [{"id": i, "token": "?", "logprob": v} for i, v in pairs]}]},
     }
-    text = tokenizer.decode(found.sequences[0, prompt.shape[1] :].tolist(), skip_special_tokens=True)
+    text = read(found.sequences[0, prompt.shape[1] :].tolist())
     return 200, {"choices": [{"text": text, "logprobs": told[form]}]}
 
 

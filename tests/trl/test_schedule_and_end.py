@@ -16,6 +16,7 @@ ARGUMENTS = {
     "export without a kind": ({"export": {"directory": "x"}}, NdLoraValueError, "`to` has to be one of"),
     "export's option": ({"export": {"to": "lora", "ranks": 4}}, NdLoraValueError, r"\['ranks'\]. Known: to,"),
     "export of another type": ({"export": 3}, NdLoraTypeError, "export=3: give one of"),
+    "plot into a directory": ({"plot": "."}, NdLoraValueError, "plot='.' is a directory"),
     "negative step": ({"core_only_at": -1}, NdLoraValueError, "core_only_at=-1"),
     "fraction above one": ({"core_only_at": 1.5}, NdLoraValueError, "core_only_at=1.5"),
 }
@@ -88,6 +89,22 @@ def test_resume_inside_the_core_only_part_equals_the_uninterrupted_run(make, los
     )
 
 
+def test_a_training_that_was_interrupted_changes_nothing_of_the_next(make, snapshots):
+    from transformers import TrainerCallback
+
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise KeyboardInterrupt
+
+    method = {"method": "slora", "r": 4, "init_lora_weights": False}
+    first = make(method, NdLoraCallback(core_only_at=0), Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    trainer = make({}, NdLoraCallback(), snapshots)  # on the same model
+    trainer.train()
+    assert snapshots.moved("up") == [True] * 4
+
+
 def test_a_method_without_a_core_is_refused(make):
     with pytest.raises(NdLoraValueError, match=r"core_only_at=2: adapter 'default' on layer .* have no core"):
         make({"r": 1}, NdLoraCallback(core_only_at=2)).train()
@@ -129,6 +146,15 @@ def test_an_export_that_fails_loses_nothing(make, tmp_path):
     assert trainer.state.global_step == 4
     trainer.save_model(tmp_path / "adapter")
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_plot_that_fails_loses_nothing(make, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    trainer = make({"r": 2}, NdLoraCallback(plot=tmp_path / "file/run.png"))
+    with pytest.warns(NdLoraWarning, match="the plot failed, the training did not"):
+        trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_an_export_over_something_is_refused_before_the_first_step(make, tmp_path):

@@ -54,28 +54,34 @@ REFUSED = {
 }
 
 
+@pytest.fixture
+def configure(tmp_path):
+    """Function from the YAML's keys and its `ndlora:` to NdLoraConfig."""
+    from ndlora_plugins.integrations.trl.sft import make_config, read_run
+
+    def of(given, ndlora):
+        keys = {"output_dir": str(tmp_path / "out"), "bf16": False, **given}
+        (tmp_path / "given.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+        return make_config(read_run(["--config", str(tmp_path / "given.yaml")], "ndlora sft"), ndlora)[0]
+
+    return of
+
+
 @pytest.mark.parametrize(("given", "ndlora", "expected"), CONFIGS.values(), ids=CONFIGS)
-def test_configuration(given, ndlora, expected):
-    import trl
-
-    from ndlora_plugins.integrations.trl.sft import make_config
-
-    config, _ = make_config(ndlora, trl.ModelConfig(**given), set(given))
+def test_configuration(given, ndlora, expected, configure):
+    config = configure(given, ndlora)
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_a_budget_chooses_the_method(tmp_path):
-    import trl
+def test_a_budget_chooses_the_method(configure, tmp_path):
     from transformers import LlamaConfig
 
     from ndlora_plugins.commands.plan import plan_from_model_config
-    from ndlora_plugins.integrations.trl.sft import make_config
 
     LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=16).save_pretrained(
         tmp_path
     )
-    model = trl.ModelConfig(model_name_or_path=str(tmp_path))
-    config, _ = make_config({"parameters": "2k"}, model, {"model_name_or_path"})
+    config = configure({"model_name_or_path": str(tmp_path)}, {"parameters": "2k"})
     options = {
         "method": config.method,
         "r": config.r,
@@ -87,13 +93,9 @@ def test_a_budget_chooses_the_method(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "ndlora", "words"), REFUSED.values(), ids=REFUSED)
-def test_refused(given, ndlora, words):
-    import trl
-
-    from ndlora_plugins.integrations.trl.sft import make_config
-
+def test_refused(given, ndlora, words, configure):
     with pytest.raises(NdLoraValueError, match=words):
-        make_config(ndlora, trl.ModelConfig(**given), set(given))
+        configure(given, ndlora)
 
 
 @pytest.fixture

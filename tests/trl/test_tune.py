@@ -28,7 +28,14 @@ def config(base, options, datasets_by_form, tmp_path):
     """The YAML of `ndlora sft` with a tiny model."""
     (tmp_path / "data").mkdir()
     datasets_by_form["text"].to_json(tmp_path / "data/train.jsonl")
-    keys = {**options, "model_name_or_path": base, "dataset_name": str(tmp_path / "data"), "seed": 0}
+    of_one_training = {"load_best_model_at_end": True, "push_to_hub": True}  # and not of a trial
+    keys = {
+        **options,
+        **of_one_training,
+        "model_name_or_path": base,
+        "dataset_name": str(tmp_path / "data"),
+        "seed": 0,
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
     return tmp_path / "run.yaml"
 
@@ -50,11 +57,34 @@ def test_the_best_comes_first_and_what_is_done_is_not_done_again(config, tmp_pat
         (setting, rate) for setting in task["settings"] for rate in task["rates"]
     }
     losses = [trial.loss for trial in trials if not trial.stopped]
-    assert losses == sorted(losses) and trials[0].rate == 3e-2 and len(seen) == 4
+    assert losses == sorted(losses) and not trials[0].stopped and len(seen) == 4
     assert tune(config, tmp_path / "out", **task) == trials and len(seen) == 4
     for other in ({"steps": 8}, {"held_out": 3}):
         with pytest.raises(NdLoraValueError, match="trials of another configuration"):
             tune(config, tmp_path / "out", **{**task, **other})
+
+
+def test_a_training_that_was_interrupted_runs_again(config, tmp_path):
+    from ndlora_plugins.integrations.trl.tune import tune
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    task = {"rates": [1e-3], "settings": ["slora"], "steps": 4, "held_out": 2}
+    with pytest.raises(KeyboardInterrupt):
+        tune(config, tmp_path / "out", watch=interrupt, **task)
+    (trial,) = tune(config, tmp_path / "out", **task)
+    assert trial.loss is not None and not trial.stopped
+
+
+def test_a_training_that_diverged_has_ended(config, tmp_path):
+    from ndlora_plugins.integrations.trl.tune import tune
+
+    seen = []
+    task = {"rates": [1e30], "settings": ["slora"], "steps": 4, "held_out": 2, "report": seen.append}
+    for _ in range(2):
+        (trial,) = tune(config, tmp_path / "out", **task)
+        assert trial.loss is None and trial.stopped and seen == [trial]
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ SYNCED = {
 MERGED = {
     "no exact LoRA": ({"method": "ndlinear"}, "has no exact form of a small rank"),
     "a trained head": ({"modules_to_save": ["lm_head"]}, "has no place in a LoRA that vLLM serves"),
+    "an adapted head": ({"target_modules": ["q_proj", "lm_head"]}, "is a model's output layer"),
     "biases": ({"bias": "all"}, "bias='all'"),
 }
 
@@ -81,7 +82,7 @@ def test_the_server_gets_the_exported_lora_at_every_step(case, make_llama, shake
 def test_what_is_no_lora_is_merged_as_before(case, make_llama):
     PartialState()  # TRL's logger asks for it
     options, words = MERGED[case]
-    model = get_peft_model(make_llama(), NdLoraConfig(target_modules="all-linear", **options))
+    model = get_peft_model(make_llama(), NdLoraConfig(**{"target_modules": "all-linear", **options}))
     with pytest.raises(ValueError, match=words):
         trainer.validate_lora_for_vllm_sync(model)
     assert not trainer.select_adapter_sync(SERVER, model, ARGUMENTS)

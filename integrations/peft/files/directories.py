@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,19 +73,20 @@ def check_new(output: str | Path, *, replace: bool = False) -> Path:
 
 
 @contextmanager
-def new_directory(output: str | Path, *, replace: bool = False) -> Iterator[Path]:
+def new_directory(output: str | Path, *, replace: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """A directory beside `output` to write into; it takes that name at the end, and goes after an error.
 
     What a process that was killed left there is removed. One that is still running keeps it: it holds a lock.
 
     Args:
-        replace: whether it takes the place of what is at `output`; else that is an error.
+        replace: whether a file of a directory at `output` goes, too, and is not only written over. What else lies there
+            stays. None: there may be nothing.
 
     Raises:
         NdLoraValueError: there is something at `output`, it is a mount point, or another process writes it.
         OSError: it cannot be written; the error names a file or a directory.
     """
-    output = check_new(output, replace=replace)
+    output = check_new(output, replace=replace is not None)
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_name(f".{output.name}-unfinished")
     files, earlier = scratch / "files", scratch / "earlier"
@@ -94,7 +95,10 @@ def new_directory(output: str | Path, *, replace: bool = False) -> Iterator[Path
         _clear(files, earlier, output)
         files.mkdir()
         yield files
-        if check_new(output, replace=replace).exists():
+        if check_new(output, replace=replace is not None).exists():
+            for path in output.iterdir() if replace is not None else ():
+                if not replace(path) and not (files / path.name).exists():
+                    _link(path, files / path.name)
             output.rename(earlier)
         files.rename(output)
     except OSError as error:
@@ -108,6 +112,17 @@ def new_directory(output: str | Path, *, replace: bool = False) -> Iterator[Path
         with suppress(OSError):
             scratch.rmdir()
         lock.release()
+
+
+def _link(path: str | Path, to: str | Path) -> None:
+    """The same file or directory under another name too, or a copy where the file system has no links."""
+    if os.path.isdir(path):
+        shutil.copytree(path, to, copy_function=_link)
+        return
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copy2(path, to)
 
 
 def _lock(scratch: Path, output: Path) -> FileLock:

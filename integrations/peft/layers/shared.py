@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ndlora_plugins.errors import NdLoraValueError
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.schedules.base import Chosen, Moment, Place, Ranks
 
@@ -112,23 +114,32 @@ class Bank:
         return {name: held[key] for name, key in plan.shared if key in held}
 
     def join(
-        self, adapter: str, plan: LayerAdapter, trained: Tensors, frozen: Tensors
+        self,
+        adapter: str,
+        plan: LayerAdapter,
+        trained: Tensors,
+        frozen: Tensors,
+        base_device: Callable[[], torch.device | None],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layer's own tensors and the shared ones, by factor, on the layer's device and in its dtype."""
+        """A layer's own tensors and the shared ones, by factor, on the layer's device and in its dtype.
+
+        Args:
+            base_device: asked for the device, None for any, where the layer has no tensor of its own.
+        """
         own = next(
             (value for value in (*trained.values(), *frozen.values()) if value.is_floating_point()), None
         )
+        device, dtype = (base_device(), None) if own is None else (own.device, own.dtype)
         joined = []
         for holder, tensors in ((self.factors, trained), (self.frozen, frozen)):
             held = self._held(holder, adapter)
             shared = {name: held[key] for name, key in plan.shared if key in held}
-            if own is not None:
-                shared = {
-                    name: value
-                    if value.is_meta
-                    else value.to(own.device, own.dtype if value.is_floating_point() else value.dtype)
-                    for name, value in shared.items()
-                }
+            shared = {
+                name: value
+                if value.is_meta
+                else value.to(device, dtype if value.is_floating_point() else None)
+                for name, value in shared.items()
+            }
             joined.append({**tensors, **shared})
         return joined[0], joined[1]
 
@@ -159,24 +170,42 @@ class Clock:
     Attributes:
         step: of the optimiser.
         driven: whether a trainer's callback sets the step; else every training forward is a step of its own.
-        watched: whether an adapter has a schedule; else nothing is counted, and torch.compile does
-            not compile anew for every number.
         seeds: adapter -> its `random_seed`.
         penalty_settled: whether the loss gets the schedules' penalties, or it was told that it does not.
         chosen: adapter -> its schedules.
         places: adapter -> layer's name -> its place.
         outputs: what the last forward gave, where a schedule reads it.
         measuring: whether gradients are being measured, for adapters that have no values yet.
+        hooks: what a trainer's callback put on the factors, gone when it lets go.
     """
 
     def __init__(self, warn_of_penalties: Callable[[nn.Module], None]) -> None:
         self._warn_of_penalties = warn_of_penalties
-        self.step, self.driven, self.watched, self.penalty_settled = 0, False, False, False
+        self.step, self.driven, self.penalty_settled = 0, False, False
         self.seeds: dict[str, int] = {}
         self.chosen: dict[str, tuple[Chosen, ...]] = {}
         self.places: dict[str, dict[str, Place]] = {}
         self.outputs: Any = None
         self.measuring = False
+        self.hooks: list[RemovableHandle] = []
+
+    def release(self) -> None:
+        """No trainer drives it any more: one that has ended, or that was interrupted."""
+        self.driven = False
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    @property
+    def watched(self) -> bool:
+        """Tell whether an adapter has a schedule; else nothing is counted, and torch.compile does not compile anew
+        for every number.
+        """
+        return any(self.chosen.values())
+
+    def forget(self, adapter: str) -> None:
+        """An adapter is no longer in the model."""
+        for of_adapters in (self.seeds, self.chosen, self.places):
+            of_adapters.pop(adapter, None)
 
     def moment(self, adapter: str) -> Moment:
         """The step, as an adapter's schedules see it."""
