@@ -288,14 +288,19 @@ def plan_layer(
             f"init_lora_weights={start.name!r} allows at most r={start.max_rank(structure)} on layer {layer!r} with "
             f"its weight of {shape}, but r={rank}. Lower r, or give this layer a smaller one in rank_pattern."
         )
-    keys = (
-        {} if method.shared is None else {f.name: method.shared(f, layer, layout) for f in structure.factors}
-    )
-    shared = tuple((name, key) for name, key in keys.items() if key is not None)
-    for name, key in shared:
-        if not (isinstance(key, str) and re.fullmatch(r"\w+", key)) or hasattr(nn.ParameterDict, key):
+    factors, share = structure.factors, method.shared or (lambda *_: None)
+    for factor in factors:
+        if factor.indices is not None and factor.numel > factor.indices:
             raise NdLoraValueError(
-                f"method={method.name!r} shares {name!r} of layer {layer!r} under {key!r}: a key is made of letters, "
+                f"method={method.name!r} chooses {factor.numel} different features with r={rank}, and layer {layer!r} "
+                f"of {shape} has {factor.indices} of them. Lower r, or give this layer a smaller one in rank_pattern."
+            )
+    shared = tuple((f.name, key) for f in factors if (key := share(f, layer, layout)) is not None)
+    own = (("keeps", factor.name, factor.name) for factor in factors)
+    for verb, name, key in (*own, *(("shares", *pair) for pair in shared)):
+        if not (isinstance(key, str) and re.fullmatch(r"\w+", key)) or hasattr(nn.ParameterDict(), key):
+            raise NdLoraValueError(
+                f"method={method.name!r} {verb} {name!r} of layer {layer!r} under {key!r}: a key is made of letters, "
                 f"digits and underscores, and is no name that nn.ParameterDict has."
             )
     return LayerAdapter(method, start, layout, scaling, options.anchor, shared, options.save_frozen)

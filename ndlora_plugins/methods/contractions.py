@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ndlora_plugins.methods.base import Method
 from ndlora_plugins.methods.modes import balanced_modes
@@ -75,9 +76,10 @@ class Ring:
     """
 
     num_modes: int = 2
+    most: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
-        check_number("num_modes", self.num_modes, 2, 6, whole=True)
+        check_number("num_modes", self.num_modes, 2, self.most, whole=True)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,13 @@ class Train(Ring):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("order", self.order, ("matrix", "sides"))
+
+
+@dataclass(frozen=True)
+class Network(Ring):
+    """The split of `Ring` into fewer modes: each is four factors more, and every cut between them is looked at."""
+
+    most: ClassVar[int] = 3
 
 
 def _modes(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
@@ -186,5 +195,5 @@ random_tucker = Method(
     shared=_random_key,
     start="random_network",
     rank=4,
-    Options=Ring,
+    Options=Network,
 )

@@ -24,30 +24,31 @@ class Contraction:
     Attributes:
         equation: such as "out r, r s, s in -> out in": factors by commas, axes by spaces. Behind "->" stand the
             axes of dW: those named out..., then those named in....
-        sizes: of axes. Left out, an inner axis has the rank; a single out or in axis has the layer's features, and
-            several share them evenly.
+        sizes: of axes, a mapping or pairs. Left out, an inner axis has the rank; a single out or in axis has the
+            layer's features, and several share them evenly.
         names: of the factors; "factor_1" and so on by default.
         trains: the names of those that train; all by default.
     """
 
     equation: str
-    sizes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    sizes: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     names: Sequence[str] | None = None
     trains: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         parsed = Equation.parse(self.equation)
-        if not isinstance(self.sizes, (Mapping, tuple)):
+        try:
+            sizes = dict(self.sizes)
+        except (TypeError, ValueError) as error:
             raise NdLoraValueError(
                 f"sizes={self.sizes!r}: give a mapping of axes to sizes, such as {{'r': 8}}."
-            )
-        sizes = self.sizes.items() if isinstance(self.sizes, Mapping) else self.sizes
-        object.__setattr__(self, "sizes", tuple(sizes))
+            ) from error
+        object.__setattr__(self, "sizes", tuple(sizes.items()))
         known = {axis for axes in parsed.factors for axis in axes}
         for axis, size in self.sizes:
             if axis not in known or not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise NdLoraValueError(
-                    f"sizes={dict(self.sizes)!r}: {axis!r} must be an axis of equation={self.equation!r}, and its size "
+                    f"sizes={sizes!r}: {axis!r} must be an axis of equation={self.equation!r}, and its size "
                     f"an integer of at least 1."
                 )
         count = len(parsed.factors)

@@ -147,10 +147,6 @@ def _features(reads: str) -> Callable[..., Values]:
     return function
 
 
-def _most_features(structure: Chain) -> int:
-    return min(factor.indices for factor in structure.factors if factor.indices is not None)
-
-
 def _half_side(structure: Chain) -> int:
     return smaller_side(structure) // 2
 
@@ -171,7 +167,6 @@ def _choices(side: str, other: str) -> tuple[Start, ...]:
             reads=frozenset({reads}),
             recomputable=reads != "gradient",
             function=_features(reads),
-            max_rank=_most_features,
         )
         for name, reads, text in rules
     )

@@ -11,7 +11,7 @@ import math
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -83,10 +83,23 @@ class Equation:
                 )
         return cls(factors, outs, ins)
 
-    @property
+    @cached_property
     def inner(self) -> Axes:
         """The axes that are summed over, in order of appearance."""
         return tuple(dict.fromkeys(a for axes in self.factors for a in axes if a not in self.outs + self.ins))
+
+    def cut(self, left: Sequence[int]) -> tuple[Axes, Axes, Axes]:
+        """Between the factors `left` and the others: the inner axes of both, the in axes of the left ones, the out axes
+        of the others.
+        """
+        of_left, of_right = (
+            {axis for k, axes in enumerate(self.factors) if (k in left) == side for axis in axes}
+            for side in (True, False)
+        )
+        bonds = tuple(axis for axis in self.inner if axis in of_left & of_right)
+        ins_left = tuple(axis for axis in self.ins if axis in of_left)
+        outs_right = tuple(axis for axis in self.outs if axis in of_right)
+        return bonds, ins_left, outs_right
 
 
 def _wrong(text: object, reason: str) -> NdLoraValueError:
@@ -158,17 +171,11 @@ class Einsum(Structure):
 
     def low_rank(self, factors: Factors) -> tuple[Tensor, Tensor] | None:
         features = self.layout.in_features, self.layout.out_features
-        inner, left = min(
-            (
-                (self._count(itertools.chain(*self._cut_axes(left))), left)
-                for count in range(1, len(self.names))
-                for left in itertools.combinations(range(len(self.names)), count)
-            ),
-            default=(math.prod(features), ()),  # of one factor: too large, whatever the features
-        )
-        if inner * sum(features) > math.prod(features):
+        left = _best_cut(self.equation, tuple(self.size.items()))
+        bonds, ins_left, outs_right = self.equation.cut(left)
+        inner = self._count((*bonds, *ins_left, *outs_right))
+        if not left or inner * sum(features) > math.prod(features):
             return None
-        bonds, ins_left, outs_right = self._cut_axes(left)
         cut = (*bonds, *(f"{axis}'" for axis in (*ins_left, *outs_right)))
 
         def side(is_left: bool, passed: Axes, copied: Axes, result: Axes) -> Tensor:
@@ -223,18 +230,19 @@ class Einsum(Structure):
     def _count(self, axes: Iterable[str]) -> int:
         return math.prod(self.size[axis] for axis in axes)
 
-    def _cut_axes(self, left: Sequence[int]) -> tuple[Axes, Axes, Axes]:
-        """Between the factors `left` and the others: the inner axes of both, the in axes of the left ones, the out axes
-        of the others.
-        """
-        of_left, of_right = (
-            {axis for k, axes in enumerate(self.equation.factors) if (k in left) == side for axis in axes}
-            for side in (True, False)
-        )
-        bonds = tuple(axis for axis in self.equation.inner if axis in of_left & of_right)
-        ins_left = tuple(axis for axis in self.equation.ins if axis in of_left)
-        outs_right = tuple(axis for axis in self.equation.outs if axis in of_right)
-        return bonds, ins_left, outs_right
+
+@lru_cache(maxsize=1024)
+def _best_cut(equation: Equation, sizes: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+    """The factors left of the cut with the fewest entries; none of an equation of one factor.
+
+    All 2 ** factors of them are looked at, once for layers of one shape.
+    """
+    size, count = dict(sizes), len(equation.factors)
+    return min(
+        (left for n in range(1, count) for left in itertools.combinations(range(count), n)),
+        key=lambda left: math.prod(size[axis] for axis in itertools.chain(*equation.cut(left))),
+        default=(),
+    )
 
 
 def _einsum(operands: Sequence[tuple[Tensor, Axes]], result: Axes) -> Tensor:

@@ -26,11 +26,13 @@ REFUSED = [
     ({"method": "crossed", "options": {"crossed_modes": True}}, "crossed_modes=True: choose an integer"),
     ({"method": "ndlinear", "options": {"in_modes": 24}}, "in_modes=24: give a list of integers"),
     ({"method": "ndlinear", "options": {"out_modes": "3x6"}}, "out_modes='3x6': give a list of integers"),
+    ({"method": "random_tucker", "options": {"num_modes": 4}}, "num_modes=4: choose an integer from 2 to 3"),
     ({"method": "einsum"}, "method='einsum': .*'equation'"),
     ({"method": "einsum", "options": {"equation": EQUATION, "sizes": {"t": 2}}}, "sizes={'t': 2}: 't' must be an axis"),
     ({"method": "einsum", "options": {"equation": EQUATION, "sizes": {"s": 0}}}, "sizes={'s': 0}: 's' must be"),
     ({"method": "einsum", "options": {"equation": EQUATION, "sizes": ["s"]}}, r"sizes=\['s'\]"),
     ({"method": "einsum", "options": {"equation": EQUATION, "sizes": 4}}, "sizes=4: give a mapping"),
+    ({"method": "einsum", "options": {"equation": EQUATION, "sizes": ("abc",)}}, r"sizes=\('abc',\): give a mapping"),
     ({"method": "einsum", "options": {"equation": EQUATION, "names": ["up", "down"]}}, "has 3 factors; give each"),
     ({"method": "einsum", "options": {"equation": EQUATION, "names": ["a", "a", "b"]}}, "give each a name of its own"),
     ({"method": "einsum", "options": {"equation": EQUATION, "names": ["a.b", "c", "d"]}}, "letters, digits and unders"),
@@ -77,6 +79,17 @@ REFUSED_LAYERS = [
         r"sizes={'out1': 3} of equation=.* has \['out1'\] without \['out2'\]: give all or none",
     ),
 ]  # fmt: skip
+# arguments of `adapter_options` -> what the error of a layer 'q' of 18 x 24 must say of its factors
+TOO_MANY = r"method='rows' chooses 19 different features with r=19, and layer 'q' of 18 x 24 .* has 18 of them. Lower r"
+REFUSED_FACTORS = [
+    (
+        {"method": "einsum", "options": {"equation": "out r, r in -> out in", "names": ["b", "keys"]}},
+        "method='einsum' keeps 'keys' of layer 'q' under 'keys': a key .* is no name that nn.ParameterDict has",
+    ),
+    ({"method": "rows", "rank": 19}, TOO_MANY),
+    ({"method": "rows", "rank": 19, "init_lora_weights": False}, TOO_MANY),
+    ({"method": "rows", "rank": 19, "init_lora_weights": "first_zero"}, TOO_MANY),
+]
 # options of "einsum" -> the factors of a layer of 18 x 24 with r=4
 DECLARED = [
     (
@@ -86,6 +99,10 @@ DECLARED = [
     (
         {"equation": EQUATION, "sizes": {"s": 16}, "names": ["up", "core", "down"]},
         {"up": (18, 4), "core": (4, 16), "down": (16, 24)},
+    ),
+    (  # pairs as Python has them, and as they come back from JSON
+        {"equation": EQUATION, "sizes": (("r", 2), ["s", 3])},
+        {"factor_1": (18, 2), "factor_2": (2, 3), "factor_3": (3, 24)},
     ),
     (
         {"equation": "r out1 in1, r out2 in2 -> out1 out2 in1 in2"},
@@ -117,6 +134,12 @@ def test_what_cannot_work_on_a_layer_names_the_layer(method, options, axes, mess
     chosen = adapter_options(method, options=options)
     with pytest.raises(NdLoraValueError, match=rf"^Layer 'q', 18 x 24 \(out x in\): .*{message}"):
         plan_layer(chosen, 24, 18, "q", **axes)
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED_FACTORS, ids=str)
+def test_factors_that_nothing_can_hold_are_refused(arguments, message):
+    with pytest.raises(NdLoraValueError, match=message):
+        plan_layer(adapter_options(**arguments), 24, 18, "q")
 
 
 @pytest.mark.parametrize("options, factors", DECLARED, ids=str)
