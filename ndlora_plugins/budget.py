@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ndlora_plugins.adapter import LayerAdapter
 from ndlora_plugins.errors import NdLoraValueError
@@ -11,9 +12,10 @@ from ndlora_plugins.structures.base import LOPSIDED_RATIO, Factor
 
 __all__ = ["Budget", "BudgetRow", "check_size", "make_budget"]
 
-# an adapter larger than both is a mistake: so many times its layer's weight, and so many numbers
+# an adapter larger than both is a mistake: so many times its layer's weight, and so many numbers, own or shared
 _LARGEST_RATIO = 16
 _ALWAYS_ALLOWED = 2**20
+_ALWAYS_SHARED = 2**30
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,29 @@ class BudgetRow:
 
     Attributes:
         layer: their common last name, such as "q_proj".
-        count: how many there are.
-        lora_parameters: of plain LoRA at the budget's `lora_rank`, one layer; its multiply-adds for one token
-            are as many.
+        adapters: of each; they differ at most in what they share with which layers.
+        lora_rank: of the plain LoRA to compare with.
     """
 
     layer: str
-    count: int
-    adapter: LayerAdapter
-    lora_parameters: int
+    adapters: tuple[LayerAdapter, ...]
+    lora_rank: int
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.adapters)
+
+    @property
+    def adapter(self) -> LayerAdapter:
+        """One of them."""
+        return self.adapters[0]
+
+    @property
+    def lora_parameters(self) -> int:
+        """Numbers of plain LoRA, one layer; its multiply-adds for one token are as many. Each expert has a LoRA."""
+        layout = self.adapter.layout
+        return self.lora_rank * (layout.in_features * math.prod(layout.leading) + layout.out_features)
 
     @property
     def shape(self) -> str:
@@ -68,8 +84,9 @@ class Budget:
         own = 0
         for row in self.rows:
             factors = factors_of(row.adapter)
-            shared |= row.adapter.shared_sizes(factors)
             own += row.count * row.adapter.count_own(factors)
+            for adapter in row.adapters:
+                shared |= adapter.shared_sizes(factors)
         return own + sum(shared.values())
 
     @property
@@ -133,32 +150,36 @@ class Budget:
 
 def make_budget(layers: Iterable[tuple[str, LayerAdapter]], lora_rank: int = 8) -> Budget:
     """Collect planned layers, given as (full name, plan), into a budget. Equal layers share a row."""
-    groups: dict[tuple, int] = {}
+    groups: dict[tuple, list[LayerAdapter]] = {}
     for name, adapter in layers:
-        key = (name.rpartition(".")[2], adapter)
-        groups[key] = groups.get(key, 0) + 1
-    rows = []
-    for (name, adapter), count in groups.items():
-        features = adapter.layout.in_features + adapter.layout.out_features
-        rows.append(BudgetRow(name, count, adapter, lora_rank * features))
+        shared = tuple((factor, "") for factor, _ in adapter.shared)  # under whatever key
+        key = (name.rpartition(".")[2], replace(adapter, shared=shared))
+        groups.setdefault(key, []).append(adapter)
+    rows = (BudgetRow(name, tuple(adapters), lora_rank) for (name, _), adapters in groups.items())
     return Budget(tuple(rows), lora_rank)
 
 
 def check_size(adapter: LayerAdapter, layer: str) -> None:
     """Refuse an adapter that is many times as large as its layer's weight, before memory runs out.
 
+    What it shares is one tensor for all layers, and held against a weight as wide as the widest of them.
+
     Args:
         layer: its name, for the message.
 
     Raises:
-        NdLoraValueError: it holds more than 2**20 numbers and more than 16 times those of the weight.
+        NdLoraValueError: it holds more than 2**20 numbers of its own, or shares more than 2**30, and more than 16 times
+            those of the weight.
     """
-    numbers = adapter.num_parameters + adapter.count_own(adapter.frozen)
-    layout = adapter.layout
-    weight = layout.in_features * layout.out_features
-    if numbers > max(_ALWAYS_ALLOWED, _LARGEST_RATIO * weight):
-        raise NdLoraValueError(
-            f"r={layout.rank} makes an adapter of {numbers:,} numbers on layer {layer!r}, {numbers // weight:,} times "
-            f"its weight of {layout.out_features} x {layout.in_features} (out x in); at most {_LARGEST_RATIO} times "
-            f"is allowed. Lower r, or give this layer a smaller one in rank_pattern."
-        )
+    layout, held = adapter.layout, adapter.trained + adapter.frozen
+    own, widest = (layout.in_features, layout.out_features), layout.largest or (0, 0)
+    for what, numbers, allowed, whose, (ins, outs) in (
+        ("an adapter", adapter.count_own(held), _ALWAYS_ALLOWED, "its", own),
+        ("shared factors", sum(adapter.shared_sizes(held).values()), _ALWAYS_SHARED, "the widest", widest),
+    ):
+        if numbers > max(allowed, _LARGEST_RATIO * ins * outs):
+            raise NdLoraValueError(
+                f"r={layout.rank} makes {what} of {numbers:,} numbers on layer {layer!r}, {numbers // (ins * outs):,} "
+                f"times {whose} weight of {outs} x {ins} (out x in); at most {_LARGEST_RATIO} times is allowed. Lower "
+                f"r, or give this layer a smaller one in rank_pattern."
+            )

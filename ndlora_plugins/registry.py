@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from typing import Any, Generic, TypeVar
@@ -60,30 +61,55 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     """Bring in a plugin by hand: a module or object with `hookimpl` functions. Entry points need no call.
 
     Raises:
-        NdLoraValueError: its name, or that of something it brings, is taken, or it brings something else than methods,
-            starts and schedules. Nothing is registered then.
+        NdLoraValueError: it is registered, its name or that of something it brings is taken, a hook of it is none of
+            ours, or it brings something else than methods, starts and schedules. Nothing is registered then.
     """
-    if name is not None and _manager().has_plugin(name):
-        raise NdLoraValueError(f"A plugin {name!r} is already registered: give this one another name.")
-    _manager().register(plugin, name=name)
-    _collect.cache_clear()
+    known = _manager().get_name(plugin) or (name if name and _manager().has_plugin(name) else None)
+    if known is not None:
+        raise NdLoraValueError(
+            f"A plugin {known!r} is already registered: register each once, under a name of its own."
+        )
     try:
+        with _in_words():
+            _manager().register(plugin, name=name)
+        _collect.cache_clear()
         for hook in _BROUGHT:
             _collect(hook)
     except BaseException:
-        unregister_plugin(plugin)
+        if _manager().is_registered(plugin):
+            unregister_plugin(plugin)
         raise
 
 
 def unregister_plugin(plugin: object) -> None:
-    """Take out what `register_plugin` brought in."""
+    """Take out what `register_plugin` brought in.
+
+    Raises:
+        NdLoraValueError: it is not registered.
+    """
+    if not _manager().is_registered(plugin):
+        raise NdLoraValueError(f"{plugin!r} is no registered plugin: give what `register_plugin` was given.")
     _manager().unregister(plugin)
     _collect.cache_clear()
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Say what pluggy finds wrong with the hooks of a plugin."""
+    try:
+        yield
+    except pluggy.PluginValidationError as error:
+        said = " ".join(str(error).split())
+        raise NdLoraValueError(
+            f"{said}: a plugin has the hooks {list(_BROUGHT)}, without arguments."
+        ) from error
+
+
 @cache
 def _collect(hook: str) -> dict[str, Registered[Any]]:
-    manager = _manager()
+    with _in_words():
+        manager = _manager()
+        manager.check_pending()
     versions = {
         plugin: f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()
     }

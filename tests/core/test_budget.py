@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ndlora_plugins.adapter import plan_layer
-from ndlora_plugins.budget import make_budget
+from ndlora_plugins.budget import check_size, make_budget
+from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.options import adapter_options
 
 
@@ -53,7 +54,9 @@ LORA = [
 
 def budget_of(model, lora_rank=8, **options):
     chosen = adapter_options(**options)
-    return make_budget(((layer, plan_layer(chosen, *shape, layer)) for layer, *shape in model), lora_rank)
+    largest = tuple(max(sizes) for sizes in list(zip(*model, strict=True))[1:])
+    plans = ((layer, plan_layer(chosen, *shape, layer, largest=largest)) for layer, *shape in model)
+    return make_budget(plans, lora_rank)
 
 
 @pytest.mark.parametrize("model, options, trainable, saved", PUBLISHED)
@@ -93,6 +96,43 @@ def test_the_table_ends_in_the_totals():
     header, rows = budget_of([(f"layers.{i}.q_proj", 24, 24) for i in range(3)], method="ndlinear").table()
     assert len(rows) == 2 and all(len(row) == len(header) for row in rows)
     assert rows[0][:3] == ("q_proj", "3", "24 x 24") and rows[-1][4] == f"{3 * (4 * 4 + 6 * 6):,}"
+
+
+def test_lora_on_experts_has_one_for_each():
+    # peft/tuners/lora/layer.py `ParamWrapper`: lora_A (r * experts, in), lora_B (out, r * experts)
+    plan = plan_layer(adapter_options("crossed"), 24, 5 * 18, "experts", leading=(5,))
+    assert make_budget([("experts", plan)]).lora_parameters == 8 * 5 * (24 + 18)
+
+
+@pytest.mark.parametrize("method", ["metatt", "nola", "shared_core", "crossed"])
+def test_equal_layers_share_a_row_whatever_they_share(method):
+    budget = budget_of(decoder(3, 48, 96, 48, 24), method=method)
+    assert [row.count for row in budget.rows] == 7 * [3]
+    if method == "metatt":  # two sides, three layers and seven kinds
+        assert budget.parameters == 16 * 2 * 96 + (3 + 7) * 16 * 16
+
+
+# method, r -> what the error must say of a layer of 18 x 24
+TOO_LARGE = [
+    (
+        "slora",
+        10**5,
+        r"r=100000 makes an adapter of [\d,]+ numbers on layer 'q', .* times its weight of 18 x 24",
+    ),
+    (
+        "metatt",
+        10**6,
+        r"r=1000000 makes shared factors of 2,[\d,]+ numbers .* times the widest weight of 18 x 24",
+    ),
+    ("nola", 10**7, r"r=10000000 makes shared factors of [\d,]+ numbers"),
+]
+
+
+@pytest.mark.parametrize("method, rank, message", TOO_LARGE)
+def test_a_mistyped_rank_is_refused_before_memory_runs_out(method, rank, message):
+    check_size(plan_layer(adapter_options(method, rank=8), 24, 18, "q"), "q")
+    with pytest.raises(NdLoraValueError, match=message):
+        check_size(plan_layer(adapter_options(method, rank=rank), 24, 18, "q"), "q")
 
 
 @pytest.mark.parametrize("method, modes", [("ndlinear", "4x4, 6x6"), ("crossed", "6x4, 4x6"), ("slora", "-")])

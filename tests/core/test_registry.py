@@ -156,8 +156,25 @@ def test_gone_after_unregistering(plugin):
     register_plugin(plugin, name="in-test")
 
 
+class Misspelt:
+    @hookimpl
+    def ndlora_method(self):
+        return [diagonal]
+
+
+class Asking:
+    @hookimpl
+    def ndlora_methods(self, config):
+        return [diagonal]
+
+
 # why, what the plugin brings -> what the error must say
 REFUSED_PLUGINS = {
+    "a hook that is none of ours": (
+        Misspelt(),
+        r"'ndlora_method' .* a plugin has the hooks \['ndlora_methods', ",
+    ),
+    "a hook that asks for something": (Asking(), "'another'.*ndlora_methods.*'config'.*without arguments"),
     "a method's name is taken": (
         Plugin([replace(diagonal, name="slora")]),
         "method 'slora' of plugin 'another' is already registered by 'ndlora-plugins': rename it",
@@ -184,9 +201,15 @@ def test_a_plugin_that_cannot_come_in_is_refused_and_changes_nothing(refused, me
 
 
 def test_a_plugins_name_is_its_own(plugin):
-    with pytest.raises(NdLoraValueError, match="'in-test'.*already registered"):
-        register_plugin(Plugin(), name="in-test")
+    for given, name in ((Plugin(), "in-test"), (plugin, "another"), (plugin, None)):
+        with pytest.raises(NdLoraValueError, match="^A plugin 'in-test' is already registered"):
+            register_plugin(given, name=name)
     assert methods()["diagonal"].plugin == "in-test"
+
+
+def test_what_is_not_registered_cannot_be_taken_out():
+    with pytest.raises(NdLoraValueError, match="is no registered plugin"):
+        unregister_plugin(Plugin())
 
 
 # what a start leaves at zero and what trains -> what the error must say
