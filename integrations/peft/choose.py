@@ -236,27 +236,27 @@ def _largest(
 ) -> dict[str, Any] | None:
     """The options with the largest rank that fits, and some layers of one rank more; None if not even rank 1 does."""
 
-    def plan(rank: int) -> list | None:
-        """None where it is too large for the budget or for a layer, or too slow."""
+    def fits(rank: int, pattern: Mapping[str, int] | None = None) -> bool:
+        """Whether it is neither too large for the budget or for a layer, nor too slow."""
         try:
-            layers = _plan(model, NdLoraConfig(**options, r=rank))
+            layers = _plan(model, NdLoraConfig(**options, r=rank, rank_pattern=dict(pattern or {})))
         except NdLoraValueError:
-            return None
+            return False
         budget = make_budget(layers, _COSTLIEST)
-        fits = size(budget) <= limit and budget.multiply_adds <= budget.lora_parameters
-        return layers if fits else None
+        return size(budget) <= limit and budget.multiply_adds <= budget.lora_parameters
 
-    if plan(1) is None:
+    if not fits(1):
         return None
     low, high = 1, 2
-    while high <= _MOST and plan(high) is not None:
+    while high <= _MOST and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if plan(middle) is not None else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     made = {**options, "r": low}
     pattern = dict(_filled(model, made, limit, size))
-    return made | ({"rank_pattern": pattern} if pattern else {})
+    # a name may be the end of another layer's, and stand for that too
+    return made | ({"rank_pattern": pattern} if pattern and fits(low, pattern) else {})
 
 
 def _filled(
@@ -281,15 +281,16 @@ def _filled(
     for name in reversed(cost):
         blocks.setdefault(_block(name), []).append(name)
     whole = []
+    lists: dict[str, list[str]] = {}  # a list of blocks -> the numbers of those
     for block, names in blocks.items():
         if not block or sum(cost[name] for name in names) > left:
             break
         whole.append(block)
         left -= sum(cost[name] for name in names)
-    if whole:
-        stem = whole[0].rpartition(".")[0].rpartition(".")[2]
-        numbers = "|".join(block.rpartition(".")[2] for block in reversed(whole))
-        yield f"{stem}[.]({numbers})[.].*", rank
+        stem, _, number = block.rpartition(".")
+        lists.setdefault(stem, []).insert(0, number)
+    for stem, numbers in lists.items():
+        yield f"{stem.replace('.', '[.]')}[.]({'|'.join(numbers)})[.].*", rank
     rest = [name for block, names in blocks.items() if block not in whole for name in names]
     goal = (1 - _FULL) * limit
     for name in sorted(rest, key=cost.__getitem__, reverse=True):

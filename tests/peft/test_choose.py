@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
+from torch import nn
+from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.choose import choose_for_config, parse_number
@@ -20,10 +21,13 @@ MODELS = {
     "gpt2": GPT2Config(vocab_size=64, n_layer=4, bos_token_id=0, eos_token_id=0),
     "bert": BertConfig(num_hidden_layers=4, vocab_size=64),
     "vit": ViTConfig(num_hidden_layers=4),
+    # two numbered lists
+    "bart": BartConfig(d_model=256, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=512, decoder_ffn_dim=512,
+                       vocab_size=64),
 }  # fmt: skip
 # parts of LoRA r=8's parameters, two a model
 BUDGETS = [("llama", 5), ("llama", 90), ("qwen", 3), ("qwen", 12), ("gpt2", 7.3), ("gpt2", 40), ("bert", 20),
-           ("bert", 100), ("vit", 10), ("vit", 33)]  # fmt: skip
+           ("bert", 100), ("vit", 10), ("vit", 33), ("bart", 9), ("bart", 21)]  # fmt: skip
 # what follows `ndlora plan MODEL` -> what the error says
 WRONG = {
     "two budgets": ({"parameters": "1M", "file_bytes": "1MB"}, "Give one budget"),
@@ -48,6 +52,21 @@ def test_a_budget_is_used_up_and_never_exceeded(model, part, networks):
     choice = choose_adapter(networks[model], parameters=limit)
     assert 0.98 * limit <= choice.budget.parameters <= limit
     assert choice.measured and choice.kept
+
+
+class Towers(nn.Module):
+    """The name of one list is the end of the other's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(6))
+        self.vision = nn.Module()
+        self.vision.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(6))
+
+
+@pytest.mark.parametrize("limit", range(200, 4000, 190))
+def test_a_pattern_that_stands_for_other_layers_too_exceeds_no_budget(limit):
+    assert choose_adapter(Towers(), parameters=limit).budget.parameters <= limit
 
 
 def test_bytes_are_those_of_the_file(networks):
