@@ -15,9 +15,9 @@ from ndlora_plugins.errors import NdLoraValueError
 
 from .configuration.config import NdLoraConfig
 from .files.format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
-from .layers.layer import NdLoraLayer
+from .layers.layer import NdLoraLayer, adapted_layers
 from .names import NAME
-from .tuner.fingerprint import checksum, compare_checksum, other_weights
+from .tuner.fingerprint import compare_checksum, other_weights
 from .tuner.targets import largest, plan_form
 
 __all__ = ["hotswap_adapter"]
@@ -65,11 +65,7 @@ def hotswap_adapter(
             f"{', '.join(configs)}."
         )
     state = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
-    layers = {
-        module.name: module
-        for module in model.modules()
-        if isinstance(module, NdLoraLayer) and adapter_name in module.plan
-    }
+    layers = {layer.name: layer for layer in adapted_layers(model, adapter_name)}
     _check(layers, loaded, config, adapter_name)
     paths = {name: path for path, (name, *_) in config.layers.items()} if config.layers else {}
     resolved, widest = config.resolved(), largest(layer.form for layer in layers.values())
@@ -81,9 +77,7 @@ def hotswap_adapter(
         _check_plan(name, layer.plan[adapter_name], plan)
         copies = _copies(layer, adapter_name, plan, state, paths.get(name, name), used)
         if plan.recomputed:
-            sums = checksum(layer.tensors(adapter_name)[1])
-            if sums is not None:
-                compare_checksum((config.checksums or {}).get(name), sums, name, exact=False)
+            compare_checksum(config.checksums, name, layer.tensors(adapter_name)[1], exact=False)
         swaps.append(_Swap(layer, plan, options.alpha, copies))
     rest = sorted(set(state) - used)
     if rest:

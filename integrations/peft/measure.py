@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 
 from .configuration.config import NdLoraConfig
-from .layers.layer import NdLoraLayer
+from .layers.layer import adapted_layers
 from .layers.weights import weight_form
 from .tuner.targets import find_targets, layer_generator
 
@@ -58,7 +58,7 @@ def start_from_gradients(model: nn.Module, adapter: str, step: Callable[[], Any]
         NdLoraTypeError: a layer that is not linear.
         NdLoraValueError: `step` brought no gradient to a layer, or layers share factors of the start.
     """
-    layers = [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]
+    layers = adapted_layers(model, adapter)
     for layer in layers:
         _check_linear(layer.name, layer.get_base_layer(), layer.form.kind)
         if layer.plan[adapter].shared:
@@ -78,15 +78,17 @@ def start_from_gradients(model: nn.Module, adapter: str, step: Callable[[], Any]
             trained, frozen = layer._initialize(
                 adapter, layer.plan[adapter], gradient, layer_generator(seed, layer.name)
             )
-            holders = (layer.ndlora_factors[adapter], trained), (layer.ndlora_frozen[adapter], frozen)
-            for holder, values in holders if adapter in layer.ndlora_frozen else holders[:1]:
+            holders = [(layer.ndlora_factors[adapter], trained)]
+            if adapter in layer.ndlora_frozen:
+                holders.append((layer.ndlora_frozen[adapter], frozen))
+            for holder, values in holders:
                 for name, value in values.items():
                     getattr(holder, name).copy_(value)
 
 
 def waits_for_gradients(model: nn.Module, adapter: str) -> bool:
     """Tell whether an adapter's start reads gradients, and has no values yet, neither of these nor of a file."""
-    layers = [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]
+    layers = adapted_layers(model, adapter)
     return any("gradient" in layer.plan[adapter].start.reads for layer in layers) and not any(
         value.any() for layer in layers for group in layer.tensors(adapter) for value in group.values()
     )

@@ -65,7 +65,7 @@ REFUSED_VALUES = {
     "lora_dropout": ["0.1", None, True, [0.1], NAN, -0.1],
     "init_lora_weights": [1, 0.5, ["s_lora"]],
     "anchor": [False, 5, ["none"]],
-    "num_modes": ["2", None, 2.0, True, [2], 2000, 10**30],
+    "num_modes": ["2", 2.0, True, [2], 2000, 10**30],
     "crossed_modes": ["4", True, 4.0, [4], -4],
     "modes": [
         [4, 6],
@@ -502,6 +502,20 @@ WARNINGS = [
 def test_entries_that_do_nothing_are_named(options, category, message, make_llama):
     with pytest.warns(category, match=message):
         get_peft_model(make_llama(), NdLoraConfig(**options))
+
+
+# entries that leave layers out, with the default targets
+LEAVING_OUT = [
+    {"exclude_modules": ["q_proj"]},
+    {"exclude_modules": r".*layers\.0\..*"},
+    {"layers_to_transform": [1]},
+    {"modules_to_save": ["down_proj"]},
+]
+
+
+@pytest.mark.parametrize("options", LEAVING_OUT)
+def test_layers_that_are_left_out_are_not_told_of(options, make_llama, no_warnings):
+    get_peft_model(make_llama(), NdLoraConfig(**options))
 
 
 def test_a_lopsided_layer_is_named_with_its_cost():

@@ -338,6 +338,7 @@ REFUSED_SUMS = [
     ((["one"], [1.0], "sum"), {"combination_type": "ties_svd", "density": 1.5}, "density=1.5: choose"),
     ((["one"], [1.0], "sum"), {"svd_rank": 4}, "svd_rank=4 with combination_type='cat'"),
     ((["one"], [1.0], "sum"), {"majority_sign_method": "none"}, "majority_sign_method='none'"),
+    ((["one"], [1.0], "mode_1"), {}, "An adapter cannot be called 'mode_1'"),
 ]
 
 

@@ -14,6 +14,10 @@ from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.check import check
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.adapters.check import check_adapter
+from ndlora_plugins.integrations.peft.adapters.combine import combine_adapters
+from ndlora_plugins.integrations.peft.adapters.diff import diff_adapters
+from ndlora_plugins.integrations.peft.adapters.smaller import cut_adapter, prune_adapter
+from ndlora_plugins.integrations.peft.exports.export import export_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SOUND = {
@@ -100,6 +104,19 @@ BROKEN_CONFIGS = {
     "rows": ({"trainable_token_indices": {"embed_tokens": [[1]]}}, "trainable_token_indices"),
     "many-modes": ({"num_modes": 2000}, "num_modes=2000"),
 }
+# what makes frozen factors again: the adapter's directory, one for the result
+TOOLS = {
+    "export": lambda adapter, output: export_adapter(adapter, output, "merged"),
+    "cut": lambda adapter, output: cut_adapter(adapter, output, 2),
+    "prune": prune_adapter,
+    "diff": lambda adapter, _: diff_adapters(adapter, adapter),
+    "combine": lambda adapter, output: combine_adapters([adapter], output),
+}
+# what is changed in its configuration so that they come out otherwise than in training
+OTHER_FACTORS = {
+    "another seed": lambda fields: fields.update(random_seed=2),
+    "another checksum": lambda fields: next(iter(fields["checksums"].values())).update(up=1.0),
+}
 # text of adapter_config.json that is no configuration
 NO_CONFIGURATIONS = ["", "5", "null", "[]", '"x"', "{", "[" * 10**5, '{"peft_type": null}', "\ud800"]
 # a name in the file that is no layer of the model -> it is told, whatever is behind it
@@ -163,6 +180,30 @@ def test_broken_configurations(case, save):
     file.write_text(json.dumps({**json.loads(file.read_text()), **BROKEN_CONFIGS[case][0]}))
     report = check_adapter(directory)
     assert not report.ok and BROKEN_CONFIGS[case][1] in " ".join(report.problems)
+
+
+@pytest.fixture(params=OTHER_FACTORS)
+def of_other_factors(request, save):
+    """An adapter whose frozen factors, of a seed alone, come out otherwise than in training."""
+    directory = save(method="lora_xs", init_lora_weights="random_sides", random_seed=1, r=4)
+    file = directory / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    OTHER_FACTORS[request.param](fields)
+    file.write_text(json.dumps(fields))
+    return directory
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_refuse_frozen_factors_that_are_not_those_of_the_training(tool, of_other_factors, tmp_path):
+    with pytest.raises(NdLoraValueError, match="is made again at load, and comes out as another one"):
+        TOOLS[tool](of_other_factors, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_report_tells_of_them(with_base, of_other_factors, tmp_path):
+    report = check_adapter(of_other_factors, str(tmp_path / "base") if with_base else None)
+    assert not report.ok and "comes out as another one" in " ".join(report.problems)
 
 
 @pytest.mark.parametrize("with_base", [False, True])

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.commands.main import app
 from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.adapters.check import check_adapter
 from ndlora_plugins.integrations.peft.adapters.combine import combine_adapters
 from ndlora_plugins.integrations.peft.combining.cluster import cluster_units
 from ndlora_plugins.integrations.peft.combining.combination import Combination
@@ -93,6 +94,16 @@ def test_directories_combine_as_adapters_of_a_model_do(pair, two, tmp_path, toke
     combine_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "out", [0.5, -2.0])
     again = load(tmp_path / "base", tmp_path / "out")
     torch.testing.assert_close(again(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sum_of_loaded_adapters_lists_the_layers_of_both(two, tmp_path, load):
+    two({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"]})
+    model = load(tmp_path / "base", tmp_path / "one")
+    model.load_adapter(tmp_path / "two", "two")
+    model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "sum")
+    model.save_pretrained(tmp_path / "out", selected_adapters=["sum"])
+    report = check_adapter(tmp_path / "out/sum", str(tmp_path / "base"))
+    assert report.ok, report.problems
 
 
 @pytest.mark.parametrize("how", RULES)

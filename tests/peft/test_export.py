@@ -26,7 +26,7 @@ from ndlora_plugins.commands.export import export
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
 from ndlora_plugins.integrations.peft.adapters.check import check_adapter
 from ndlora_plugins.integrations.peft.exports.export import export_adapter
-from ndlora_plugins.integrations.peft.files.adapter import AdapterReader, read_adapter
+from ndlora_plugins.integrations.peft.files.adapter import AdapterReader
 
 # adapter -> rank of its exact LoRA
 LOW_RANK = {
@@ -491,9 +491,10 @@ def test_the_dtype_can_be_chosen(make_llama, trained, tmp_path):
 @pytest.mark.parametrize("case", LOW_RANK)
 def test_layers_are_read_as_the_model_has_them(case, make_llama, trained, tmp_path, load):
     trained(make_llama, **LOW_RANK[case][0])
-    files = AdapterReader(tmp_path / "adapter").open_base(None)
+    reader = AdapterReader(tmp_path / "adapter")
+    files = reader.open_base(None)
     model = load(tmp_path / "base", tmp_path / "adapter").base_model.model
-    for layer in read_adapter(tmp_path / "adapter", files):
+    for layer in (reader.read(path, files) for path in reader.shapes):
         expected = model.get_submodule(layer.name).get_delta_weight("default")
         assert torch.equal(layer.plan.delta(layer.trained, layer.frozen) * layer.plan.scaling, expected)
 

@@ -186,6 +186,16 @@ def test_a_shared_mode_is_a_mode():
     assert torch.equal(delta(plan, factors), delta(own, factors))
 
 
+# fields -> into how many modes a train splits
+MODES_OF_A_TRAIN = [({}, 3), ({"num_modes": 2}, 2), ({"options": {"num_modes": 4}}, 4)]
+
+
+@pytest.mark.parametrize("fields, modes", MODES_OF_A_TRAIN)
+def test_the_field_num_modes_is_heard_where_the_methods_default_is_another(fields, modes):
+    config = NdLoraConfig(method="tensor_train", **fields)
+    assert (config.num_modes, config.resolved().options.num_modes) == (modes, modes)
+
+
 def test_a_train_of_two_modes_is_a_sum_of_kronecker_products():
     plan = planned("tensor_train", options={"num_modes": 2})
     _, factors = moved(plan)
@@ -227,11 +237,7 @@ def test_nola_is_the_sum_of_its_bases():
     plan = planned("nola", options={"bases": 5})
     _, f = moved(plan)
     down = sum(mix * base for mix, base in zip(f["down_mix"], f["down_bases"], strict=True)) / (5 * IN) ** 0.5
-    up = (
-        sum(mix * base for mix, base in zip(f["up_mix"], f["up_bases"], strict=True))
-        * (3 * OUT * RANK) ** 0.5
-        / 5
-    )
+    up = sum(mix * base for mix, base in zip(f["up_mix"], f["up_bases"], strict=True)) * (3 * OUT) ** 0.5 / 5
     torch.testing.assert_close(delta(plan, f), up @ down)
 
 
@@ -257,10 +263,13 @@ def test_what_a_seed_makes_otherwise_than_in_training_is_not_loaded(method, tmp_
     get_peft_model(base(), config).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "random_seed": 2}))
+    model = base()
+    modules = list(model.modules())
     with pytest.raises(
         NdLoraValueError, match=r"is made again at load, and comes out as another one .* save_frozen=True"
     ):
-        PeftModel.from_pretrained(base(), tmp_path)
+        PeftModel.from_pretrained(model, tmp_path)
+    assert list(model.modules()) == modules
 
 
 @pytest.mark.parametrize("wrong", WRONG)

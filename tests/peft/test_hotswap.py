@@ -1,5 +1,7 @@
 """Hot swap: a loaded adapter becomes another one, as if that had been loaded; what does not fit changes nothing."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -72,6 +74,16 @@ def test_what_does_not_fit_changes_nothing(case, save, make_llama, tokens):
     with pytest.raises(NdLoraValueError, match=message):
         hotswap_adapter(model, str(two), "default")
     assert torch.equal(logits(model, tokens), before)
+
+
+def test_a_file_without_checksums_is_swapped_as_it_is_loaded(save, make_llama, tokens):
+    one, two = (save(name, seed, method="ffa_lora", random_seed=1) for name, seed in (("one", 1), ("two", 2)))
+    file = two / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checksums": None}))
+    model = PeftModel.from_pretrained(make_llama(), one).eval()
+    hotswap_adapter(model, str(two), "default")
+    expected = PeftModel.from_pretrained(make_llama(), two).eval()
+    assert torch.equal(logits(model, tokens), logits(expected, tokens))
 
 
 def test_other_seeds_and_base_models_are_refused(save, make_llama):

@@ -1,5 +1,7 @@
 """Starts from gradients: what is measured is dL/dW, and nothing of the model is changed by it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -8,6 +10,7 @@ from torch import nn
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.errors import NdLoraTypeError, NdLoraValueError
 from ndlora_plugins.integrations.peft import measure_gradients
+from ndlora_plugins.integrations.peft.measure import start_from_gradients
 
 # model's fixture -> the layers that are adapted
 MODELS = {
@@ -87,6 +90,27 @@ def test_a_layer_that_is_used_twice_and_a_model_that_is_no_transformers_model():
     measure_gradients(model, chosen, run)
     run()
     torch.testing.assert_close(chosen.session.gradients["layer"], model.layer.weight.grad / 2)
+
+
+# method, anchor: with frozen factors and with none
+HELD = [("strange_sb", None), ("slora", "snapshot"), ("slora", "none"), ("nlora", "none")]
+
+
+@pytest.mark.parametrize("method, anchor", HELD)
+def test_an_adapter_that_is_there_starts_as_one_that_is_made_of_the_gradients(
+    method, anchor, make_llama, tokens
+):
+    fields = {"anchor": anchor, "random_seed": 1}
+    if method != "strange_sb":
+        fields["init_lora_weights"] = "lora_ga"
+    model, base = make_llama(), make_llama()
+    chosen = replace(config(**fields), method=method)
+    measure_gradients(model, chosen, steps(model, tokens))
+    expected = get_peft_model(model, chosen).state_dict()
+    late = get_peft_model(base, replace(chosen, gradient_batches=2))
+    start_from_gradients(late, "default", steps(base, tokens))
+    for key, value in late.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -502,6 +502,19 @@ def test_two_processes_give_the_result_of_one(file, processes):
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
 
 
+# whether layers have tensors of their own -> where the shared ones go: beside those, else to the base weight
+PLACES = [("strange_shared", "cpu"), ("nothing_own", "meta")]
+
+
+@pytest.mark.parametrize("method_name, device", PLACES)
+def test_what_is_shared_is_brought_to_the_layers_device(method_name, device, make_llama, stranger):
+    stranger(METHODS[method_name][0])
+    layer = layers(get_peft_model(make_llama(), config(method_name)))[0]
+    plan, held = layer.plan["default"], layer.ndlora_factors["default"]._parameters
+    trained, _ = layer.bank.join("default", plan, held, {}, lambda: torch.device("meta"))
+    assert {value.device.type for value in trained.values()} == {device} and len(trained) == 3
+
+
 def test_layers_of_two_shapes_under_one_key_are_refused_by_name():
     model = nn.ModuleDict(
         {name: nn.ModuleDict({"proj": nn.Linear(24, size)}) for name, size in (("a", 18), ("b", 12))}

@@ -12,10 +12,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from representative import REPRESENTATIVE
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 from ndlora_plugins import NdLoraConfig
 from ndlora_plugins.budget import make_budget
+from ndlora_plugins.errors import NdLoraValueError
+from ndlora_plugins.integrations.peft.tuner import targets
 from ndlora_plugins.integrations.peft.tuner.targets import plan_model
 
 METHODS = {
@@ -32,6 +34,11 @@ ANCHORED = [name for name in METHODS if not name.endswith("no-anchor")]
 # pairs for two adapters on one layer
 PAIRS = [("ndlinear", "slora"), ("slora", "nlora"), ("nlora", "inttune"), ("inttune", "ndlinear")]
 MODELS = ["make_llama", "make_gpt2"]
+# models of which transformers' kernels read the weights of layers: the configuration's class, its fields
+MIXERS = [
+    (MambaConfig, {"state_size": 4}),
+    (Mamba2Config, {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2}),
+]
 
 
 @pytest.fixture
@@ -122,12 +129,14 @@ def test_merged_equals_unmerged(name, safe_merge, config, make_model, tokens, sh
 
 
 def test_safe_merge_raises_before_it_writes(config, make_llama, shake):
-    model = shake(get_peft_model(make_llama(), config("slora")))
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    model = get_peft_model(make_llama(), config("slora"), "sound")
+    model.add_adapter("broken", config("slora"))
+    model.base_model.set_adapter(["sound", "broken"])
+    layer = shake(model).base_model.model.model.layers[0].self_attn.q_proj
     before = layer.base_layer.weight.clone()
     with torch.no_grad():
-        layer.ndlora_factors["default"]["up"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+        layer.ndlora_factors["broken"]["up"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="The adapter broken seems to be broken"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
 
@@ -345,6 +354,39 @@ def test_patterns_layers_and_modes(make_llama):
     plans = {name: m.plan["default"] for name, m in model.named_modules() if hasattr(m, "plan")}
     assert {name.split("layers.")[1] for name in plans} == {"1.self_attn.q_proj", "1.self_attn.v_proj"}
     assert {(p.layout.rank, p.scaling) for p in plans.values()} == {(2, 4.0), (8, 0.5)}
+
+
+@pytest.fixture(params=MIXERS)
+def make_mixer(request):
+    """A function that makes a tiny state-space model."""
+    kind, fields = request.param
+    options = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
+    return lambda: AutoModelForCausalLM.from_config(kind(**options, **fields))
+
+
+def test_layers_that_a_model_does_not_call_in_training_get_no_new_adapter(make_mixer):
+    model, base = get_peft_model(make_mixer(), NdLoraConfig()), make_mixer()
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "plan")}
+    assert names == {"in_proj"}
+    modules = list(base.modules())
+    with pytest.raises(
+        NdLoraValueError, match="cannot adapt layer '.*out_proj': in training Mamba2?ForCausalLM"
+    ):
+        get_peft_model(base, NdLoraConfig(target_modules=["in_proj", "out_proj"]))
+    assert list(base.modules()) == modules
+
+
+def test_an_adapter_that_has_them_loads(make_mixer, shake, monkeypatch, tmp_path):
+    base, indices = make_mixer().state_dict(), torch.arange(8)[None]
+    made, loaded = (make_mixer().eval() for _ in range(2))
+    for model in (made, loaded):
+        model.load_state_dict(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "_UNCALLED", {})
+        made = get_peft_model(made, NdLoraConfig(target_modules=["out_proj"]))
+    shake(made).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(loaded, tmp_path)
+    assert torch.equal(loaded(indices).logits, made.eval()(indices).logits)
 
 
 def test_modes_by_hand_for_one_target(make_llama):

@@ -135,7 +135,7 @@ def _layer(
     path: str, reader: AdapterReader, tensors: dict[str, Tensor], files: BaseFiles | None
 ) -> CheckedLayer:
     plan, norm = reader.plan(path, files), None
-    if files is not None or not plan.recomputed:
+    if files is not None or not reader.reads_base:
         read = reader.read(path, files)
         norm = plan.scaling * plan.delta_norm(read.trained, read.frozen)
     # without the weights: no change since the start, or a core of zeros

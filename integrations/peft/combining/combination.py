@@ -23,6 +23,7 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.registry import product_method
 
+from ..layers.merging import scaled_delta
 from .cluster import cluster_units
 
 if TYPE_CHECKING:
@@ -120,12 +121,6 @@ class Part(NamedTuple):
         # linear in each factor: the scale goes into one
         first = next(factor.name for factor in structure.factors if factor.indices is None)
         return structure, {**factors, first: self.weight * self.scaling * factors[first]}
-
-    def delta(self) -> Tensor:
-        """scaling * dW, (out_features, in_features), at least float32."""
-        dtype = torch.promote_types(next(iter(self.trained.values())).dtype, torch.float32)
-        delta = self.plan.delta(cast_factors(self.trained, dtype), cast_factors(self.frozen, dtype))
-        return delta * self.scaling
 
 
 class Sum(NamedTuple):
@@ -232,7 +227,8 @@ def _approximate(name: str, parts: Sequence[Part], combination: Combination) -> 
             f"combination_type={combination.type!r} on layer {name!r}: the update of {split[0]!r} is made of modes, "
             f"and its r says nothing about the rank to keep. Give svd_rank."
         )
-    update = combination([part.delta() for part in parts], [part.weight for part in parts])
+    updates = [scaled_delta(part.plan, part.trained, part.frozen, part.scaling) for part in parts]
+    update = combination(updates, [part.weight for part in parts])
     up, values, down = torch.linalg.svd(update, full_matrices=False)
     rank = min(combination.svd_rank or max(part.plan.layout.rank for part in parts), len(values))
     return _holding(values[:rank, None] * down[:rank], up[:, :rank])
@@ -294,6 +290,7 @@ def combine_configs(
         trainable_token_indices=union_of_tokens(configs),
         base_fingerprint=None,
         weight_forms=None,
+        layers=None,
         checksums=None,
         save_frozen=False,
         schedules={},  # they were of the trainings that made the parts
@@ -332,4 +329,4 @@ def _options(method: str, configs: Sequence[NdLoraConfig], sums: Mapping[str, Su
     modes = {
         f"^{re.escape(name)}": dict(found.mode_sizes) for name, found in sums.items() if found.mode_sizes
     }
-    return {"options": None, "modes": modes or None, "num_modes": 2, "crossed_modes": None}
+    return {"options": None, "modes": modes or None, "num_modes": None, "crossed_modes": None}

@@ -13,6 +13,7 @@ from ndlora_plugins.errors import NdLoraValueError
 
 from ..configuration.config import NdLoraConfig
 from ..layers.layer import NdLoraLayer
+from ..tuner.undo import undone_on_failure
 from .combination import (
     Combination,
     Part,
@@ -45,8 +46,10 @@ def add_weighted(
         for name, layer in model.model.named_modules()
         if isinstance(layer, NdLoraLayer) and any(adapter in layer.ndlora_factors for adapter in adapters)
     }
-    model.peft_config[adapter_name] = combine_configs(adapters, _configs(model, adapters), sums)
-    model.inject_adapter(model.model, adapter_name)
+    config = combine_configs(adapters, _configs(model, adapters), sums)
+    with undone_on_failure(model):
+        model.peft_config[adapter_name] = config
+        model.inject_adapter(model.model, adapter_name)
     model.set_requires_grad(adapter_name, False)
     with torch.no_grad():
         for name, found in sums.items():

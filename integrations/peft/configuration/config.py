@@ -114,12 +114,12 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
             "lists each one's."
         },
     )
-    num_modes: NumModes = field(
-        default=2,
+    num_modes: NumModes | None = field(
+        default=None,
         metadata={
-            "help": "Into how many modes in and out features are split. `NdLoraConfig(num_modes=3)` alone is the "
-            "default method with three modes that cross. Experts, and the height and width of a kernel, are modes of "
-            "their own beside them."
+            "help": "Into how many modes in and out features are split; 2, where the method has no other default. "
+            "`NdLoraConfig(num_modes=3)` alone is the default method with three modes that cross. Experts, and the "
+            "height and width of a kernel, are modes of their own beside them."
         },
     )
     crossed_modes: CrossedModes | None = field(
@@ -302,10 +302,9 @@ class NdLoraConfig(PeftConfig, TrainingFields, LoraKeywords):
         from ndlora_plugins.registry import option_names
 
         given = {"num_modes": self.num_modes, "crossed_modes": self.crossed_modes, **modes}
-        defaults = {field.name: field.default for field in fields(self)}
-        said = {name: value for name, value in given.items() if value != defaults.get(name)}
         known = option_names(self.method, self.init_lora_weights)
-        return {name: value for name, value in said.items() if name in known} | (self.options or {})
+        said = {name: value for name, value in given.items() if value is not None and name in known}
+        return said | (self.options or {})
 
     def to_dict(self) -> dict:
         """The fields, with what this session knows of the base model unless it was loaded."""

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ndlora_plugins.errors import NdLoraValueError
-from ndlora_plugins.fused import cast_factors
 
 from ..files.adapter import AdapterReader
 from ..files.base import INDEX_FILE, BaseFiles, NotInFilesError
 from ..files.format import KEY_PREFIX, TOKEN_ROWS
 from ..files.tensors import open_tensors, save_tensors
-from ..layers.merging import add_and_round
+from ..layers.merging import add_and_round, scaled_delta
 
 __all__ = ["MergedLayer", "merge_files"]
 
@@ -193,11 +192,7 @@ class _Update:
 
     def _delta(self) -> Tensor:
         layer = self.reader.read(self.path, self.base)
-        dtype = torch.promote_types(next(iter(layer.trained.values())).dtype, torch.float32)
-        with torch.no_grad():
-            trained, frozen = cast_factors(layer.trained, dtype), cast_factors(layer.frozen, dtype)
-            delta = layer.plan.delta(trained, frozen) * layer.plan.scaling
-        return self.form.stored(delta)
+        return self.form.stored(scaled_delta(layer.plan, layer.trained, layer.frozen, layer.plan.scaling))
 
 
 def _replacement(reader: AdapterReader, key: str) -> Change:

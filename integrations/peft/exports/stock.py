@@ -186,8 +186,7 @@ def lora_pair(name: str, form: WeightForm | None, down: Tensor, up: Tensor) -> d
 
 
 def to_lokr(reader: AdapterReader, files: BaseFiles | None, dtype: torch.dtype | None) -> StockAdapter:
-    """LoKr with both factors whole: r is so large that PEFT splits neither, and alpha = r makes its "
-    "scaling 1."""
+    """LoKr with both factors whole: r is so large that PEFT splits neither, and alpha = r makes its scaling 1."""
     config = reader.config
     for field in ("trainable_token_indices", "bias"):
         if getattr(config, field) not in (None, "none"):

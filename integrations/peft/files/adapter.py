@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from ..configuration.config import NdLoraConfig
 from ..configuration.validation import shorten
 from ..layers.weights import WeightForm
 from ..names import NAME
-from ..tuner.fingerprint import FingerprintedLayer, compare_fingerprint
+from ..tuner.fingerprint import FingerprintedLayer, compare_checksum, compare_fingerprint
 from ..tuner.targets import largest, plan_form
 from .base import BaseFiles, NotInFilesError
 from .directories import local_directory
@@ -39,7 +39,7 @@ from .format import (
 from .json_files import check_fingerprint, read_object
 from .tensors import ADAPTER_FILE, check_adapter_file
 
-__all__ = ["AdapterReader", "ReadLayer", "listed", "read_adapter"]
+__all__ = ["AdapterReader", "ReadLayer", "listed"]
 
 
 class ReadLayer(NamedTuple):
@@ -49,23 +49,6 @@ class ReadLayer(NamedTuple):
     plan: LayerAdapter
     trained: dict[str, Tensor]
     frozen: dict[str, Tensor]
-
-
-def read_adapter(adapter: str | Path, base: BaseFiles | None = None) -> Iterator[ReadLayer]:
-    """Yield the adapter's layers in their file's order, the tensors of one at a time.
-
-    Args:
-        adapter: a directory, or a name on the hub.
-        base: only for an adapter whose start is read from the base weights (`AdapterReader.reads_base`).
-
-    Raises:
-        NdLoraValueError: the adapter is broken, or of another base model.
-    """
-    reader = AdapterReader(adapter)
-    if base is not None:
-        reader.check_base(base)
-    for path in reader.shapes:
-        yield reader.read(path, base)
 
 
 class AdapterReader:
@@ -184,7 +167,14 @@ class AdapterReader:
         return self.config.resolved()
 
     def read(self, path: str, base: BaseFiles | None = None) -> ReadLayer:
-        """Plan and tensors of one layer; `base` as in `read_adapter`."""
+        """Plan and tensors of one layer.
+
+        Args:
+            base: only for an adapter whose start is read from the base weights (`reads_base`).
+
+        Raises:
+            NdLoraValueError: as `plan` and `seen`, or a frozen factor comes out as another one than in training.
+        """
         plan, name = self.plan(path, base), self.name(path)
         tensors, shared = self.tensors(path), dict(plan.shared)
 
@@ -195,8 +185,12 @@ class AdapterReader:
         trained = take(FACTORS, plan.trained)
         if not plan.recomputed:
             return ReadLayer(name, plan, trained, take(FROZEN, plan.frozen))
-        frozen = plan.initialize(self.seen(plan, name, base))[1]
-        return ReadLayer(name, plan, trained, cast_factors(frozen, next(iter(trained.values())).dtype))
+        made = plan.initialize(self.seen(plan, name, base))[1]
+        frozen = cast_factors(made, next(iter(trained.values())).dtype)
+        # without one storage for all weights they were quantised in training, and are not here
+        exact = "weight" not in plan.start.reads or self._trained_storage() is not None
+        compare_checksum(self.config.checksums, name, frozen, exact)
+        return ReadLayer(name, plan, trained, frozen)
 
     def seen(self, plan: LayerAdapter, name: str, base: BaseFiles | None = None) -> Seen:
         """Collect what the start of a layer reads to make its frozen factors again.
@@ -216,8 +210,9 @@ class AdapterReader:
         return Seen(weight, seed=self.config.random_seed or 0, layer=name)
 
     def _trained_storage(self) -> torch.dtype | None:
-        """The dtype that the base weights had in training; None where they were quantised, or nobody "
-        "knows."""
+        """The dtype that the base weights had in training; None where they were quantised, or nobody
+        knows.
+        """
         kinds = {entry["storage"] for entry in (self.config.base_fingerprint or {}).values()}
         dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         return dtypes.get(kinds.pop()) if len(kinds) == 1 else None

@@ -24,6 +24,7 @@ __all__ = [
     "FROZEN",
     "KEY_PREFIX",
     "TOKEN_ROWS",
+    "layer_entry",
     "layer_forms",
     "shared_key",
     "split_key",
@@ -63,6 +64,11 @@ def tensor_key(group: str, factor: str, shared: Mapping[str, str]) -> str:
         shared: factor -> key, of those that are shared.
     """
     return shared_key(group, shared[factor]) if factor in shared else f"{group}.{factor}"
+
+
+def layer_entry(name: str, form: WeightForm) -> list:
+    """What the table `layers` has of a layer: its name in the model, kind and shape."""
+    return [name, form.kind, list(form.matrix_shape if form.kind == "linear" else form.shape)]
 
 
 def layer_forms(config: NdLoraConfig, shapes: Shapes) -> dict[str, tuple[str, WeightForm | None]]:

@@ -14,7 +14,7 @@ from ndlora_plugins.adapter import LayerAdapter
 from ..configuration.config import SCHEMA_VERSION, NdLoraConfig
 from ..layers.weights import WeightForm
 from ..tuner.fingerprint import checksum
-from .format import FACTORS, FROZEN, KEY_PREFIX, tensor_key
+from .format import FACTORS, FROZEN, KEY_PREFIX, layer_entry, tensor_key
 from .tensors import ADAPTER_FILE, save_tensors
 
 __all__ = ["NewLayer", "write_adapter"]
@@ -68,17 +68,9 @@ def write_adapter(
     # clones: a file holds no views, and no tensor twice
     tensors = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
     save_tensors({**others, **tensors}, directory / ADAPTER_FILE)
-    table = {
-        layer.path: [
-            layer.name,
-            layer.form.kind,
-            list(layer.form.matrix_shape if layer.form.kind == "linear" else layer.form.shape),
-        ]
-        for layer in layers
-    }
     replace(
         config,
-        layers=table,
+        layers={layer.path: layer_entry(layer.name, layer.form) for layer in layers},
         checksums=checksums or None,
         weight_forms=None,
         schema_version=SCHEMA_VERSION,

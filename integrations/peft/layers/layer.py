@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.fused import cast_factors
 
-from .merging import Merging
+from .merging import Merging, scaled_delta
 from .shared import Bank, Clock, FrozenFactors
 from .weights import base_weight
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..tuner.targets import Planned
 
-__all__ = ["NdLoraLayer"]
+__all__ = ["NdLoraLayer", "adapted_layers"]
 
 
 class NdLoraLayer(nn.Module, Merging):
@@ -131,6 +131,11 @@ class NdLoraLayer(nn.Module, Merging):
         lies_narrow = dtype is not None and dtype.is_floating_point and dtype.itemsize < 2
         return device, torch.float32 if lies_narrow else dtype
 
+    def _base_device(self) -> torch.device | None:
+        """Where the base weight lies; None where nobody knows, or it is not there: offloaded, say."""
+        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        return None if device is None or device.type == "meta" else device
+
     def _base_is_floating(self) -> bool:
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         return dtype is not None and dtype.is_floating_point
@@ -158,7 +163,7 @@ class NdLoraLayer(nn.Module, Merging):
         holder = self._modules["ndlora_frozen"]._modules.get(adapter)
         frozen = {} if holder is None else holder.tensors()
         if self.plan[adapter].shared:
-            trained, frozen = self.bank.join(adapter, self.plan[adapter], trained, frozen)
+            trained, frozen = self.bank.join(adapter, self.plan[adapter], trained, frozen, self._base_device)
         if not frozen:
             return trained, frozen
         reference = next(iter(trained.values()))
@@ -219,16 +224,18 @@ class NdLoraLayer(nn.Module, Merging):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * dW in the way the base layer stores its weight, at least float32."""
-        with torch.no_grad():
-            trained, frozen = self.tensors(adapter)
-            dtype = torch.promote_types(next(iter(trained.values())).dtype, torch.float32)
-            delta = self.plan[adapter].delta(cast_factors(trained, dtype), cast_factors(frozen, dtype))
-            return self.form.stored(delta * self.scaling[adapter])
+        delta = scaled_delta(self.plan[adapter], *self.tensors(adapter), self.scaling[adapter])
+        return self.form.stored(delta)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling of an adapter to `scale` times its planned one."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.plan[adapter].scaling
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete as PEFT does; the adapter's schedules go too."""
+        super().delete_adapter(adapter_name)
+        self.clock.forget(adapter_name)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of every active adapter."""
@@ -328,3 +335,8 @@ class NdLoraLayer(nn.Module, Merging):
 
     def __repr__(self) -> str:
         return "ndlora." + super().__repr__()
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> list[NdLoraLayer]:
+    """The layers of an adapter, in the model's order."""
+    return [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ndlora_plugins.errors import NdLoraValueError, NdLoraWarning
+from ndlora_plugins.fused import cast_factors
 
-__all__ = ["Merging", "add_and_round"]
+if TYPE_CHECKING:
+    from ndlora_plugins.adapter import LayerAdapter
+
+__all__ = ["Merging", "add_and_round", "scaled_delta"]
 
 
 def add_and_round(weight: Tensor, delta: Tensor) -> Tensor:
     """weight + delta, added in the wider dtype of the two and rounded once to the weight's."""
     return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+
+
+def scaled_delta(
+    plan: LayerAdapter, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], scaling: float
+) -> Tensor:
+    """scaling * dW, (out_features, in_features), without gradient, at least float32."""
+    dtype = torch.promote_types(next(iter(trained.values())).dtype, torch.float32)
+    with torch.no_grad():
+        return scaling * plan.delta(cast_factors(trained, dtype), cast_factors(frozen, dtype))
 
 
 class Merging(BaseTunerLayer):
@@ -31,7 +46,7 @@ class Merging(BaseTunerLayer):
         """Add the updates to the base weight.
 
         Args:
-            safe_merge: check the new weight for NaN and infinity first, and change nothing if there is any.
+            safe_merge: check the new weight for NaN and infinity first, and leave the layer as it is if there is any.
             adapter_names: which adapters, the active ones by default.
 
         Raises:
@@ -43,9 +58,16 @@ class Merging(BaseTunerLayer):
         if not adapter_names:
             return
         self._check_merge_supported()
+        weight = self.get_base_weight()
         for name in adapter_names:
-            self._add_to_base(self.get_delta_weight(name), name if safe_merge else None)
-            self.merged_adapters.append(name)
+            weight = add_and_round(weight, self.get_delta_weight(name))
+            if safe_merge and not torch.isfinite(weight).all():
+                raise NdLoraValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: a merged weight "
+                    f"holds NaN or infinity. The layer's weight is as it was."
+                )
+        self.set_base_weight(weight)
+        self.merged_adapters.extend(adapter_names)
 
     def unmerge(self) -> None:
         """Subtract every merged update again."""
@@ -55,17 +77,8 @@ class Merging(BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters[-1]
             if name in self.ndlora_factors:
-                self._add_to_base(-self.get_delta_weight(name), None)
+                self.set_base_weight(add_and_round(self.get_base_weight(), -self.get_delta_weight(name)))
             self.merged_adapters.pop()
-
-    def _add_to_base(self, delta: Tensor, check_for: str | None) -> None:
-        merged = add_and_round(self.get_base_weight(), delta)
-        if check_for is not None and not torch.isfinite(merged).all():
-            raise NdLoraValueError(
-                f"NaNs detected in the merged weights. The adapter {check_for} seems to be broken: a merged weight "
-                f"holds NaN or infinity. The base weight is as it was."
-            )
-        self.set_base_weight(merged)
 
     def _check_merge_supported(self) -> None:
         backend = self.quantization_backend

@@ -26,12 +26,11 @@ _OF_THE_LOSS = ("labels", "num_items_in_batch", "shift_labels")
 
 
 def watch_outputs(model: nn.Module, clock: Clock, penalty: Penalty) -> None:
-    """Watch the training forwards of a model: the tuner, or a model whose layers are adapted without one."""
+    """Watch the training forwards of a model: a PEFT model, its tuner, or one whose layers are adapted without them."""
     if clock.outputs is None:
-        base = getattr(model, "base_model", None)
-        model = base if isinstance(base, BaseTuner) else model
-        clock.outputs = OutputsWatch(clock, penalty)
-        model.register_forward_hook(clock.outputs, with_kwargs=True)
+        tuner = model if isinstance(model, BaseTuner) else getattr(model, "base_model", None)
+        model = tuner.model if isinstance(tuner, BaseTuner) else model
+        clock.outputs = OutputsWatch(model, clock, penalty)
 
 
 class OutputsWatch:
@@ -40,11 +39,15 @@ class OutputsWatch:
     Args:
         clock: of the model.
         penalty: model -> what its schedules that read outputs add to the loss, or None.
+
+    Attributes:
+        handle: takes the hook off the model.
     """
 
-    def __init__(self, clock: Clock, penalty: Penalty) -> None:
+    def __init__(self, model: nn.Module, clock: Clock, penalty: Penalty) -> None:
         self._clock, self._penalty = clock, penalty
         self._last: tuple[nn.Module, tuple, Mapping[str, Any], Any] | None = None
+        self.handle = model.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         reads = any(each.schedule.reads_outputs for chosen in self._clock.chosen.values() for each in chosen)
@@ -53,14 +56,15 @@ class OutputsWatch:
         self._last = (module, args, kwargs, output)
         if not self._clock.driven:
             return
+        total = self._penalty(module)
+        if total is None:
+            return
         if getattr(output, "loss", None) is None:
             raise NdLoraValueError(
                 "A schedule reads what the model gives, and adds to the loss that the model gives: this trainer makes "
                 "its loss elsewhere. Leave the schedule out; trainers with a reference model have such a term already."
             )
-        total = self._penalty(module)
-        if total is not None:
-            output.loss = output.loss + total.to(output.loss.device)
+        output.loss = output.loss + total.to(output.loss.device)
 
     def read(self) -> Outputs:
         """The outputs of the last forward, which is forgotten.
@@ -80,8 +84,7 @@ class OutputsWatch:
                 "keeps them (not liger's, not a chunked one), or leave the schedule out."
             )
         with torch.no_grad(), _base_alone(module):
-            forward = module.model.forward if isinstance(module, BaseTuner) else module.forward
-            base = forward(
+            base = module.forward(
                 *args, **{name: value for name, value in kwargs.items() if name not in _OF_THE_LOSS}
             ).logits
         counted = _counted(logits, kwargs, getattr(module, "config", None))

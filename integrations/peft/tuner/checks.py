@@ -14,7 +14,8 @@ from torch import nn
 from ndlora_plugins.errors import NdLoraValueError
 
 from ..configuration.config import NdLoraConfig
-from ..layers.layer import NdLoraLayer
+from ..files.format import layer_entry
+from ..layers.layer import adapted_layers
 from ..layers.weights import base_weight
 from .targets import Planned
 
@@ -53,14 +54,7 @@ def check_bases(planned: list[Planned], config: NdLoraConfig) -> None:
         config.session.same_storage = all(storage[name] == entry["storage"] for name, entry in saved)
     else:
         config.session.base_fingerprint = make_fingerprint(layers)
-    config.session.layers = {
-        target.path: [
-            target.name,
-            form.kind,
-            list(form.matrix_shape if form.kind == "linear" else form.shape),
-        ]
-        for target, form, *_ in planned
-    }
+    config.session.layers = {target.path: layer_entry(target.name, form) for target, form, *_ in planned}
 
 
 def _reads_base(plan: LayerAdapter) -> bool:
@@ -145,13 +139,11 @@ def check_recomputed(model: nn.Module, config: NdLoraConfig, adapter: str) -> No
     from .fingerprint import checksum, compare_checksum
 
     found = {}
-    for module in model.modules():
-        if isinstance(module, NdLoraLayer) and adapter in module.plan and module.plan[adapter].recomputed:
-            sums = checksum(module.tensors(adapter)[1])
-            if sums is not None:
-                found[module.name] = sums
-    if config.checksums is None:
-        config.session.checksums = found or None
-    else:
-        for name, sums in found.items():
-            compare_checksum(config.checksums.get(name), sums, name, exact=config.session.same_storage)
+    for layer in adapted_layers(model, adapter):
+        if not layer.plan[adapter].recomputed:
+            continue
+        frozen = layer.tensors(adapter)[1]
+        compare_checksum(config.checksums, layer.name, frozen, exact=config.session.same_storage)
+        if config.checksums is None:
+            found[layer.name] = checksum(frozen)
+    config.session.checksums = {name: sums for name, sums in found.items() if sums is not None} or None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,17 +165,23 @@ def _checksum(values: Tensor) -> float:
     return float(values @ weights / (values.norm() * weights.norm()).clamp(min=1e-300))
 
 
-def compare_checksum(saved: object, found: Mapping[str, float], layer: str, exact: bool) -> None:
-    """Hold factors that were made again at load against those of training.
+def compare_checksum(
+    checksums: Mapping[str, Any] | None, layer: str, factors: Mapping[str, Tensor], exact: bool
+) -> None:
+    """Hold factors of a layer that were made again at load against those of training.
 
     Args:
-        saved, found: as `checksum` made them.
+        checksums: the configuration's, of all layers; None where the file has none: nothing is compared then.
+        factors: on "meta" they are not compared either.
         exact: whether the base weights are stored as they were.
 
     Raises:
         NdLoraValueError: they are others, so that what was trained would mean something else.
     """
-    for name, value in found.items():
+    if checksums is None:
+        return
+    saved = checksums.get(layer)
+    for name, value in (checksum(factors) or {}).items():
         expected = saved.get(name) if isinstance(saved, dict) else None
         if not isinstance(expected, float) or abs(expected - value) > (1e-3 if exact else 0.3):
             raise NdLoraValueError(

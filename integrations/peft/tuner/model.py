@@ -75,7 +75,7 @@ class NdLoraModel(Scheduled):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Inject as PEFT does; a failure halfway, such as no memory left, leaves the model as it was."""
+        """Inject as PEFT does; a failure, such as no memory left halfway, leaves the model as it was."""
         try:
             with undone_on_failure(self, self.bank.factors, self.bank.frozen):
                 self.bank.delete(adapter_name)  # one of that name is replaced
@@ -83,13 +83,13 @@ class NdLoraModel(Scheduled):
                 held = [value for name, value in self.named_parameters() if PREFIX in name]
                 flags = [value.requires_grad for value in held]
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                config = self.peft_config[adapter_name]
+                check_recomputed(self.model, config, adapter_name)
         finally:
             self._planned = {}
         # of others, which a further one is not to change
         for value, requires_grad in zip(held, flags, strict=True):
             value.requires_grad_(requires_grad)
-        config = self.peft_config[adapter_name]
-        check_recomputed(self.model, config, adapter_name)
         install(model if self._injected else self, adapter_name, config.chosen_schedules())
         config.session.gradients = {}  # of the size of the weights, and used
         if (

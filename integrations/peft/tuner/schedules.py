@@ -6,6 +6,7 @@ The core is imported when it is first used: registration runs at every `import p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ from torch import nn
 from ndlora_plugins.errors import NdLoraValueError
 
 from ..configuration.training_fields import as_schedules
-from ..layers.layer import NdLoraLayer
+from ..layers.layer import NdLoraLayer, adapted_layers
 from ..layers.outputs import watch_outputs
 
 if TYPE_CHECKING:
     from ndlora_plugins.adapter import LayerAdapter
     from ndlora_plugins.schedules.base import Chosen, Training
+
+    from ..layers.shared import Clock
 
 __all__ = [
     "Scheduled",
@@ -37,6 +40,8 @@ __all__ = [
 class Scheduled(BaseTuner):
     """The tuner's part for schedules in a loop of one's own."""
 
+    clock: Clock
+
     def set_schedules(
         self,
         schedules: Mapping[str, Mapping[str, Any] | None] | Sequence[str] | str,
@@ -46,13 +51,12 @@ class Scheduled(BaseTuner):
 
         Args:
             schedules: name -> its options (docs/schedules.md), or names; {} for none.
-            adapter: the active one by default.
+            adapter: the active ones by default.
 
         Raises:
-            NdLoraValueError: an unknown name or option, or one that cannot work with the adapter. Nothing is changed.
+            NdLoraValueError: an unknown name or option, or one that cannot work with an adapter. Nothing is changed.
         """
-        for name in [adapter] if adapter is not None else self.active_adapters:
-            set_schedules(self, name, schedules)
+        set_schedules(self, self.active_adapters if adapter is None else adapter, schedules)
 
     def penalty(self) -> torch.Tensor | None:
         """The sum of what the schedules of the active adapters add to the loss; None if they add nothing.
@@ -69,30 +73,41 @@ class Scheduled(BaseTuner):
         """
         after_step(self, optimizer)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, and so its hooks, as PEFT does from 0.21 on; before, it called the model's `forward`."""
+        return self.model(*args, **kwargs)
 
-def adapted(model: nn.Module, adapter: str) -> list[NdLoraLayer]:
-    """The layers of an adapter, in the model's order."""
-    return [m for m in model.modules() if isinstance(m, NdLoraLayer) and adapter in m.ndlora_factors]
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self.clock.outputs is not None:
+            self.clock.outputs.handle.remove()
+        return unloaded
 
 
-def set_schedules(model: nn.Module, adapter: str, schedules: Any) -> None:
+def set_schedules(model: nn.Module, adapters: str | Sequence[str], schedules: Any) -> None:
     """Do what `Scheduled.set_schedules` does, for any model with adapters."""
     from ndlora_plugins.schedules.choose import chosen_schedules
 
+    adapters = [adapters] if isinstance(adapters, str) else adapters
     schedules = check_schedules(schedules)
-    chosen, layers = chosen_schedules(schedules), adapted(model, adapter)
-    if not layers:
-        raise NdLoraValueError(f"schedules={list(schedules)}: the model has no NDLORA adapter {adapter!r}.")
-    check_plans(chosen, [(layer.name, layer.plan[adapter]) for layer in layers])
-    if chosen and not any(_trains(layer, adapter) for layer in layers):
-        raise NdLoraValueError(
-            f"schedules={list(schedules)}: adapter {adapter!r} does not train. Load it with is_trainable=True, or make "
-            f"it active with set_adapter."
-        )
-    install(model, adapter, chosen)
-    config = getattr(model, "peft_config", {}).get(adapter)
-    if config is not None:
-        config.schedules = schedules
+    chosen = chosen_schedules(schedules)
+    for adapter in adapters:
+        layers = adapted_layers(model, adapter)
+        if not layers:
+            raise NdLoraValueError(
+                f"schedules={list(schedules)}: the model has no NDLORA adapter {adapter!r}."
+            )
+        check_plans(chosen, [(layer.name, layer.plan[adapter]) for layer in layers])
+        if chosen and not any(_trains(layer, adapter) for layer in layers):
+            raise NdLoraValueError(
+                f"schedules={list(schedules)}: adapter {adapter!r} does not train. Load it with is_trainable=True, or "
+                f"make it active with set_adapter."
+            )
+    for adapter in adapters:
+        install(model, adapter, chosen)
+        config = getattr(model, "peft_config", {}).get(adapter)
+        if config is not None:
+            config.schedules = schedules
 
 
 def check_schedules(schedules: Any) -> dict[str, dict[str, Any] | None]:
@@ -133,7 +148,7 @@ def install(model: nn.Module, adapter: str, chosen: tuple[Chosen, ...]) -> None:
     """Let an adapter that is in the model have these schedules."""
     from ndlora_plugins.schedules.base import Place
 
-    layers = adapted(model, adapter)
+    layers = adapted_layers(model, adapter)
     if not layers:
         return
     clock, highest = layers[0].clock, max(layer.r[adapter] for layer in layers)
@@ -141,7 +156,6 @@ def install(model: nn.Module, adapter: str, chosen: tuple[Chosen, ...]) -> None:
     clock.places[adapter] = {
         layer.name: Place(index, len(layers), layer.r[adapter], highest) for index, layer in enumerate(layers)
     }
-    clock.watched |= bool(chosen)
     clock.penalty_settled &= not chosen
     if any(each.schedule.reads_outputs for each in chosen):
         watch_outputs(model, clock, partial(penalty, factors=False))
@@ -151,14 +165,12 @@ def _trains(layer: NdLoraLayer, adapter: str) -> bool:
     return any(value.requires_grad for value in layer.trained_parameters(adapter).values())
 
 
-def _training(
-    model: nn.Module, adapter: str, rates: Mapping[int, float] | None = None, outputs: Any = None
-) -> Training | None:
+def _training(model: nn.Module, adapter: str, rates: Mapping[int, float] | None = None) -> Training | None:
     """What the schedules of an adapter see; None where it does not train."""
     from ndlora_plugins.schedules.base import TrainedLayer, Training
 
     layers = []
-    for layer in adapted(model, adapter):
+    for layer in adapted_layers(model, adapter):
         if layer.disable_adapters or adapter not in layer.active_adapters or not _trains(layer, adapter):
             continue
         trained, frozen = layer.tensors(adapter)
@@ -170,7 +182,7 @@ def _training(
         )
         layers.append(TrainedLayer(layer.name, layer.plan[adapter].structure, parameters, frozen, rate))
         clock = layer.clock
-    return Training(tuple(layers), clock.moment(adapter), outputs) if layers else None
+    return Training(tuple(layers), clock.moment(adapter)) if layers else None
 
 
 def _clock(model: nn.Module) -> Any:
@@ -184,19 +196,24 @@ def penalty(model: nn.Module, outputs: bool = True, factors: bool = True) -> tor
         outputs: with those that read what the last training forward gave.
         factors: with those that do not.
     """
-    total, clock = None, _clock(model)
+    total, read, clock = None, None, _clock(model)
     if clock is None:
         return None
     clock.penalty_settled = True
     for adapter, chosen in clock.chosen.items():
-        for each in chosen:
-            schedule = each.schedule
-            if schedule.penalty is None or not (outputs if schedule.reads_outputs else factors):
-                continue
-            training = _training(
-                model, adapter, outputs=clock.outputs.read() if schedule.reads_outputs else None
-            )
-            value = None if training is None else schedule.penalty(each.options, training)
+        asked = [
+            (each, each.schedule)
+            for each in chosen
+            if each.schedule.penalty is not None and (outputs if each.schedule.reads_outputs else factors)
+        ]
+        training = _training(model, adapter) if asked else None
+        if training is None:
+            continue
+        for each, schedule in asked:
+            if schedule.reads_outputs:
+                read = read or clock.outputs.read()  # once for all: it is forgotten then
+                training = replace(training, outputs=read)
+            value = schedule.penalty(each.options, training)
             if value is not None:
                 total = value if total is None else total + value
     return total

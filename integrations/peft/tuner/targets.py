@@ -52,6 +52,15 @@ _HEADS = {
 }
 
 
+# model type -> the layers whose weights transformers' fused kernels read in training; the first two names are what PEFT
+# refuses for LoRA
+_MIXER = frozenset({"out_proj", "conv1d"})
+_UNCALLED: dict[str | None, frozenset[str]] = {
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), _MIXER),
+    **dict.fromkeys(("mamba", "falcon_mamba"), _MIXER | {"x_proj", "dt_proj"}),
+}
+
+
 class Target(NamedTuple):
     """A weight that a configuration adapts.
 
@@ -123,6 +132,7 @@ def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> str | list[str] |
         name
         for name in config.target_modules or ()
         if not any(f".{entry}." in f".{name}." for entry in whole)
+        and name.rpartition(".")[2] not in _uncalled(model)
     }
     if shorthand in SHORTHANDS:
         names = layers_of_part(shorthand, names, model)
@@ -131,22 +141,26 @@ def fill_in_targets(config: NdLoraConfig, model: nn.Module) -> str | list[str] |
             f"{type(model).__name__} has no linear layer, which target_modules='all-linear' (the default) takes: "
             f"name the layers to adapt in target_modules; convolutions and embeddings can be too."
         )
-    if config.layers_to_transform is not None:
-        # the names are full ones, and for those PEFT does not look at the index of the layer
-        names = {name for name in names if _is_in_layers(config, name)}
+    # without those that exclude_modules and layers_to_transform leave out; PEFT does not look at the index of the layer
+    # where a name is a full one
+    by_end = copy.copy(config)
+    by_end.target_modules = sorted({name.rpartition(".")[2] for name in names})
+    names = {name for name in names if BaseTuner._check_target_module_exists(by_end, name)}
     config.target_modules = names  # pyright: ignore[reportAttributeAccessIssue]  a set, as PEFT makes one
     return asked
 
 
-def _is_in_layers(config: NdLoraConfig, name: str) -> bool:
-    """Whether `layers_to_transform` lets the module `name` have an adapter."""
-    by_end = copy.copy(config)
-    by_end.target_modules = [name.rpartition(".")[2]]
-    return bool(BaseTuner._check_target_module_exists(by_end, name))
+def _uncalled(model: nn.Module) -> frozenset[str]:
+    """The names of layers that a model does not call in training."""
+    return _UNCALLED.get(getattr(getattr(model, "config", None), "model_type", None), frozenset())
 
 
 def matched_targets(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
-    """Match as PEFT does `target_modules` and `target_parameters`."""
+    """Match as PEFT does `target_modules` and `target_parameters`.
+
+    Raises:
+        NdLoraValueError: a new adapter would lie on a layer that the model does not call in training.
+    """
     inside = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside or ("\0",)):
@@ -154,6 +168,13 @@ def matched_targets(config: NdLoraConfig, model: nn.Module) -> Iterator[Target]:
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
         if BaseTuner._check_target_module_exists(config, name):
+            # in inference such layers are called, so an adapter from a file may have them
+            if config.base_fingerprint is None and name.rpartition(".")[2] in _uncalled(model):
+                raise NdLoraValueError(
+                    f"method={config.method!r} cannot adapt layer {name!r}: in training {type(model).__name__} reads "
+                    f"its weight and does not call it, so that an adapter would learn nothing. Take it out of "
+                    f"target_modules, or name it in exclude_modules."
+                )
             yield Target(
                 name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, None, name
             )
