@@ -75,15 +75,8 @@ class LayerAdapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # methods and starts travel by name: they are code, and may come from a plugin
-        return _planned, (
-            self.method.name,
-            self.start.name,
-            self.layout,
-            self.scaling,
-            self.anchor,
-            self.shared,
-            self.save_frozen,
-        )
+        numbers = (self.layout, self.scaling, self.anchor, self.shared, self.save_frozen)
+        return _planned, (self.method.name, self.start.name, *numbers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerAdapter:
         return self
@@ -296,8 +289,8 @@ def plan_layer(
                 f"of {shape} has {factor.indices} of them. Lower r, or give this layer a smaller one in rank_pattern."
             )
     shared = tuple((f.name, key) for f in factors if (key := share(f, layer, layout)) is not None)
-    own = (("keeps", factor.name, factor.name) for factor in factors)
-    for verb, name, key in (*own, *(("shares", *pair) for pair in shared)):
+    own = tuple(("keeps", factor.name, factor.name) for factor in factors)
+    for verb, name, key in own + tuple(("shares", *pair) for pair in shared):
         if not (isinstance(key, str) and re.fullmatch(r"\w+", key)) or hasattr(nn.ParameterDict(), key):
             raise NdLoraValueError(
                 f"method={method.name!r} {verb} {name!r} of layer {layer!r} under {key!r}: a key is made of letters, "

@@ -126,17 +126,9 @@ class Budget:
 
     def table(self) -> tuple[Sequence[str], list[Sequence[str]]]:
         """Header and rows as text, the totals last: for any printer of tables."""
-        header = (
-            "layer",
-            "count",
-            "out x in",
-            "modes (out x in)",
-            "parameters",
-            f"LoRA r={self.lora_rank}",
-            "multiply-adds a token",
-            f"LoRA r={self.lora_rank}'s",
-            "note",
-        )
+        theirs = f"LoRA r={self.lora_rank}"
+        header = ("layer", "count", "out x in", "modes (out x in)", "parameters", theirs)
+        header += ("multiply-adds a token", f"{theirs}'s", "note")
         rows: list[Sequence[str]] = []
         for row in self.rows:
             adapter, lora = row.adapter, row.lora_parameters
@@ -162,14 +154,12 @@ def make_budget(layers: Iterable[tuple[str, LayerAdapter]], lora_rank: int = 8) 
 def check_size(adapter: LayerAdapter, layer: str) -> None:
     """Refuse an adapter that is many times as large as its layer's weight, before memory runs out.
 
-    What it shares is one tensor for all layers, and held against a weight as wide as the widest of them.
-
     Args:
         layer: its name, for the message.
 
     Raises:
-        NdLoraValueError: it holds more than 2**20 numbers of its own, or shares more than 2**30, and more than 16 times
-            those of the weight.
+        NdLoraValueError: it holds more than 2**20 numbers of its own and more than 16 times those of the weight; or
+            shares, with all layers, more than 2**30 and 16 times those of a weight as wide as the widest of them.
     """
     layout, held = adapter.layout, adapter.trained + adapter.frozen
     own, widest = (layout.in_features, layout.out_features), layout.largest or (0, 0)

@@ -125,10 +125,8 @@ def compute_dtype(x: Tensor, tensors: Sequence[Tensor], autocast: bool) -> torch
     if autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     dtype = tensors[0].dtype
-    if x.dtype == torch.bfloat16 and dtype == torch.float32:
-        if not _is_few(x):
-            return torch.bfloat16
-    return dtype
+    narrow = x.dtype == torch.bfloat16 and dtype == torch.float32 and not _is_few(x)
+    return torch.bfloat16 if narrow else dtype
 
 
 _FEW_TOKENS = 64  # up to so many, what is done to the tensors costs more than what is done to x

@@ -66,9 +66,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     """
     known = _manager().get_name(plugin) or (name if name and _manager().has_plugin(name) else None)
     if known is not None:
-        raise NdLoraValueError(
-            f"A plugin {known!r} is already registered: register each once, under a name of its own."
-        )
+        raise NdLoraValueError(f"A plugin {known!r} is already registered: give another, by another name.")
     try:
         with _in_words():
             _manager().register(plugin, name=name)

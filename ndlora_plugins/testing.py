@@ -195,20 +195,24 @@ def _check_file(plan: LayerAdapter, trained: Factors, frozen: Factors, seen: See
 
 
 def _check_cut(plan: LayerAdapter, trained: Factors, frozen: Factors) -> None:
-    structure = plan.structure
-    if plan.anchor == "none" and structure.rank_axes:
-        factors, smaller = {**trained, **frozen}, structure.cut(1)
-        first = structure.cut_factors(factors, 1)
-        for factor in smaller.factors:
-            found = tuple(first[factor.name].shape)
-            assert found == factor.shape, f"{factor.name!r} cut to rank 1 is {found}, not {factor.shape}"
-        for name, value in first.items():
-            if value.is_floating_point():  # the later ranks zero
-                factors[name] = torch.zeros_like(factors[name])
-                factors[name][tuple(map(slice, value.shape))] = value
-        _equal(smaller.delta(first), structure.delta(factors), "cut to rank 1")
-    if structure.rank_axes:
-        half = Ranks(1, scale=2.0)
-        first = (structure.cut_factors(trained, 1), structure.cut_factors(frozen, 1))
-        cut = replace(plan, layout=replace(plan.layout, rank=1))
-        _equal(plan.delta(trained, frozen, half), 2 * cut.delta(*first), "the first rank alone")
+    """The first rank alone is what the whole structure makes of it where the others are zero."""
+    structure, cut = plan.structure, replace(plan, layout=replace(plan.layout, rank=1))
+    if not structure.rank_axes:
+        return
+    first = structure.cut_factors(trained, 1), structure.cut_factors(frozen, 1)
+    for factor in cut.structure.factors:
+        found = tuple((first[0] | first[1])[factor.name].shape)
+        assert found == factor.shape, f"{factor.name!r} cut to rank 1 is {found}, not {factor.shape}"
+    expected = plan.delta(_padded(first[0], trained), _padded(first[1], frozen))
+    _equal(cut.delta(*first), expected, "cut to rank 1")
+    _equal(plan.delta(trained, frozen, Ranks(1, scale=2.0)), 2 * expected, "the first rank alone")
+
+
+def _padded(first: Factors, whole: Factors) -> dict[str, Tensor]:
+    """The first ranks, and zeros for the later ones; integers as they are."""
+    padded = dict(whole)
+    for name, value in first.items():
+        if value.is_floating_point():
+            padded[name] = torch.zeros_like(whole[name])
+            padded[name][tuple(map(slice, value.shape))] = value
+    return padded

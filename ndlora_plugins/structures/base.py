@@ -233,15 +233,13 @@ class Structure:
         if len(change) == 1:
             return {**start, **change}
         now = {name: start[name] + change[name] if name in change else start[name] for name in names}
-        return self.add(
-            [
-                {
-                    name: start[name] if k < m else change[name] if k == m else now[name]
-                    for k, name in enumerate(names)
-                }
-                for m in (names.index(name) for name in names if name in change)
-            ]
+        parts = (
+            {name: (start if k < m else now)[name] for k, name in enumerate(names)}
+            | {changed: change[changed]}
+            for m, changed in enumerate(names)
+            if changed in change
         )
+        return self.add(list(parts))
 
     def change_product(self, start: Factors, change: Factors) -> tuple[Product, tuple[Tensor, ...]] | None:
         """`product` of the change."""

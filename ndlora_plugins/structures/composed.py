@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
-from ndlora_plugins.fused import Product
 from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
 __all__ = ["Composed"]
+
+
+def _view(name: str) -> Any:
+    """A function of a structure's factors: that of `inner`, of what they compose."""
+    return lambda self, factors, *rest: getattr(self.inner, name)(self.compose(factors), *rest)
 
 
 @dataclass(frozen=True)
@@ -48,31 +53,10 @@ class Composed(Structure):
     def mode_sizes(self) -> Mapping[str, tuple[int, ...]]:
         return self.inner.mode_sizes
 
-    def apply(self, factors: Factors, x: Tensor) -> Tensor:
-        return self.inner.apply(self.compose(factors), x)
-
-    def product(self, factors: Factors) -> tuple[Product, tuple[Tensor, ...]] | None:
-        return self.inner.product(self.compose(factors))
-
-    def delta(self, factors: Factors) -> Tensor:
-        return self.inner.delta(self.compose(factors))
-
-    def low_rank(self, factors: Factors) -> tuple[Tensor, Tensor] | None:
-        return self.inner.low_rank(self.compose(factors))
-
-    def kronecker_matrices(self, factors: Factors) -> Sequence[Tensor] | None:
-        return self.inner.kronecker_matrices(self.compose(factors))
-
-    def norm(self, factors: Factors) -> Tensor:
-        return self.inner.norm(self.compose(factors))
-
-    def lookup(self, factors: Factors, indices: Tensor) -> Tensor:
-        return self.inner.lookup(self.compose(factors), indices)
-
-    def convolve(
-        self, factors: Factors, x: Tensor, convolution: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        return self.inner.convolve(self.compose(factors), x, convolution)
+    apply, product, delta, low_rank = map(_view, ("apply", "product", "delta", "low_rank"))
+    kronecker_matrices, norm, lookup, convolve = map(
+        _view, ("kronecker_matrices", "norm", "lookup", "convolve")
+    )
 
     def cut(self, rank: int) -> Structure:
         return self.remake(replace(self.layout, rank=rank))

@@ -89,9 +89,7 @@ class Equation:
         return tuple(dict.fromkeys(a for axes in self.factors for a in axes if a not in self.outs + self.ins))
 
     def cut(self, left: Sequence[int]) -> tuple[Axes, Axes, Axes]:
-        """Between the factors `left` and the others: the inner axes of both, the in axes of the left ones, the out axes
-        of the others.
-        """
+        """The axes between the factors `left` and the others: inner ones of both, in of the left, out of the others."""
         of_left, of_right = (
             {axis for k, axes in enumerate(self.factors) if (k in left) == side for axis in axes}
             for side in (True, False)
@@ -150,12 +148,9 @@ class Einsum(Structure):
         import opt_einsum
 
         tokens = 256
-        shapes = [
-            (tokens, *(self.size[axis] for axis in self.equation.ins)),
-            *(f.shape for f in self.factors),
-        ]
         operands = [(_TOKENS, *self.equation.ins), *self.equation.factors]
-        text = _subscripts(operands, (_TOKENS, *self.equation.outs))
+        text, size = _subscripts(operands, (_TOKENS, *self.equation.outs)), self.size | {_TOKENS: tokens}
+        shapes = (tuple(size[axis] for axis in axes) for axes in operands)
         cost = opt_einsum.contract_path(text, *shapes, shapes=True)[1].opt_cost
         return round(float(cost) / (2 * tokens))  # it counts a multiplication and an addition as two
 
@@ -233,10 +228,7 @@ class Einsum(Structure):
 
 @lru_cache(maxsize=1024)
 def _best_cut(equation: Equation, sizes: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
-    """The factors left of the cut with the fewest entries; none of an equation of one factor.
-
-    All 2 ** factors of them are looked at, once for layers of one shape.
-    """
+    """The factors left of the smallest cut, of all of them; () of an equation of one factor."""
     size, count = dict(sizes), len(equation.factors)
     return min(
         (left for n in range(1, count) for left in itertools.combinations(range(count), n)),
@@ -252,11 +244,6 @@ def _einsum(operands: Sequence[tuple[Tensor, Axes]], result: Axes) -> Tensor:
 
 def _subscripts(operands: Sequence[Axes], result: Axes) -> str:
     """The equation in the letters that `torch.einsum` takes."""
-    letters = dict(
-        zip(dict.fromkeys(axis for axes in operands for axis in axes), string.ascii_letters, strict=False)
-    )
-    return (
-        ",".join("".join(letters[a] for a in axes) for axes in operands)
-        + "->"
-        + "".join(letters[a] for a in result)
-    )
+    letters = dict(zip(dict.fromkeys(itertools.chain(*operands)), string.ascii_letters, strict=False))
+    *read, made = ("".join(letters[axis] for axis in axes) for axes in (*operands, result))
+    return f"{','.join(read)}->{made}"

@@ -12,12 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ndlora_plugins.fused import Product
-from ndlora_plugins.kernels.modes import (
-    fastest_product,
-    kron_with_identity,
-    mode_product,
-    plan_contraction,
-)
+from ndlora_plugins.kernels.modes import fastest_product, kron_with_identity, mode_product, plan_contraction
 from ndlora_plugins.structures.base import Factor, Factors, Layout, Structure
 
 __all__ = ["KroneckerSum", "kronecker", "kronecker_terms"]
