@@ -78,7 +78,7 @@ def _has_defaults(options: type) -> bool:
 
 def _peft_config(bench: finetune.Bench, method: str) -> PeftConfig:
     """Every method adapts the same layers, all linear ones but the output head, with its own defaults."""
-    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    common: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method == "lora":
         from peft import LoraConfig
 

@@ -95,7 +95,7 @@ def lora_of(model: PeftModel, adapter: str) -> tuple[LoraConfig, dict[str, Tenso
             f"{', '.join(held)} of adapter {adapter!r} has no place in a LoRA that vLLM serves."
         )
     tensors, ranks, transposed = {}, {}, False
-    base = model.get_base_model()
+    base = cast(Any, model.get_base_model())
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     for name, layer in base.named_modules():
         if not isinstance(layer, NdLoraLayer) or adapter not in layer.plan:
