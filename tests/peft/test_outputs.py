@@ -9,7 +9,7 @@ from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.peft.layers.layer import NdLoraLayer
 from ndlora_plugins.integrations.peft.tuner.schedules import penalty
 
-STRENGTH = 2.0
+STRENGTH = 100.0
 # how a model gets its adapter
 ADAPTED = {
     "for a task": lambda model: get_peft_model(model, config(task_type="CAUSAL_LM")),
@@ -28,7 +28,7 @@ OPERATIONS = [
 
 def config(**fields):
     return NdLoraConfig(
-        method="slora", r=4, target_modules=["q_proj"], schedules={"keep_close": {"strength": STRENGTH}}, **fields
+        method="slora", r=4, target_modules=["down_proj"], schedules={"keep_close": {"strength": STRENGTH}}, **fields
     )  # fmt: skip
 
 
@@ -44,9 +44,10 @@ def divergence(model, base, tokens):
 
 @pytest.mark.parametrize("adapted", ADAPTED)
 def test_a_trainers_loss_has_it_once(adapted, make_llama, tokens, shake):
-    model = shake(ADAPTED[adapted](make_llama())).train()
+    model = shake(ADAPTED[adapted](make_llama()), 0.5).train()
     plain = model(tokens, labels=tokens).loss
     expected = plain + STRENGTH * divergence(model, make_llama(), tokens)
+    assert expected > plain + 0.1
     clock_of(model).driven = True
     torch.testing.assert_close(model(tokens, labels=tokens).loss, expected)
 
@@ -56,7 +57,7 @@ def test_those_that_do_not_train_ask_for_nothing(operation, count, make_llama, t
     model = get_peft_model(make_llama(), config(task_type="CAUSAL_LM"))
     model.add_adapter("other", config())
     operation(model)
-    shake(model).train()
+    shake(model, 0.5).train()
     model(tokens, labels=tokens)
     found = penalty(model)
     torch.testing.assert_close(found, count * STRENGTH * divergence(model, make_llama(), tokens))

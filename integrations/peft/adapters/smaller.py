@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from ndlora_plugins.fused import cast_factors
 from ndlora_plugins.options import AdapterOptions
 from ndlora_plugins.schedules.base import Ranks
 from ndlora_plugins.schedules.choose import chosen_schedules
-from ndlora_plugins.starts.base import Seen
 
 from ..combining.units import UNRESOLVED, added_by, select_units
 from ..configuration.config import NdLoraConfig
@@ -282,15 +281,14 @@ def _select(
         layer = NewLayer(path, old.name, form, old.plan, trained, frozen)
         layer = layer._replace(plan=_plan(reader, config, resolved, layer))
         if same and layer.plan.recomputed:
-            same = _made_again(layer, lambda plan, name=old.name: reader.seen(plan, name, files))
+            same = _made_again(layer, reader, files)
         layers.append(layer)
     return layers, same
 
 
-def _made_again(layer: NewLayer, seen: Callable[[LayerAdapter], Seen]) -> bool:
+def _made_again(layer: NewLayer, reader: AdapterReader, files: BaseFiles | None) -> bool:
     """Whether the start of the new rank gives these frozen factors."""
-    dtype = next(iter(layer.trained.values())).dtype
-    again = cast_factors(layer.plan.initialize(seen(layer.plan))[1], dtype)
+    again = reader.made_again(layer.plan, layer.name, next(iter(layer.trained.values())).dtype, files)
     return all(
         torch.allclose(again[name].double(), value.double(), rtol=1e-4, atol=1e-6)
         for name, value in layer.frozen.items()

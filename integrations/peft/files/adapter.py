@@ -173,7 +173,7 @@ class AdapterReader:
             base: only for an adapter whose start is read from the base weights (`reads_base`).
 
         Raises:
-            NdLoraValueError: as `plan` and `seen`, or a frozen factor comes out as another one than in training.
+            NdLoraValueError: as `plan` and `made_again`, or a frozen factor comes out as another one than in training.
         """
         plan, name = self.plan(path, base), self.name(path)
         tensors, shared = self.tensors(path), dict(plan.shared)
@@ -185,29 +185,32 @@ class AdapterReader:
         trained = take(FACTORS, plan.trained)
         if not plan.recomputed:
             return ReadLayer(name, plan, trained, take(FROZEN, plan.frozen))
-        made = plan.initialize(self.seen(plan, name, base))[1]
-        frozen = cast_factors(made, next(iter(trained.values())).dtype)
+        frozen = self.made_again(plan, name, next(iter(trained.values())).dtype, base)
         # without one storage for all weights they were quantised in training, and are not here
         exact = "weight" not in plan.start.reads or self._trained_storage() is not None
         compare_checksum(self.config.checksums, name, frozen, exact)
         return ReadLayer(name, plan, trained, frozen)
 
-    def seen(self, plan: LayerAdapter, name: str, base: BaseFiles | None = None) -> Seen:
-        """Collect what the start of a layer reads to make its frozen factors again.
+    def made_again(
+        self, plan: LayerAdapter, name: str, dtype: torch.dtype, base: BaseFiles | None = None
+    ) -> dict[str, Tensor]:
+        """The frozen factors that the start of layer `name` gives, in `dtype`.
 
         Raises:
-            NdLoraValueError: it reads the base weight, and there is no base.
+            NdLoraValueError: the start reads the base weight, and there is no base.
         """
-        weight = None
+        weight, storage = None, self._trained_storage()
         if base is not None:
             weight = base.weight(name)
-            weight = weight.to(self._trained_storage() or weight.dtype)
+            weight = weight.to(storage or weight.dtype)
         elif "weight" in plan.start.reads:
             raise NdLoraValueError(
                 f"method={plan.method.name!r} with anchor={plan.anchor!r} recomputes its start from the "
                 f"base weights: name the base model (--base)."
             )
-        return Seen(weight, seed=self.config.random_seed or 0, layer=name)
+        frozen = plan.initialize(Seen(weight, seed=self.config.random_seed or 0, layer=name))[1]
+        # as in a model, which rounds them to the dtype of its weights first
+        return cast_factors(cast_factors(frozen, storage or torch.float32), dtype)
 
     def _trained_storage(self) -> torch.dtype | None:
         """The dtype that the base weights had in training; None where they were quantised, or nobody

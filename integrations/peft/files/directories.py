@@ -96,8 +96,8 @@ def new_directory(output: str | Path, *, replace: Callable[[Path], bool] | None 
         files.mkdir()
         yield files
         if check_new(output, replace=replace is not None).exists():
-            for path in output.iterdir() if replace is not None else ():
-                if not replace(path) and not (files / path.name).exists():
+            for path in output.iterdir():  # none without `replace`
+                if replace is not None and not replace(path) and not (files / path.name).exists():
                     _link(path, files / path.name)
             output.rename(earlier)
         files.rename(output)
