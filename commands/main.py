@@ -104,7 +104,7 @@ def plan(
     r: Annotated[int | None, typer.Option(help="The rank, or the number of Kronecker terms.")] = None,
     init: Annotated[str | None, typer.Option(help="The name of a start.")] = None,
     anchor: Annotated[str | None, typer.Option(help="snapshot or none.")] = None,
-    num_modes: Annotated[int, typer.Option(help="Into how many modes a dimension is split.")] = 2,
+    num_modes: Annotated[int | None, typer.Option(help="Into how many modes a dimension is split.")] = None,
     crossed_modes: Annotated[
         int | None, typer.Option(help="The size of the small modes, of modes that cross.")
     ] = None,
@@ -137,7 +137,7 @@ def plan(
     from .plan import parse_options, plan_from_model_config
 
     if not (parameters is None and file_bytes is None and like_lora_r is None and fraction is None):
-        if any((method, r, init, anchor, num_modes != 2, crossed_modes, option, lora_rank != 8)):
+        if any((method, r, init, anchor, num_modes, crossed_modes, option, lora_rank != 8)):
             raise NdLoraValueError(
                 "A budget chooses the method and its options, and is compared with LoRA r=8: leave --lora-rank and "
                 "those of the method out."

@@ -206,8 +206,8 @@ class NdLoraCallback(TrainerCallback, ExportableState):
 
     def _begin_schedules(self, model, args, state, sharded: bool) -> None:
         if self.schedules is not None:
-            for adapter in {name for _, layer in self._layers for name in trained_factors(layer)}:
-                set_schedules(model, adapter, self.schedules)
+            trained = {name for _, layer in self._layers for name in trained_factors(layer)}
+            set_schedules(model, sorted(trained), self.schedules)
         chosen = [each for clock in self._clocks() for found in clock.chosen.values() for each in found]
         asking = [each.schedule.name for each in chosen if each.schedule.penalty or each.schedule.after_step]
         if asking and sharded:
