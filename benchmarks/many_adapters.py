@@ -267,9 +267,9 @@ model = PeftModel.from_pretrained(base, "adapter-1")
 hotswap_adapter(model, "adapter-2", adapter_name="default")
 ```
 
-A swap changes no shape: a compiled model is not compiled anew, unless a scaling differs. An adapter of another method, rank
-or set of layers, one made on another base model, and one with trained heads or tokens is refused by name, before anything
-is changed.
+A swap changes no shape: a compiled model is not compiled anew, unless a scaling differs. An adapter of another method,
+rank or set of layers, one made on another base model, and one with trained heads or tokens is refused by name, before
+anything is changed.
 """
 
 
