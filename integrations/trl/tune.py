@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -106,6 +107,7 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     grid = {"setting": list(range(len(settings))), "rate": list(range(len(rates)))}
     wanted = [dict(zip(grid, pair, strict=True)) for pair in product(*grid.values())]
+    random.Random(0).shuffle(wanted)  # the first trials, which no other is behind, are of any rate
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(output / _TRIALS))),
         study_name="tune",

@@ -11,6 +11,7 @@ from axolotl.integrations.base import PluginManager
 from click.testing import CliRunner
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen3Config
 
+from ndlora_plugins.errors import NdLoraValueError
 from ndlora_plugins.integrations.axolotl.cli import ndlora_plan, plan_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "axolotl"
@@ -101,7 +102,6 @@ def test_the_command_prints_the_plan(tiny, least, tmp_path):
         ({"adapter": "lora"}, "adapter: lora"),
         ({"peft_use_dora": True}, "peft_use_dora"),
         ({"lora_target_modules": ["no_such_proj"]}, "no_such_proj"),
-        ({"ndlora": {"no_such_option": 1}}, "no_such_option"),
     ],
 )
 def test_the_command_says_what_is_wrong(tiny, least, tmp_path, keys, message):
@@ -109,8 +109,15 @@ def test_the_command_says_what_is_wrong(tiny, least, tmp_path, keys, message):
     file.write_text(yaml.safe_dump({**least(tmp_path / "out"), **keys}))
     done = CliRunner().invoke(ndlora_plan, [str(file)])
     assert done.exit_code == 1 and message in done.output
-    with pytest.raises(ValueError, match=message):  # ours and pydantic's are
+    with pytest.raises(NdLoraValueError, match=message):
         plan_yaml(file)
+
+
+def test_what_axolotl_refuses_is_said_in_words(tiny, least, tmp_path):
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.safe_dump({**least(tmp_path / "out"), "ndlora": {"no_such_option": 1}}))
+    done = CliRunner().invoke(ndlora_plan, [str(file)])
+    assert done.exit_code == 1 and "no_such_option" in done.output
 
 
 def test_a_model_that_sees_is_planned_as_what_it_is(tiny, least, tmp_path):
